@@ -1,0 +1,58 @@
+"""Steering operators that make a language model's decisions equiprobable across demographic groups.
+
+The names below are loaded when first used, so ``import dso`` costs nothing::
+
+    from dso import Backbone, Steering
+
+    backbone = Backbone.load("smollm2-135m")
+    steering = Steering.from_pretrained("path/to/steering")
+    with steering.on(backbone.model, scale=0.4):
+        ...
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dso.backbone import Backbone
+    from dso.data import load_decisions
+    from dso.decisions import Candidate, Decision, DecisionError, DecisionSet, read_jsonl
+    from dso.metrics import BiasReport, accuracy, bias_report
+    from dso.steering import Steering
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backbone",
+    "BiasReport",
+    "Candidate",
+    "Decision",
+    "DecisionError",
+    "DecisionSet",
+    "Steering",
+    "accuracy",
+    "bias_report",
+    "load_decisions",
+    "read_jsonl",
+]
+
+_MODULES = {
+    "dso.backbone": ("Backbone",),
+    "dso.data": ("load_decisions",),
+    "dso.decisions": ("Candidate", "Decision", "DecisionError", "DecisionSet", "read_jsonl"),
+    "dso.metrics": ("BiasReport", "accuracy", "bias_report"),
+    "dso.steering": ("Steering",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

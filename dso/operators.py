@@ -1,0 +1,110 @@
+"""Steering operators: the transform of one site's activation, as pure functions and their modules.
+
+With ``h`` of shape (..., d) and the inference-time coefficient ``s``:
+
+    affine     h' = h + s * (a * h + b)            a, b of shape (d,)      (DSO, arXiv 2512.15926, section 3)
+    bias       h' = h + s * b                      b of shape (d,)
+    low_rank   h' = h + s * (U V^T h + b)          U, V of shape (d, r)
+
+Every operator starts as the identity. Arithmetic is float32; the result has the dtype of ``h``.
+``s`` is a scalar tensor, or a tensor that broadcasts against ``h`` (one value a batch row).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def affine(h: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+    """h + scale * (a * h + b), as one fused multiply-add over the activation."""
+    return torch.addcmul((scale * b).to(h.dtype), h, 1 + scale * a)
+
+
+def low_rank(h: Tensor, u: Tensor, v: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+    """h + scale * (U V^T h + b)."""
+    return h + scale * (h @ v @ u.T + b)
+
+
+class SteeringOperator(nn.Module):
+    """One site's transform; subclasses define :meth:`transform` and ``kind``.
+
+    Args:
+        width: d, the size of the activation's last dimension.
+    """
+
+    kind: str
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
+        """The steered activation in float32, for ``h`` (..., width) in float32."""
+        raise TypeError(f"{type(self).__name__} defines no transform")
+
+    def forward(self, h: Tensor, scale: Tensor | float) -> Tensor:
+        """The steered activation, of the shape and dtype of ``h``."""
+        return self.transform(h.float(), scale).to(h.dtype)
+
+
+class AffineOperator(SteeringOperator):
+    """h + s * (a * h + b)."""
+
+    kind = "affine"
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.a = nn.Parameter(torch.zeros(width))
+        self.b = nn.Parameter(torch.zeros(width))
+
+    def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
+        return affine(h, self.a, self.b, scale)
+
+
+class BiasOperator(SteeringOperator):
+    """h + s * b."""
+
+    kind = "bias"
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.b = nn.Parameter(torch.zeros(width))
+
+    def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
+        return h + scale * self.b
+
+
+class LowRankOperator(SteeringOperator):
+    """h + s * (U V^T h + b); U starts at zero and V at random, so that the start is the identity and gradients flow."""
+
+    kind = "low_rank"
+
+    def __init__(self, width: int, rank: int):
+        super().__init__(width)
+        if not 1 <= rank <= width:
+            raise ValueError(f"rank is {rank}, expected 1 to {width} (the site's width)")
+        self.u = nn.Parameter(torch.zeros(width, rank))
+        self.v = nn.Parameter(torch.randn(width, rank) / width**0.5)
+        self.b = nn.Parameter(torch.zeros(width))
+
+    def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
+        return low_rank(h, self.u, self.v, self.b, scale)
+
+
+KINDS = ("affine", "bias", "low_rank")
+
+
+def make_operator(kind: str, width: int, rank: int | None = None) -> SteeringOperator:
+    """An operator by its name.
+
+    Raises:
+        ValueError: if the kind is unknown, or a rank is missing or not wanted.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"operator kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    if (kind == "low_rank") != (rank is not None):
+        raise ValueError(f"operator {kind!r} with rank {rank}: low_rank needs a rank, the others take none")
+    if kind == "low_rank":
+        return LowRankOperator(width, rank)
+    return AffineOperator(width) if kind == "affine" else BiasOperator(width)

@@ -1,0 +1,101 @@
+"""Trie packing: many prompts in one forward pass, every shared prefix computed once.
+
+Decisions about the same people differ only in their last words, and a decision's candidates share its whole
+prompt. The token sequences of a batch are merged into a prefix tree; its L nodes form one row of L tokens in
+which a token attends to its ancestors only and stands at the position of its depth, so each sequence gets the
+logits that it would get alone. This is the token-tree attention of speculative decoding (SpecInfer, Miao
+et al. 2024, section 4.2), used for scoring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """One packed row of L tokens.
+
+    Attributes:
+        input_ids: (1, L) int64.
+        position_ids: (1, L) int64, the depth of each node.
+        attention_mask: (1, 1, L, L) bool, True where the row's token attends to the column's.
+        paths: for each sequence the indices of its tokens in the row.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    paths: tuple[tuple[int, ...], ...]
+
+
+def pack(sequences: Sequence[Sequence[int]]) -> PackedRow:
+    """Merge token sequences into one row that holds each common prefix once."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    depths: list[int] = []
+    children: dict[tuple[int, int], int] = {}
+    paths = []
+    for sequence in sequences:
+        node, path = -1, []
+        for depth, token in enumerate(sequence):
+            key = (node, token)
+            if key not in children:
+                children[key] = len(tokens)
+                tokens.append(token)
+                parents.append(node)
+                depths.append(depth)
+            node = children[key]
+            path.append(node)
+        paths.append(tuple(path))
+    mask = np.eye(len(tokens), dtype=bool)
+    for index, parent in enumerate(parents):
+        if parent >= 0:  # a parent is always made before its children, so its row is complete
+            mask[index] |= mask[parent]
+    return PackedRow(
+        torch.tensor([tokens]), torch.tensor([depths]), torch.from_numpy(mask)[None, None], tuple(paths)
+    )
+
+
+def fill_rows(sequences: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> list[list[int]]:
+    """Divide items (each a list of token sequences) into rows of at most ``max_tokens`` tree nodes.
+
+    Items are taken in lexicographic order, so that those with a common prefix meet in one row; an item
+    that is larger than ``max_tokens`` alone gets a row to itself.
+
+    Returns:
+        the indices of the items of each row.
+    """
+    order = sorted(range(len(sequences)), key=lambda index: list(map(tuple, sequences[index])))
+    rows: list[list[int]] = []
+    size, previous = 0, ()
+    for index in order:
+        added = _new_nodes(previous, sequences[index])
+        if rows and size + added <= max_tokens:
+            rows[-1].append(index)
+            size += added
+        else:
+            rows.append([index])
+            size = _new_nodes((), sequences[index])
+        previous = sequences[index][0]
+    return rows
+
+
+def _new_nodes(previous: Sequence[int], sequences: Sequence[Sequence[int]]) -> int:
+    """How many nodes an item adds behind ``previous``: an upper bound, exact where candidates share only the prompt."""
+    added = 0
+    for sequence in sequences:
+        added += len(sequence) - _common_prefix(previous, sequence)
+        previous = sequence
+    return added
+
+
+def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    for length, (left, right) in enumerate(zip(first, second, strict=False)):
+        if left != right:
+            return length
+    return min(len(first), len(second))

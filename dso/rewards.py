@@ -1,0 +1,90 @@
+"""Equiprobability rewards: pure functions of tensors.
+
+With the group preference p_g(c) of the current policy and the target t_g, the reward for choosing group g in
+context c is (DSO, arXiv 2512.15926, section 3: -1 for the over-chosen group, else +1)
+
+    sign      r_g(c) = -sign(p_g(c) - t_g)                       0 inside the dead zone
+    smooth    r_g(c) = -clip((p_g(c) - t_g) / width, -1, 1)      vanishes at parity, so nothing oscillates around it
+
+With equally many samples a context, the gradient of the expected sign reward is minus the gradient of the bias
+
+    mean_c sum_g |p_g(c) - t_g|
+
+(for two groups and a uniform target this is the paper's |P(pro|c) - P(anti|c)|). The smooth form descends its square.
+Ours, where the paper is silent: any number of groups and any target, an own reward for ``abstain``, and a
+correctness reward of +1 and -1 for unambiguous decisions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FORMS = ("sign", "smooth")
+ABSTAINS = -1
+ABSENT = -2
+
+
+def equiprobability_reward(preference: Tensor, target: Tensor, *, form: str = "smooth", width: float = 0.1, dead_zone: float = 0.0) -> Tensor:
+    """Reward for choosing each group.
+
+    Args:
+        preference: (..., G) p_g(c) of the current policy.
+        target: (G,) the fair distribution.
+        form: ``sign`` or ``smooth``.
+        width: deviation at which the smooth form saturates.
+        dead_zone: absolute deviation within which the reward is 0.
+
+    Returns:
+        (..., G) rewards in [-1, 1].
+    """
+    deviation = preference - target
+    if form == "sign":
+        reward = -deviation.sign()
+    elif form == "smooth":
+        reward = (-deviation / width).clamp(-1.0, 1.0)
+    else:
+        raise ValueError(f"reward form is {form!r}, expected one of {', '.join(FORMS)}")
+    return torch.where(deviation.abs() <= dead_zone, torch.zeros_like(reward), reward)
+
+
+def candidate_rewards(context_rewards: Tensor, groups: Tensor, answers: Tensor, abstain: float = -1.0) -> Tensor:
+    """The reward of every candidate of N decisions.
+
+    Args:
+        context_rewards: (N, G) the equiprobability rewards of each decision's context.
+        groups: (N, K) int64, each candidate's group index, ``ABSTAINS``, or ``ABSENT`` where there is no candidate.
+        answers: (N,) int64, the right candidate of an unambiguous decision, -1 for an ambiguous one.
+        abstain: reward of abstaining where nothing is right; -1 makes it as bad as the over-chosen group.
+
+    Returns:
+        (N, K) rewards; 0 where there is no candidate.
+    """
+    fair = context_rewards.gather(1, groups.clamp(min=0))
+    fair = torch.where(groups == ABSTAINS, torch.full_like(fair, abstain), fair)
+    right = torch.arange(groups.shape[1], device=groups.device) == answers[:, None]
+    correct = torch.where(right, 1.0, -1.0).to(fair.dtype)
+    rewards = torch.where(answers[:, None] >= 0, correct, fair)
+    return rewards.masked_fill(groups == ABSENT, 0.0)
+
+
+def expected_reward(log_policy: Tensor, rewards: Tensor) -> Tensor:
+    """(N,) sum_k pi_k r_k: the exact expectation over the candidates; absent candidates (log pi = -inf) count nothing."""
+    return (log_policy.exp() * rewards).sum(-1)
+
+
+def group_preference(policy: Tensor, groups: Tensor, contexts: Tensor, n_contexts: int, n_groups: int) -> tuple[Tensor, Tensor]:
+    """p_g(c) over a batch: the mean probability of each group in each context, renormalised without ``abstain``.
+
+    Args:
+        policy: (N, K) probabilities.
+        groups: (N, K) as in :func:`candidate_rewards`.
+        contexts: (N,) int64 context index.
+
+    Returns:
+        preference (C, G), 0 where the batch has nothing of the context, and counts (C,).
+    """
+    share = policy.new_zeros(len(policy), n_groups + 2).scatter_add(1, groups % (n_groups + 2), policy)[:, :n_groups]
+    total = policy.new_zeros(n_contexts, n_groups).index_add(0, contexts, share)
+    counts = policy.new_zeros(n_contexts).index_add(0, contexts, torch.ones_like(contexts, dtype=policy.dtype))
+    return total / total.sum(-1, keepdim=True).clamp(min=1e-12), counts

@@ -1,0 +1,185 @@
+"""Candidate log-probabilities and next-token distributions of encoded decisions, in few forward passes.
+
+``log p(candidate | prompt)`` is the sum over the candidate's tokens. The policy over the K candidates is
+
+    pi(k | x) = softmax_k log p(candidate_k | prompt)
+
+and the answer mass is ``sum_k p(candidate_k | prompt)``. Two layouts give the same numbers: packed prefix
+trees (:mod:`dso.packing`), and padded rows for architectures that take no token-to-token attention mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dso.packing import fill_rows, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What the model says of N decisions with at most K candidates.
+
+    Attributes:
+        log_probs: (N, K) float32, log p(candidate | prompt); -inf where a decision has fewer candidates.
+        lengths: (N, K) int64, tokens of each candidate (1 where there is none).
+        next_token: (N, V) float32 log-probabilities of the token after the prompt, or None.
+        hidden: (N, d) float32 input of the output layer at that token, without gradient, or None.
+    """
+
+    log_probs: Tensor
+    lengths: Tensor
+    next_token: Tensor | None = None
+    hidden: Tensor | None = None
+
+    def policy(self, length_normalised: bool = False) -> Tensor:
+        """log pi of shape (N, K): log-softmax over the candidates (of the mean per token if normalised)."""
+        scores = self.log_probs / self.lengths if length_normalised else self.log_probs
+        return torch.log_softmax(scores, dim=-1)
+
+    def answer_mass(self) -> Tensor:
+        """(N,) probability that all candidates hold together."""
+        return self.log_probs.exp().sum(-1)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of a prompt and of its candidates."""
+
+    prompt: tuple[int, ...]
+    candidates: tuple[tuple[int, ...], ...]
+
+    def sequences(self) -> list[tuple[int, ...]]:
+        """What has to be run: the prompt with every candidate but its last token, which predicts nothing."""
+        return [self.prompt + candidate[:-1] for candidate in self.candidates]
+
+
+def score(model, encoded: Sequence[Encoded], *, packing: bool, max_tokens: int, next_token: bool = False, hidden: bool = False) -> Scores:
+    """Score N encoded decisions with a causal LM; gradients flow if the caller enables them.
+
+    Args:
+        packing: prefix-tree rows (True) or padded rows (False).
+        max_tokens: tokens of one forward pass; a single larger decision still runs.
+        next_token: also return the log-probabilities of the whole vocabulary after the prompt.
+        hidden: also return the output layer's input there.
+    """
+    width = max(len(e.candidates) for e in encoded)
+    batches = _packed_batches(encoded, max_tokens) if packing else _padded_batches(encoded, max_tokens)
+    parts: list[Scores] = []
+    seen: list[int] = []
+    for batch in batches:
+        seen += batch
+        parts.append(_score_batch(model, [encoded[index] for index in batch], width, packing, next_token, hidden))
+    order = torch.tensor(seen, device=parts[0].log_probs.device).argsort()
+    joined = {}
+    for name in (f.name for f in fields(Scores)):
+        values = [getattr(part, name) for part in parts]
+        joined[name] = None if values[0] is None else torch.cat(values)[order]
+    return Scores(**joined)
+
+
+def _packed_batches(encoded: Sequence[Encoded], max_tokens: int) -> Iterator[list[int]]:
+    yield from fill_rows([e.sequences() for e in encoded], max_tokens)
+
+
+def _padded_batches(encoded: Sequence[Encoded], max_tokens: int) -> Iterator[list[int]]:
+    sizes = [max(map(len, e.sequences())) for e in encoded]
+    batch: list[int] = []
+    rows = 0
+    for index in sorted(range(len(encoded)), key=sizes.__getitem__):
+        added = len(encoded[index].candidates)
+        if batch and (rows + added) * sizes[index] > max_tokens:
+            yield batch
+            batch, rows = [], 0
+        batch.append(index)
+        rows += added
+    yield batch
+
+
+def _score_batch(model, encoded: Sequence[Encoded], width: int, packing: bool, next_token: bool, hidden: bool) -> Scores:
+    sequences = [sequence for e in encoded for sequence in e.sequences()]
+    starts = [len(e.prompt) - 1 for e in encoded for _ in e.candidates]
+    run = _run_packed if packing else _run_padded
+    reads, logits, states = run(model, sequences, starts)
+    log_probs = torch.log_softmax(logits.float(), dim=-1)
+    answers, cells, rows, targets = [], [], [], []
+    lengths = torch.ones(len(encoded), width, dtype=torch.long)
+    reads_of = iter(reads)
+    for number, e in enumerate(encoded):
+        for column, candidate in enumerate(e.candidates):
+            read = next(reads_of)
+            if column == 0:
+                answers.append(read[0])
+            lengths[number, column] = len(candidate)
+            cells += [number * width + column] * len(candidate)
+            rows += read
+            targets += candidate
+    device = log_probs.device
+    at = torch.tensor(cells, device=device)
+    total = log_probs.new_zeros(len(encoded) * width).index_add(0, at, log_probs[rows, targets])
+    absent = torch.ones_like(total, dtype=torch.bool).index_fill(0, at, False)
+    return Scores(
+        log_probs=total.masked_fill(absent, -torch.inf).view(len(encoded), width),
+        lengths=lengths.to(device),
+        next_token=log_probs[answers] if next_token else None,
+        hidden=states[answers].detach().float() if hidden else None,
+    )
+
+
+def _run_packed(model, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+    """One forward pass over a packed row.
+
+    Returns:
+        for each sequence the rows of the logits from its start position on, the logits (M, V) of the M
+        positions that are read, and the output layer's input (M, d) there.
+    """
+    row = pack(sequences)
+    keep = sorted({node for path, start in zip(row.paths, starts, strict=True) for node in path[start:]})
+    place = {node: number for number, node in enumerate(keep)}
+    device = model.get_input_embeddings().weight.device
+    logits, states = _forward(
+        model,
+        torch.tensor(keep, device=device),
+        input_ids=row.input_ids.to(device),
+        position_ids=row.position_ids.to(device),
+        attention_mask=row.attention_mask.to(device),
+    )
+    reads = [[place[node] for node in path[start:]] for path, start in zip(row.paths, starts, strict=True)]
+    return reads, logits[0], states[0]
+
+
+def _run_padded(model, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+    """One forward pass over right-padded rows; returns as :func:`_run_packed`."""
+    longest = max(map(len, sequences))
+    input_ids = torch.tensor([[*s, *([0] * (longest - len(s)))] for s in sequences])
+    attention_mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
+    keep = sorted({column for s, start in zip(sequences, starts, strict=True) for column in range(start, len(s))})
+    device = model.get_input_embeddings().weight.device
+    logits, states = _forward(
+        model,
+        torch.tensor(keep, device=device),
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
+    )
+    place = {column: number for number, column in enumerate(keep)}
+    wanted: list[tuple[int, int]] = []
+    reads = []
+    for number, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+        reads.append(list(range(len(wanted), len(wanted) + len(sequence) - start)))
+        wanted += [(number, place[column]) for column in range(start, len(sequence))]
+    rows, columns = torch.tensor(wanted, device=device).unbind(1)
+    return reads, logits[rows, columns], states[rows, columns]
+
+
+def _forward(model, keep: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (B, len(keep), V) and the output layer's input (B, len(keep), d) at the kept positions."""
+    caught: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    try:
+        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits, caught[0]

@@ -1,0 +1,1 @@
+"""Environments: a decision in, a reward out; no optimiser here."""

@@ -1,0 +1,1 @@
+"""The command line, the typed config and the jobs it starts."""

@@ -1,0 +1,272 @@
+"""The config of a training run: typed sections, defaults that are the default run, and how one is found and read.
+
+A config is the name of a file in the package ``configs`` or a path to a YAML file, and then ``key=value`` overrides::
+
+    config = load_config("smollm2-roles", ["train.steps=50", "constraints.kl_budget=0.05"])
+    config.train.steps
+
+Every section refuses impossible values when it is made. What a run used is written by :func:`resolved_yaml`, which
+reads back as an equal config.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.strict import ConfigError, build, dump_yaml, nearest, override, parse_override, parse_yaml, require
+
+__all__ = ["ConfigError", "TrainConfig", "known_configs", "load_config", "resolved_yaml"]
+
+
+def _at_least(low: float, **values: float | None) -> None:
+    for name, value in values.items():
+        require(value is None or value >= low, name, f"must be at least {low}, found {value}")
+
+
+def _positive(**values: float | None) -> None:
+    for name, value in values.items():
+        require(value is None or value > 0, name, f"must be above 0, found {value}")
+
+
+def _share(**values: float) -> None:
+    for name, value in values.items():
+        require(0 <= value <= 1, name, f"must be within 0 and 1, found {value}")
+
+
+def _filled(**values: Sequence | None) -> None:
+    for name, value in values.items():
+        require(value is None or len(value) > 0, name, "must not be empty")
+
+
+def _different(**values: Sequence | None) -> None:
+    for name, value in values.items():
+        require(value is None or len(set(value)) == len(value), name, f"has a value twice: {list(value or ())}")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ModelSection:
+    """The backbone: ``smollm2-135m`` is the embedded model, else a hub id or a folder."""
+
+    name: str = "smollm2-135m"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str | None = None  # the accelerator where there is one
+
+    def __post_init__(self) -> None:
+        _filled(name=self.name, revision=self.revision, device=self.device)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class DataSection:
+    """The decisions: a built-in set or a .jsonl file, what is fair, and which split serves what."""
+
+    set: str = "roles"
+    options: dict[str, Any] = field(default_factory=dict)  # passed to dso.data.load_decisions
+    groups: tuple[str, ...] | None = None  # those of the set
+    target: dict[str, float] | None = None  # uniform
+    train_split: str = "train"
+    validation_split: str = "validation"
+    test_splits: tuple[str, ...] = ("test", "test-names", "test-templates", "test-contexts")
+
+    def __post_init__(self) -> None:
+        _filled(set=self.set, train_split=self.train_split, validation_split=self.validation_split)
+        _filled(test_splits=self.test_splits)
+        _different(groups=self.groups, test_splits=self.test_splits)
+        require(self.groups is None or len(self.groups) >= 2, "groups", "must name at least two groups")
+        if self.target is not None:
+            _share(**{f"target.{group}": share for group, share in self.target.items()})
+            total = math.fsum(self.target.values())
+            require(abs(total - 1) <= 1e-6, "target", f"the shares must sum to 1, found {total:g}")
+            same = self.groups is None or {*self.groups} == {*self.target}
+            require(same, "target", f"names {sorted(self.target)}, but groups are {sorted(self.groups or ())}")
+        for name in ("train_split", "validation_split"):
+            split = getattr(self, name)
+            require(split not in self.test_splits, name, f"{split!r} is also a test split")
+        apart = self.train_split != self.validation_split
+        require(apart, "validation_split", f"{self.train_split!r} is also the train split")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class SteeringSection:
+    """What is learned, and where it sits."""
+
+    operator: Literal["affine", "bias", "low_rank"] = "affine"
+    rank: int | None = None  # of low_rank
+    sites: tuple[str, ...] | None = None  # patterns of module names; every norm of the language backbone
+
+    def __post_init__(self) -> None:
+        low_rank = self.operator == "low_rank"
+        require(self.rank is not None or not low_rank, "rank", "operator low_rank needs one, as in rank: 4")
+        require(self.rank is None or low_rank, "rank", f"operator {self.operator} has none; remove it")
+        _at_least(1, rank=self.rank)
+        _filled(sites=self.sites)
+        _different(sites=self.sites)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class TrainSection:
+    """The policy gradient. A block is a set of counterbalanced ambiguous decisions about one context."""
+
+    estimator: Literal["expected", "reinforce", "ppo"] = "expected"
+    steps: int = 150
+    blocks: int = 4  # of ambiguous decisions, a step
+    unambiguous: int = 8  # decisions, a step
+    learning_rate: float = 5e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    reward: Literal["sign", "smooth"] = "sign"
+    dead_zone: float = 0.0  # deviations from the target up to here earn nothing
+    smooth_width: float = 0.1  # the deviation at which the smooth reward nears +-1
+    abstain_reward: float = -1.0
+    preference_decay: float = 0.9  # of the running group preferences
+    batch_weight: float = 0.5  # of the batch's own preference, against the running one
+    baseline: Literal["context", "value", "none"] = "context"
+    ppo_epochs: int = 4
+    clip_range: float = 0.2
+    max_grad_norm: float = 1.0
+    length_normalised: bool = False  # candidates' log-probabilities by their number of tokens
+    seed: int = 0
+    threads: int | None = None  # torch's own choice
+
+    def __post_init__(self) -> None:
+        _at_least(1, steps=self.steps, blocks=self.blocks, ppo_epochs=self.ppo_epochs, threads=self.threads)
+        _at_least(0, unambiguous=self.unambiguous)
+        _positive(learning_rate=self.learning_rate, smooth_width=self.smooth_width, max_grad_norm=self.max_grad_norm)
+        _share(dead_zone=self.dead_zone, preference_decay=self.preference_decay, batch_weight=self.batch_weight)
+        require(self.dead_zone < 1, "dead_zone", "must be below 1: no deviation is larger")
+        require(self.preference_decay < 1, "preference_decay", "must be below 1: nothing would be learned from a batch")
+        require(0 < self.clip_range < 1, "clip_range", f"must be between 0 and 1, found {self.clip_range}")
+        within = -1 <= self.abstain_reward <= 1
+        require(within, "abstain_reward", f"must be within -1 and 1, found {self.abstain_reward}")
+        require(0 <= self.seed < 2**32, "seed", f"must be within 0 and {2**32 - 1}, found {self.seed}")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ConstraintsSection:
+    """What the steering may cost: nats of KL to the base model, neurons that are not zero."""
+
+    kl_budget: float | None = 0.1  # held by dual ascent
+    kl_coefficient: float | None = None  # fixed instead
+    dual_learning_rate: float = 0.05
+    sparsity: float = 0.0  # lambda of the L1 norm
+    anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too
+
+    def __post_init__(self) -> None:
+        _positive(kl_budget=self.kl_budget, dual_learning_rate=self.dual_learning_rate)
+        _at_least(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
+        _filled(anchors=self.anchors)
+        both = self.kl_budget is not None and self.kl_coefficient is not None
+        reason = "contradicts kl_budget, which sets the coefficient itself; for a fixed one add kl_budget: null"
+        require(not both, "kl_coefficient", reason)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class EvaluationSection:
+    """How often the validation split is measured, and how the test splits are at the end."""
+
+    every: int = 25  # steps
+    scales: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    bootstrap: int = 1000  # resamples of an interval
+
+    def __post_init__(self) -> None:
+        _at_least(1, every=self.every, bootstrap=self.bootstrap)
+        _filled(scales=self.scales)
+        _at_least(0, **{f"scales[{i}]": scale for i, scale in enumerate(self.scales)})
+        rising = all(low < high for low, high in zip(self.scales, self.scales[1:], strict=False))
+        require(rising, "scales", f"must rise, found {list(self.scales)}")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class RunSection:
+    """Where a run is kept, and who else hears of it."""
+
+    folder: str = "runs"
+    name: str | None = None  # the config's
+    tracking: Literal["none"] = "none"
+
+    def __post_init__(self) -> None:
+        _filled(folder=self.folder, name=self.name)
+        plain = self.name is None or (self.name not in (".", "..") and not {*self.name} & {*"/\\\0"})
+        require(plain, "name", f"must be a name, not a path, found {self.name!r}; the place is run.folder")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class TrainConfig:
+    """Everything that a training run is told."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=DataSection)
+    steering: SteeringSection = field(default_factory=SteeringSection)
+    train: TrainSection = field(default_factory=TrainSection)
+    constraints: ConstraintsSection = field(default_factory=ConstraintsSection)
+    evaluation: EvaluationSection = field(default_factory=EvaluationSection)
+    run: RunSection = field(default_factory=RunSection)
+
+
+def known_configs() -> tuple[str, ...]:
+    """The names of the shipped configs."""
+    names = (entry.name for entry in files("configs").iterdir() if entry.is_file())
+    return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config of a shipped name or a YAML file, with ``key=value`` overrides applied in order.
+
+    Raises:
+        ConfigError: if there is no such config, or it or an override holds a mistake; the message names the file or
+            the override, the dotted path, and what to do.
+    """
+    source, text = _read(str(name_or_path))
+    parsed = [(item, *parse_override(item)) for item in overrides]
+    try:
+        raw = parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    require(isinstance(raw, dict), "", f"{source}: expected a mapping of sections ({', '.join(_sections())})")
+    try:
+        for _, path, value in parsed:
+            raw = override(TrainConfig, raw, path, value)
+        return build(TrainConfig, raw)
+    except ConfigError as error:
+        blamed = next((item for item, path, _ in reversed(parsed) if _related(path, error.path)), None)
+        where = source if blamed is None else f"override {blamed!r}"
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def resolved_yaml(config: TrainConfig) -> str:
+    """Every value of a config, the defaults too, as YAML that :func:`load_config` reads back as an equal config."""
+    return dump_yaml(config)
+
+
+def _related(path: str, other: str) -> bool:
+    """Whether one dotted path is the other, or holds it."""
+    left, right = re.split(r"[.[]", path), re.split(r"[.[]", other)
+    return all(a == b for a, b in zip(left, right, strict=False))
+
+
+def _sections() -> tuple[str, ...]:
+    return tuple(TrainConfig.__dataclass_fields__)
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    """The text of a config, and what messages call it."""
+    known = known_configs()
+    if name_or_path in known:
+        return f"config {name_or_path}", (files("configs") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    path = Path(name_or_path)
+    stem = path.name.removesuffix(".yaml")
+    guess = nearest(stem, known)
+    hint = f"did you mean {guess}?" if guess else f"shipped ones are {', '.join(known)}"
+    if path.suffix not in (".yaml", ".yml") and len(path.parts) < 2:
+        raise ConfigError(f"no config is named {name_or_path!r}; {hint} (a path ends in .yaml)")
+    try:
+        return str(path), path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; {hint}") from error

@@ -1,0 +1,1 @@
+"""Trainers: what learns a steering from the rewards of :mod:`envs`."""

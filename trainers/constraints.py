@@ -1,0 +1,96 @@
+"""What steering may cost: a KL budget held by dual ascent, and an L1 penalty taken as a proximal step.
+
+Budget. The Lagrangian of  max reward  subject to  E KL(pi_s || pi_0) <= eps  is  reward - beta * (KL - eps); beta
+follows gradient ascent on its logarithm, ``log beta += lr * (KL / eps - 1)``, so that it stays positive and its step does
+not depend on the unit of eps.
+
+Sparsity. ``lambda * |x|_1`` by soft thresholding after the gradient step, ``x <- sign(x) * max(|x| - lr * lambda, 0)``: what
+is reported as zero is exactly zero (Parikh & Boyd 2014, section 6.5.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(N,) KL(p || q) in nats of rows of log-probabilities (N, V)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+class FixedKL:
+    """A KL penalty with a coefficient that never changes, as published; it holds no budget."""
+
+    budget: float | None = None
+
+    def __init__(self, coefficient: float):
+        self.coefficient = coefficient
+
+    def update(self, kl: float) -> None:
+        """Nothing to adapt."""
+
+    def state_dict(self) -> dict[str, float]:
+        return {"coefficient": self.coefficient}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.coefficient = state["coefficient"]
+
+
+class KLBudget:
+    """The dual variable of a KL budget.
+
+    Args:
+        budget: eps in nats; the mean KL on the answer positions may not exceed it.
+        learning_rate: of the ascent on log beta, a step of training each.
+        initial: beta at the start.
+        margin: share of the budget that is aimed at, as training's KL varies from batch to batch.
+        averaging: weight of the past in the running KL that the ascent sees.
+    """
+
+    LOG_RANGE = (math.log(1e-4), math.log(1e4))
+
+    def __init__(self, budget: float, learning_rate: float = 0.1, initial: float = 0.1, margin: float = 0.9, averaging: float = 0.8):
+        if not budget > 0 or not math.isfinite(budget):
+            raise ValueError(f"KL budget is {budget}, expected a finite number of nats > 0")
+        self.budget = budget
+        self.learning_rate = learning_rate
+        self.margin = margin
+        self.averaging = averaging
+        self._log_beta = math.log(initial)
+        self._running: float | None = None
+
+    @property
+    def coefficient(self) -> float:
+        """beta, the price of one nat."""
+        return math.exp(self._log_beta)
+
+    def update(self, kl: float) -> None:
+        """One step of dual ascent on a batch's mean KL."""
+        self._running = kl if self._running is None else self.averaging * self._running + (1 - self.averaging) * kl
+        # The violation is bounded, or one bad batch would move beta by orders of magnitude.
+        violation = min(max(self._running / (self.margin * self.budget) - 1.0, -1.0), 3.0)
+        low, high = self.LOG_RANGE
+        self._log_beta = min(max(self._log_beta + self.learning_rate * violation, low), high)
+
+    def state_dict(self) -> dict[str, float | None]:
+        return {"log_beta": self._log_beta, "running": self._running}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        self._log_beta, self._running = state["log_beta"], state["running"]
+
+
+@torch.no_grad()
+def soft_threshold(parameters: Iterable[Tensor], amount: float) -> None:
+    """Move every coefficient towards zero by ``amount``, and no further than zero, in place."""
+    for parameter in parameters:
+        parameter.copy_(parameter.sign() * (parameter.abs() - amount).clamp(min=0))
+
+
+def sparsity(parameters: Iterable[Tensor]) -> float:
+    """Share of coefficients that are exactly zero."""
+    values = list(parameters)
+    return sum(int((p == 0).sum()) for p in values) / max(sum(p.numel() for p in values), 1)

@@ -1,0 +1,137 @@
+"""The Stable-Baselines3 policy whose action distribution is the steered model's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from torch import Tensor, nn
+from torch.distributions import Categorical
+
+from dso.steering import Steering
+from envs.task import DecisionTask
+
+BASELINES = ("context", "value", "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a batch of N decisions is decided.
+
+    Attributes:
+        log_policy: (N, K) log pi, -inf where there is no candidate.
+        next_token: (N, V) log-probabilities after the prompt, or None if not asked for.
+        values: (N,) baseline of each decision's reward.
+        answer_mass: (N,) without gradient.
+    """
+
+    log_policy: Tensor
+    next_token: Tensor | None
+    values: Tensor
+    answer_mass: Tensor
+
+
+class SteeringPolicy(ActorCriticPolicy):
+    """pi(k | handle) of the steered backbone; only the operators and the value head are parameters.
+
+    Args:
+        task: decisions and backbone; kept out of the module tree, so that no backbone weight is ever saved or moved.
+        steering: the operators, attached to the backbone by the caller.
+        baseline: ``context`` (running mean reward of the decision's context), ``value`` (a linear head on the output
+            layer's input) or ``none``.
+        length_normalised: divide candidates' log-probabilities by their token counts.
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Schedule,
+        *,
+        task: DecisionTask,
+        steering: Steering,
+        baseline: str = "context",
+        length_normalised: bool = False,
+        use_sde: bool = False,
+        **kwargs: Any,
+    ):
+        if baseline not in BASELINES:
+            raise ValueError(f"baseline is {baseline!r}, expected one of {', '.join(BASELINES)}")
+        self._wiring = (task, steering, baseline)  # read by _build, before nn.Module accepts submodules
+        self.length_normalised = length_normalised
+        super().__init__(observation_space, action_space, lr_schedule, net_arch=[], use_sde=use_sde, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        task, self.steering, self.baseline = self._wiring
+        self.__dict__["task"] = task
+        self.value_head = None
+        if self.baseline == "value":
+            self.value_head = nn.Linear(task.backbone.model.get_output_embeddings().in_features, 1)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
+        rows = task.n_contexts if self.baseline == "context" else 0
+        self.register_buffer("context_values", torch.zeros(rows, 2))  # ambiguous, unambiguous
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        self.optimizer = self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def decide(self, handles: np.ndarray | Tensor, *, next_token: bool = False) -> Outcome:
+        """Run the steered model on a batch of handles."""
+        index = torch.as_tensor(handles).reshape(-1).long().cpu()
+        scores = self.task.backbone.score(self.task.pick(index), next_token=next_token, hidden=self.value_head is not None)
+        return Outcome(
+            scores.policy(self.length_normalised), scores.next_token, self._values(index, scores.hidden), scores.answer_mass().detach()
+        )
+
+    def _values(self, index: Tensor, hidden: Tensor | None) -> Tensor:
+        if self.value_head is not None:
+            return self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+        if self.baseline == "context":
+            index = index.to(self.context_values.device)
+            return self.context_values[self.task.contexts[index], (self.task.answers[index] >= 0).long()]
+        return torch.zeros(len(index), device=self.task.groups.device)
+
+    @torch.no_grad()
+    def update_baseline(self, handles: np.ndarray | Tensor, rewards: Tensor, decay: float = 0.8) -> None:
+        """Move the contexts' running mean rewards towards a batch's."""
+        if self.baseline != "context":
+            return
+        index = torch.as_tensor(handles).reshape(-1).long().to(self.context_values.device)
+        cells = self.task.contexts[index] * 2 + (self.task.answers[index] >= 0).long()
+        total = torch.zeros(self.context_values.numel(), device=cells.device)
+        counts = total.index_add(0, cells, torch.ones_like(rewards))
+        means = total.index_add(0, cells, rewards) / counts.clamp(min=1)
+        flat = self.context_values.view(-1)
+        flat.copy_(torch.where(counts > 0, flat + (1 - decay) * (means - flat), flat))
+
+    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """SB3's rollout call: actions (N,), values (N,) and log-probabilities (N,)."""
+        outcome = self.decide(obs)
+        actions = choose(outcome.log_policy, deterministic)
+        return actions, outcome.values, outcome.log_policy.gather(1, actions[:, None])[:, 0]
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """SB3's training call: values (N,), log-probabilities (N,) and entropies (N,)."""
+        outcome = self.decide(obs)
+        chosen = outcome.log_policy.gather(1, actions.long().view(-1, 1))[:, 0]
+        return outcome.values, chosen, Categorical(logits=outcome.log_policy).entropy()
+
+    def predict_values(self, obs: Tensor) -> Tensor:
+        """Zeros: every episode ends with its step, so the value of what follows is never used, and a forward pass is saved."""
+        return torch.zeros(len(obs), device=self.task.groups.device)
+
+    def get_distribution(self, obs: Tensor) -> Categorical:
+        """The distribution over candidates."""
+        return Categorical(logits=self.decide(obs).log_policy)
+
+    def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:
+        return choose(self.decide(observation).log_policy, deterministic)
+
+
+def choose(log_policy: Tensor, deterministic: bool = False) -> Tensor:
+    """(N,) candidates: sampled, or the most probable."""
+    return log_policy.argmax(-1) if deterministic else Categorical(logits=log_policy).sample()

@@ -1,0 +1,184 @@
+"""SteeringPPO: Stable-Baselines3's PPO over a steered model, with three policy-gradient estimators.
+
+Each rollout is one batch of one-step episodes. With pi the policy over the K candidates, r their rewards, v a baseline:
+
+    expected     sum_k pi_k r_k                                      exact: no sampling variance
+    reinforce    log pi(k) (r_k - v),  k ~ pi                        DSO (arXiv 2512.15926, section 3)
+    ppo          min(q A, clip(q, 1 -+ eps) A), q = pi(k) / pi_old(k), A = r_k - v     Schulman et al. 2017
+
+The first two act and learn in one forward pass, whose graph is kept from the rollout; ``ppo`` rolls out first, like
+the base class. Same rewards, same constraints, same optimiser step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from dso.rewards import expected_reward
+from envs.task import DecisionTask
+from trainers.constraints import FixedKL, KLBudget, kl_divergence, soft_threshold, sparsity
+from trainers.policy import Outcome, SteeringPolicy, choose
+from trainers.vec import DecisionVecEnv
+
+ESTIMATORS = ("expected", "reinforce", "ppo")
+
+
+class SteeringPPO(PPO):
+    """Learn a steering.
+
+    Args:
+        env: a :class:`trainers.vec.DecisionVecEnv`.
+        policy_kwargs: of :class:`trainers.policy.SteeringPolicy`: ``steering``, ``baseline``, ``length_normalised``; the
+            task is the environment's.
+        estimator: ``expected``, ``reinforce`` or ``ppo``.
+        kl: the constraint, a :class:`trainers.constraints.KLBudget` or :class:`FixedKL`.
+        unambiguous_weight: weight of the unambiguous decisions' mean reward beside the ambiguous ones'.
+        sparsity: lambda of the L1 penalty, per unit of learning rate.
+        hard_preference: let the reward see sampled answers instead of probabilities (as published; not with ``expected``).
+        kwargs: everything PPO takes; ``n_steps`` is always 1 and ``batch_size`` the whole batch unless given.
+    """
+
+    policy: SteeringPolicy
+
+    def __init__(
+        self,
+        env: DecisionVecEnv,
+        *,
+        policy_kwargs: dict[str, Any],
+        estimator: str = "expected",
+        kl: KLBudget | FixedKL | None = None,
+        unambiguous_weight: float = 1.0,
+        sparsity: float = 0.0,
+        hard_preference: bool = False,
+        **kwargs: Any,
+    ):
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
+        if estimator == "expected" and hard_preference:
+            raise ValueError("estimator 'expected' samples no answers, so there is no hard preference; use reinforce or ppo")
+        self.estimator = estimator
+        self.kl = kl or KLBudget(0.1)
+        self.unambiguous_weight = unambiguous_weight
+        self.sparsity = sparsity
+        self.hard_preference = hard_preference
+        self._rollout: tuple[Outcome, Tensor, Tensor] | None = None
+        task = env.inner.task
+        defaults: dict[str, Any] = {"n_steps": 1, "batch_size": env.num_envs, "normalize_advantage": False, "device": task.backbone.device}
+        super().__init__(SteeringPolicy, env, policy_kwargs={"task": task, **policy_kwargs}, **{**defaults, **kwargs})
+
+    @property
+    def task(self) -> DecisionTask:
+        """Decisions, backbone and rewards."""
+        return self.policy.task
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> bool:
+        """Decide one batch; where acting and learning share a pass, its graph is kept for :meth:`train`."""
+        shared = self.estimator != "ppo"
+        rollout_buffer.reset()
+        callback.on_rollout_start()
+        handles = self._last_obs
+        with torch.set_grad_enabled(shared):
+            outcome = self.policy.decide(handles, next_token=shared)
+        actions = choose(outcome.log_policy)
+        stated = outcome.log_policy.exp()
+        if self.hard_preference:
+            stated = torch.nn.functional.one_hot(actions, stated.shape[1]).to(stated.dtype)
+        table = env.state_policy(stated)
+        new_handles, rewards, dones, infos = env.step(actions.cpu().numpy())
+        self.num_timesteps += env.num_envs
+        callback.update_locals(locals())
+        if not callback.on_step():
+            return False
+        self._update_info_buffer(infos, dones)
+        log_probs = outcome.log_policy.detach().gather(1, actions[:, None])[:, 0]
+        values = outcome.values.detach()
+        rollout_buffer.add(handles, actions.cpu().numpy().reshape(-1, 1), rewards, self._last_episode_starts, values, log_probs)
+        rollout_buffer.compute_returns_and_advantage(last_values=torch.zeros_like(values), dones=dones)
+        self.policy.update_baseline(handles, (stated.detach() * table).sum(-1))
+        self._rollout = (outcome, table, actions) if shared else None
+        self._handles = handles
+        self._last_obs, self._last_episode_starts = new_handles, dones
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def train(self) -> None:
+        """One optimiser step on the kept pass, or PPO's epochs over the rollout buffer."""
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        if self.estimator == "ppo":
+            for _ in range(self.n_epochs):
+                for batch in self.rollout_buffer.get(self.batch_size):
+                    handles = batch.observations.long().view(-1).cpu().numpy()
+                    outcome = self.policy.decide(handles, next_token=True)
+                    chosen = outcome.log_policy.gather(1, batch.actions.long().view(-1, 1))[:, 0]
+                    self._learn(handles, outcome, self._clipped(chosen, batch.old_log_prob, batch.advantages), batch.returns)
+        else:
+            outcome, table, actions = self._rollout
+            self._rollout = None  # the graph is used once
+            if self.estimator == "expected":
+                gain = expected_reward(outcome.log_policy.masked_fill(outcome.log_policy.isneginf(), -1e9), table)
+                returns = gain.detach()
+            else:
+                returns = table.gather(1, actions[:, None])[:, 0]
+                gain = outcome.log_policy.gather(1, actions[:, None])[:, 0] * (returns - outcome.values.detach())
+            self._learn(self._handles, outcome, gain, returns)
+        self._n_updates += 1
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
+        ratio = (log_prob - old_log_prob).exp()
+        clip = self.clip_range(self._current_progress_remaining)
+        self.logger.record("train/clip_fraction", float(((ratio - 1).abs() > clip).float().mean()))
+        return torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+    def _learn(self, handles: np.ndarray, outcome: Outcome, gain: Tensor, returns: Tensor) -> None:
+        """One step up the weighted gain under the constraints.
+
+        Args:
+            gain: (N,) surrogate reward of each decision, with gradient.
+            returns: (N,) rewards, for the value head.
+        """
+        ambiguous = self.task.answers[torch.as_tensor(handles, device=gain.device)] < 0
+        objective = _mean(gain, ambiguous) + self.unambiguous_weight * _mean(gain, ~ambiguous)
+        divergence = kl_divergence(outcome.next_token, self.task.reference(handles))
+        loss = -objective + self.kl.coefficient * divergence.mean()
+        if outcome.values.requires_grad:
+            loss = loss + self.vf_coef * torch.nn.functional.mse_loss(outcome.values, returns)
+        optimizer = self.policy.optimizer
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        optimizer.step()
+        operators = list(self.policy.steering.parameters())
+        if self.sparsity:
+            soft_threshold(operators, self.sparsity * optimizer.param_groups[0]["lr"])
+        kl = float(divergence.detach().mean())
+        self.kl.update(kl)
+        self._record(objective, loss, kl, norm, outcome, operators)
+
+    def _record(self, objective: Tensor, loss: Tensor, kl: float, norm: Tensor, outcome: Outcome, operators: list[Tensor]) -> None:
+        bias = (self.task.preference - self.task.target).abs().sum(-1).mean()
+        values = {
+            "objective": objective, "loss": loss, "kl": kl, "kl_coefficient": self.kl.coefficient, "gradient_norm": norm,
+            "running_bias": bias, "answer_mass": outcome.answer_mass.mean(), "sparsity": sparsity(operators),
+        }  # fmt: skip
+        for name, value in values.items():
+            self.logger.record(f"train/{name}", float(value))
+
+    def _excluded_save_params(self) -> list[str]:
+        """The backbone and everything that holds it stay out of SB3's own archives."""
+        return [*super()._excluded_save_params(), "_rollout", "_handles", "policy_kwargs", "kl"]
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    """Mean over the marked decisions, 0 if there are none."""
+    return (values * where).sum() / where.sum().clamp(min=1)
