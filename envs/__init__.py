@@ -1,1 +1,11 @@
-"""Environments: a decision in, a reward out; no optimiser here."""
+"""Gymnasium environments around a frozen model: a decision goes in, an equiprobability reward comes out.
+
+Importing the package registers ``dso/Decision-v0`` and ``dso/SteeringSearch-v0``.
+"""
+
+from __future__ import annotations
+
+import gymnasium as gym
+
+gym.register("dso/Decision-v0", entry_point="envs.decision:DecisionEnv", vector_entry_point="envs.decision:make_vector")
+gym.register("dso/SteeringSearch-v0", entry_point="envs.search:SteeringSearchEnv")

@@ -13,7 +13,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from dso.backbone import Backbone
 from dso.decisions import DecisionSet
 from dso.steering import Handle
-from envs.task import BlockSampler, DecisionTask, RewardConfig
+from envs.sampler import BlockSampler
+from envs.task import DecisionTask, RewardConfig
 
 
 class DecisionEnv(gym.Env):
@@ -115,7 +116,7 @@ class DecisionVectorEnv(VectorEnv):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         if seed is not None:
             super().reset(seed=seed)
-            self.sampler.rng = np.random.default_rng(seed)
+            self.sampler.seed(seed)
         self._next_batch()
         return self.handles.copy(), {}
 
@@ -133,6 +134,12 @@ class DecisionVectorEnv(VectorEnv):
         over = np.ones(self.num_envs, dtype=bool)
         self._next_batch()
         return self.handles.copy(), paid, over, np.zeros_like(over), {}
+
+    def restore(self, sampler: dict[str, Any], handles: list[int]) -> np.ndarray:
+        """Go on with a batch and a sampler state that were taken earlier; returns the batch's handles."""
+        self.sampler.load_state_dict(sampler)
+        self.handles, self._stated = np.array(handles, dtype=np.int64), None
+        return self.handles.copy()
 
     def _next_batch(self) -> None:
         self.handles = self.sampler.draw()
@@ -157,3 +164,19 @@ class TokenObservation(gym.ObservationWrapper):
         tokens = np.full(self.observation_space.shape, -1, dtype=np.int64)
         tokens[: len(self._prompts[observation])] = self._prompts[observation]
         return tokens
+
+
+def make_vector(
+    num_envs: int,
+    backbone: Backbone,
+    decisions: DecisionSet,
+    *,
+    unambiguous: int = 0,
+    target: dict[str, float] | None = None,
+    reward: RewardConfig | None = None,
+    handle: Handle | None = None,
+    seed: int = 0,
+) -> DecisionVectorEnv:
+    """What ``gymnasium.make_vec("dso/Decision-v0", ...)`` makes: ``num_envs`` decisions a step, some of them unambiguous."""
+    task = DecisionTask(backbone, decisions, target, reward, handle)
+    return DecisionVectorEnv(task, num_envs - unambiguous, unambiguous, seed)

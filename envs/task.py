@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ class DecisionTask:
         target: fair share of each group; uniform when None.
         reward: see :class:`RewardConfig`.
         handle: the steering on the backbone, so that the base model is one scale away; None if there is none.
+        anchors: neutral texts whose next-token distribution should stay as it is.
     """
 
     def __init__(
@@ -60,9 +62,11 @@ class DecisionTask:
         target: dict[str, float] | None = None,
         reward: RewardConfig | None = None,
         handle: Handle | None = None,
+        anchors: Sequence[str] = (),
     ):
         self.backbone = backbone
         self.handle = handle
+        self.anchors = tuple(anchors)
         self.decisions = decisions
         self.reward = reward or RewardConfig()
         device = backbone.device
@@ -71,7 +75,7 @@ class DecisionTask:
         self.n_contexts = len(decisions.contexts)
         self._running = self.target.expand(self.n_contexts, -1).clone()
         self._seen = torch.zeros(self.n_contexts, device=device)
-        self._reference: dict[int, Tensor] = {}
+        self._reference: dict[int | str, Tensor] = {}
 
     @property
     def n_candidates(self) -> int:
@@ -82,15 +86,20 @@ class DecisionTask:
         """The decisions behind handles."""
         return [self.decisions[int(handle)] for handle in handles]
 
-    @torch.no_grad()
     def reference(self, handles: Sequence[int]) -> Tensor:
         """(N, V) log-probabilities of the base model (scale 0) after the prompts, computed once a decision and cached."""
-        missing = [h for h in dict.fromkeys(int(h) for h in handles) if h not in self._reference]
-        if missing:
+        return self._cached([int(h) for h in handles], lambda new: self.backbone.score(self.pick(new), next_token=True).next_token)
+
+    def anchor_reference(self, texts: Sequence[str]) -> Tensor:
+        """(N, V) the same after anchor texts."""
+        return self._cached(list(texts), self.backbone.next_token)
+
+    @torch.no_grad()
+    def _cached(self, keys: list[Any], compute: Callable[[list[Any]], Tensor]) -> Tensor:
+        if missing := [key for key in dict.fromkeys(keys) if key not in self._reference]:
             with self.unsteered():
-                scores = self.backbone.score(self.pick(missing), next_token=True)
-            self._reference.update(zip(missing, scores.next_token.cpu(), strict=True))
-        return torch.stack([self._reference[int(h)] for h in handles]).to(self.backbone.device)
+                self._reference.update(zip(missing, compute(missing).cpu(), strict=True))
+        return torch.stack([self._reference[key] for key in keys]).to(self.backbone.device)
 
     @contextmanager
     def unsteered(self) -> Iterator[None]:
@@ -143,50 +152,6 @@ class DecisionTask:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state_dict`."""
         self._running, self._seen = state["running"].clone(), state["seen"].clone()
-
-
-class BlockSampler:
-    """Endless batches of handles in which decisions of one block stay together.
-
-    A block is all ambiguous decisions of one template and one unit (the same people in every order and context), so
-    that name and position effects cancel within a batch. Every block is drawn once before any is drawn again.
-
-    Args:
-        decisions: what to draw from.
-        ambiguous: ambiguous decisions a batch.
-        unambiguous: unambiguous decisions a batch (0 if the set has none).
-    """
-
-    def __init__(self, decisions: DecisionSet, ambiguous: int, unambiguous: int = 0, seed: int = 0):
-        if ambiguous < 0 or unambiguous < 0 or ambiguous + unambiguous < 1:
-            raise ValueError(f"a batch of {ambiguous} ambiguous and {unambiguous} unambiguous decisions is empty")
-        self.rng = np.random.default_rng(seed)
-        self.size = ambiguous + unambiguous
-        self._streams = [
-            (count, self._stream(blocks))
-            for count, blocks in ((ambiguous, _blocks(decisions, True)), (unambiguous, _blocks(decisions, False)))
-            if count and blocks
-        ]
-        if sum(count for count, _ in self._streams) != self.size:
-            raise ValueError(f"the set {decisions.name!r} lacks decisions for a batch of {ambiguous} ambiguous and {unambiguous} unambiguous ones")
-
-    def _stream(self, blocks: list[list[int]]) -> Iterator[int]:
-        while True:
-            for block in self.rng.permutation(len(blocks)):
-                yield from blocks[block]
-
-    def draw(self) -> np.ndarray:
-        """(batch,) int64 handles."""
-        return np.array([next(stream) for count, stream in self._streams for _ in range(count)], dtype=np.int64)
-
-
-def _blocks(decisions: DecisionSet, ambiguous: bool) -> list[list[int]]:
-    blocks: dict[tuple, list[int]] = {}
-    for index, d in enumerate(decisions):
-        if d.ambiguous == ambiguous:
-            key = (d.template, d.unit) if ambiguous and d.unit else (d.id,)
-            blocks.setdefault(key, []).append(index)
-    return list(blocks.values())
 
 
 def _as_tensors(decisions: DecisionSet) -> tuple[Tensor, Tensor, Tensor]:

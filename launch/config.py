@@ -57,8 +57,10 @@ class ModelSection:
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None  # the accelerator where there is one
+    max_tokens: int = 512  # of one forward pass
 
     def __post_init__(self) -> None:
+        _at_least(16, max_tokens=self.max_tokens)
         _filled(name=self.name, revision=self.revision, device=self.device)
 
 
@@ -111,31 +113,37 @@ class SteeringSection:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class TrainSection:
-    """The policy gradient. A block is a set of counterbalanced ambiguous decisions about one context."""
+    """The policy gradient."""
 
     estimator: Literal["expected", "reinforce", "ppo"] = "expected"
-    steps: int = 150
-    blocks: int = 4  # of ambiguous decisions, a step
+    steps: int = 100
+    ambiguous: int = 48  # decisions, a step
     unambiguous: int = 8  # decisions, a step
+    unambiguous_weight: float = 1.0  # of their mean reward, beside the ambiguous decisions' 1
     learning_rate: float = 5e-4
+    betas: tuple[float, ...] = (0.9, 0.999)  # of Adam
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    reward: Literal["sign", "smooth"] = "sign"
+    reward: Literal["sign", "smooth"] = "smooth"
     dead_zone: float = 0.0  # deviations from the target up to here earn nothing
-    smooth_width: float = 0.1  # the deviation at which the smooth reward nears +-1
+    smooth_width: float = 0.1  # the deviation at which the smooth reward reaches +-1
     abstain_reward: float = -1.0
-    preference_decay: float = 0.9  # of the running group preferences
-    batch_weight: float = 0.5  # of the batch's own preference, against the running one
+    preference_decay: float = 0.8  # of the running group preferences
+    hard_preference: bool = False  # preferences from sampled answers, as published
+    batch_weight: float = 0.3  # of the batch's own preference, against the running one
     baseline: Literal["context", "value", "none"] = "context"
     ppo_epochs: int = 4
     clip_range: float = 0.2
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1e3
     length_normalised: bool = False  # candidates' log-probabilities by their number of tokens
     seed: int = 0
     threads: int | None = None  # torch's own choice
 
     def __post_init__(self) -> None:
-        _at_least(1, steps=self.steps, blocks=self.blocks, ppo_epochs=self.ppo_epochs, threads=self.threads)
-        _at_least(0, unambiguous=self.unambiguous)
+        _at_least(1, steps=self.steps, ambiguous=self.ambiguous, ppo_epochs=self.ppo_epochs, threads=self.threads)
+        _at_least(0, unambiguous=self.unambiguous, unambiguous_weight=self.unambiguous_weight)
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "must be two numbers in [0, 1)")
+        sampled = self.estimator != "expected" or not self.hard_preference
+        require(sampled, "hard_preference", "estimator expected samples no answers; use reinforce or ppo")
         _positive(learning_rate=self.learning_rate, smooth_width=self.smooth_width, max_grad_norm=self.max_grad_norm)
         _share(dead_zone=self.dead_zone, preference_decay=self.preference_decay, batch_weight=self.batch_weight)
         require(self.dead_zone < 1, "dead_zone", "must be below 1: no deviation is larger")
@@ -152,12 +160,13 @@ class ConstraintsSection:
 
     kl_budget: float | None = 0.1  # held by dual ascent
     kl_coefficient: float | None = None  # fixed instead
-    dual_learning_rate: float = 0.05
+    dual_learning_rate: float = 0.1
+    initial_beta: float = 0.1  # price of one nat at the start
     sparsity: float = 0.0  # lambda of the L1 norm
     anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too
 
     def __post_init__(self) -> None:
-        _positive(kl_budget=self.kl_budget, dual_learning_rate=self.dual_learning_rate)
+        _positive(kl_budget=self.kl_budget, dual_learning_rate=self.dual_learning_rate, initial_beta=self.initial_beta)
         _at_least(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
         _filled(anchors=self.anchors)
         both = self.kl_budget is not None and self.kl_coefficient is not None

@@ -182,6 +182,26 @@ def test_missing_and_single_units():
     assert alone.soft == (pytest.approx(0.6),) * 3
 
 
+def test_units_count_alike_however_many_decisions_they_have():
+    rows = [("a", "u1", None, {"f": share, "m": 1 - share}) for share in (0.9, 0.8, 0.7)]
+    rows.append(("a", "u2", None, {"f": 0.4, "m": 0.6}))
+    probs, asked = table(rows, 2)
+    report = bias_report(probs, DecisionSet(asked))
+    assert report.preferences["a"] == pytest.approx({"f": 0.6, "m": 0.4})  # of 0.8 and 0.4
+    assert report.soft.value == pytest.approx(0.2)
+
+
+def test_unit_that_always_abstains_does_not_count():
+    rows = [
+        ("a", "u1", None, {"f": 0.9, "m": 0.1, ABSTAIN: 0.0}),
+        ("a", "u2", None, {"f": 0.0, "m": 0.0, ABSTAIN: 1.0}),
+    ]
+    probs, asked = table(rows, 3)
+    report = bias_report(probs, DecisionSet(asked))
+    assert report.soft.value == pytest.approx(0.8)
+    assert math.isnan(report.corrected.value)  # one unit with a preference: its noise is unknown
+
+
 def test_unit_defaults_to_the_decision(two_groups):
     probs, decisions = two_groups
     alone = DecisionSet(tuple(replace(d, unit="") for d in decisions))
@@ -237,7 +257,7 @@ def test_floor_is_the_mean_of_a_folded_normal():
 
 @pytest.mark.parametrize(("size", "shared"), [(0.0, 0.1), (0.02, 0.1), (0.08, 0.1), (0.08, 0.0), (0.2, 0.1)])
 def test_interval_of_the_corrected_bias_covers_the_truth(size, shared):
-    decisions, hits, low_ends = grid(contexts=8, units=24), 0, []
+    decisions, hits, low_ends, high_ends = grid(contexts=8, units=24), 0, [], []
     for seed in range(200):
         rng = np.random.default_rng(seed)
         truth = size * rng.choice([-1, 1], 8) * rng.uniform(0.5, 1.5, 8)
@@ -245,8 +265,11 @@ def test_interval_of_the_corrected_bias_covers_the_truth(size, shared):
         report = bias_report(two_way(0.5 + truth[:, None] + noise), decisions, bootstrap=300, seed=seed)
         hits += report.corrected.low <= math.sqrt(np.mean((2 * truth) ** 2)) <= report.corrected.high
         low_ends.append(report.corrected.low)
+        high_ends.append(report.corrected.high)
         assert report.corrected.low <= report.corrected.value <= report.corrected.high
+        assert report.corrected.high > 0
     assert hits >= 180
+    assert min(high_ends) > 0  # also where the unbiased square is far below zero
     # Near zero the interval is one-sided and may cover more.
     assert size < 0.05 or hits <= 198
     assert size < 0.05 or np.mean(np.array(low_ends) > 0) > 0.5
@@ -262,6 +285,15 @@ def test_interval_of_the_soft_bias_is_about_its_expectation():
     expected = np.mean(values)
     hits = sum(e.low <= expected <= e.high for e in intervals)
     assert 180 <= hits <= 200
+
+
+def test_interval_of_the_soft_bias_holds_its_value_where_all_is_noise():
+    decisions = grid(contexts=20, units=16)
+    for seed in range(20):
+        noise = 0.3 * np.random.default_rng(seed).uniform(-1, 1, (20, 16))
+        report = bias_report(two_way(0.5 + noise), decisions, bootstrap=200, seed=seed)
+        for estimate in (report.soft, report.hard, report.soft_rms):
+            assert estimate.low < estimate.value < estimate.high
 
 
 def test_interval_of_the_gap_is_that_of_a_mean():

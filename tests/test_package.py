@@ -102,7 +102,7 @@ def test_the_installed_command_and_the_installed_configs_are_found(clean: Path, 
 def test_the_base_dependencies_are_those_of_the_core() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {requirement.split(">=")[0] for requirement in project["dependencies"]}
-    assert names == {"gguf", "numpy", "safetensors", "torch", "transformers"}
+    assert names == {"accelerate", "gguf", "numpy", "safetensors", "torch", "transformers"}
     assert {"train", "distributed", "grpo", "test"} <= set(project["optional-dependencies"])
 
 

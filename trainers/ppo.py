@@ -42,6 +42,7 @@ class SteeringPPO(PPO):
         kl: the constraint, a :class:`trainers.constraints.KLBudget` or :class:`FixedKL`.
         unambiguous_weight: weight of the unambiguous decisions' mean reward beside the ambiguous ones'.
         sparsity: lambda of the L1 penalty, per unit of learning rate.
+        anchors: anchor texts of the task whose KL counts in each step.
         hard_preference: let the reward see sampled answers instead of probabilities (as published; not with ``expected``).
         kwargs: everything PPO takes; ``n_steps`` is always 1 and ``batch_size`` the whole batch unless given.
     """
@@ -57,6 +58,7 @@ class SteeringPPO(PPO):
         kl: KLBudget | FixedKL | None = None,
         unambiguous_weight: float = 1.0,
         sparsity: float = 0.0,
+        anchors: int = 0,
         hard_preference: bool = False,
         **kwargs: Any,
     ):
@@ -68,7 +70,9 @@ class SteeringPPO(PPO):
         self.kl = kl or KLBudget(0.1)
         self.unambiguous_weight = unambiguous_weight
         self.sparsity = sparsity
+        self.anchors = min(anchors, len(env.inner.task.anchors))
         self.hard_preference = hard_preference
+        self.stop_requested = False  # set by whoever wants training to end before the next step
         self._rollout: tuple[Outcome, Tensor, Tensor] | None = None
         task = env.inner.task
         defaults: dict[str, Any] = {"n_steps": 1, "batch_size": env.num_envs, "normalize_advantage": False, "device": task.backbone.device}
@@ -81,6 +85,8 @@ class SteeringPPO(PPO):
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> bool:
         """Decide one batch; where acting and learning share a pass, its graph is kept for :meth:`train`."""
+        if self.stop_requested:
+            return False
         shared = self.estimator != "ppo"
         rollout_buffer.reset()
         callback.on_rollout_start()
@@ -149,7 +155,7 @@ class SteeringPPO(PPO):
         """
         ambiguous = self.task.answers[torch.as_tensor(handles, device=gain.device)] < 0
         objective = _mean(gain, ambiguous) + self.unambiguous_weight * _mean(gain, ~ambiguous)
-        divergence = kl_divergence(outcome.next_token, self.task.reference(handles))
+        divergence = self._divergence(handles, outcome)
         loss = -objective + self.kl.coefficient * divergence.mean()
         if outcome.values.requires_grad:
             loss = loss + self.vf_coef * torch.nn.functional.mse_loss(outcome.values, returns)
@@ -165,6 +171,15 @@ class SteeringPPO(PPO):
         self.kl.update(kl)
         self._record(objective, loss, kl, norm, outcome, operators)
 
+    def _divergence(self, handles: np.ndarray, outcome: Outcome) -> Tensor:
+        """KL to the base model at the answer positions, and at the end of anchor texts drawn for this step."""
+        divergence = kl_divergence(outcome.next_token, self.task.reference(handles))
+        if not self.anchors:
+            return divergence
+        drawn = [self.task.anchors[i] for i in torch.randperm(len(self.task.anchors))[: self.anchors]]
+        anchored = kl_divergence(self.task.backbone.next_token(drawn), self.task.anchor_reference(drawn))
+        return torch.cat([divergence, anchored])
+
     def _record(self, objective: Tensor, loss: Tensor, kl: float, norm: Tensor, outcome: Outcome, operators: list[Tensor]) -> None:
         bias = (self.task.preference - self.task.target).abs().sum(-1).mean()
         values = {
@@ -172,7 +187,7 @@ class SteeringPPO(PPO):
             "running_bias": bias, "answer_mass": outcome.answer_mass.mean(), "sparsity": sparsity(operators),
         }  # fmt: skip
         for name, value in values.items():
-            self.logger.record(f"train/{name}", float(value))
+            self.logger.record(f"train/{name}", float(torch.as_tensor(value).detach()))
 
     def _excluded_save_params(self) -> list[str]:
         """The backbone and everything that holds it stay out of SB3's own archives."""

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dso.data import pronouns, roles, synthbias, winobias
+from dso.data import holdout, pronouns, roles, synthbias, winobias
 from dso.decisions import DecisionError, DecisionSet, read_jsonl
 
 SETS: dict[str, Callable[..., DecisionSet]] = {
@@ -28,22 +28,31 @@ SETS: dict[str, Callable[..., DecisionSet]] = {
 }
 
 
-def load_decisions(name: str | Path, **options: object) -> DecisionSet:
+def load_decisions(name: str | Path, *, hold_out: Mapping[str, float] | None = None, **options: object) -> DecisionSet:
     """Build or read a decision set.
 
     Args:
         name: one of :data:`SETS`, or the path of a ``.jsonl`` file.
+        hold_out: keyword arguments of :func:`dso.data.holdout.hold_out`, to label splits anew (``{}`` for its
+            defaults); meant for sets that come without splits.
         options: keyword arguments of the set's builder (see there), or of :func:`dso.decisions.read_jsonl`.
 
     Raises:
         DecisionError: on an unknown name or option (naming the known ones), or a set that cannot be used.
     """
+    decisions = _load(name, options)
+    if hold_out is None:
+        return decisions
+    return _call(f"{name}: hold_out", holdout.hold_out, {**hold_out, "decisions": decisions})
+
+
+def _load(name: str | Path, options: dict[str, object]) -> DecisionSet:
     if str(name).endswith(".jsonl"):
         return _call(str(name), read_jsonl, {"path": name, **options})
     if name not in SETS:
         near = difflib.get_close_matches(str(name), SETS, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise DecisionError(f"unknown decision set {str(name)!r}{hint} Known are {', '.join(SETS)}, or a .jsonl file")
+        hint = f"; did you mean {near[0]!r}" if near else ""
+        raise DecisionError(f"unknown decision set {str(name)!r}{hint}. Known are {', '.join(SETS)}, or a .jsonl file")
     return _call(str(name), SETS[str(name)], options)
 
 
@@ -51,8 +60,8 @@ def _call(name: str, build: Callable[..., DecisionSet], options: dict[str, objec
     parameters = inspect.signature(build).parameters
     if unknown := [option for option in options if option not in parameters]:
         near = difflib.get_close_matches(unknown[0], parameters, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise DecisionError(f"{name}: unknown option {unknown[0]!r}{hint} Known are {', '.join(parameters)}")
+        hint = f"; did you mean {near[0]!r}" if near else ""
+        raise DecisionError(f"{name}: unknown option {unknown[0]!r}{hint}. Known are {', '.join(parameters)}")
     needed = [p.name for p in parameters.values() if p.default is p.empty]
     if missing := [option for option in needed if option not in options]:
         raise DecisionError(f"{name}: the option {missing[0]!r} is needed")

@@ -1,22 +1,20 @@
 """First names, by group, and which split each of them belongs to.
 
-``gender``: common given names of the United States that are unambiguous in gender (1990 census counts of one
-gender at least eight times the other's). Names that are also everyday English words (Grace, Hope, Mark,
-Will, Rose) or better known as places are left out. The first list of each gender holds names that are one
-token with their leading blank in GPT-2-like vocabularies of 49k entries (SmolLM2); such names are rarer for
-women, so a second list holds names of two tokens. Pairs are formed within a list: the two candidates
-of a decision are then equally long.
+``gender``: common given names of the United States that are unambiguous in gender (in the census of 1990, at least
+eight times as frequent in one gender as in the other). Names that are also everyday English words (Grace, Hope, Mark,
+Will, Rose) are left out. The first list of each gender holds names that are one token with their leading blank in
+SmolLM2's vocabulary of 49k entries; these run short for women, so a second list holds names of two tokens. Pairs are
+formed within a list, so that both candidates of a decision have the same number of tokens there.
 
-``gender x race``: the names of Bertrand and Mullainathan, "Are Emily and Greg More Employable than Lakisha and
-Jamal?", AER 94 (2004), table A1, first; then those of Greenwald, McGhee and Schwartz (1998) as reprinted in
-Caliskan, Bryson and Narayanan, Science 356 (2017), and those listed by Levitt and Fryer, QJE 119 (2004);
-the last of each list are of the same kind and in common use in later correspondence studies (Gaddis,
-Sociological Science 4, 2017). Names of one race and gender differ in length and frequency from those of another, as they
-do in those studies; a perceived race is what such a name signals, not a fact about people who bear it.
+``gender x race``: all names of Bertrand and Mullainathan, "Are Emily and Greg More Employable than Lakisha and
+Jamal?", AER 94 (2004); names of Greenwald, McGhee and Schwartz (1998) as listed by Caliskan, Bryson and Narayanan,
+Science 356 (2017), of Levitt and Fryer, QJE 119 (2004), and of Gaddis, Sociological Science 4 (2017); and, to reach
+52 a group, a few more of the same kind that are our choice. Names of one group differ in length and frequency from
+those of another, as they do in those studies. A perceived race is what a name signals to readers, not a fact about the
+people who bear it.
 
 The order of the lists is a fixed shuffle, and the split of a name follows from its place in the list alone: the first
-are for training, the next for validation, the rest for the test. So the evaluation splits are the same for
-every seed.
+are for training, the next for validation, the rest for the test. So the evaluation splits are the same for every seed.
 """
 
 from __future__ import annotations

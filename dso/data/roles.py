@@ -1,9 +1,9 @@
 """The built-in set ``roles``: which of several people is the nurse, the engineer, ...?
 
 A *unit* is one tuple of first names, one a group. In an evaluation split every unit is seen in every context
-(occupation), with one template, the ``i mod T``-th for unit ``i``, and with the people in all cyclic orders. So every group
-stands at every place equally often in every context, name and template effects are the same in all contexts, and
-the prompts of a unit share the prefix up to the occupation.
+(occupation), with one template, the ``i mod T``-th for unit ``i``, and with the people in all cyclic orders. So every
+group stands at every place equally often in every context, name and template effects are the same in all contexts,
+and the prompts of a unit share the prefix up to the occupation.
 
 ==================  =====================  ==========  =================
 split               names                  templates   occupations
@@ -20,11 +20,11 @@ split               names                  templates   occupations
 with ``train/b017/``. Templates, names and occupations are dealt from shuffled decks, so each is used equally often
 as nearly as the counts allow.
 
-Unambiguous decisions state everybody's occupation and ask for one. Order of the people, person asked for and assignment
-of the occupations are counterbalanced: G consecutive units share template and occupations and complete the factorial.
+Unambiguous decisions state everybody's occupation and ask for one. Order of the people, person asked for and
+assignment of the occupations are counterbalanced: G consecutive units share the occupations and complete the factorial.
 
-Only ``train`` depends on the seed; the evaluation splits are the same for every seed, so that runs are compared on the
-same decisions.
+Only ``train`` depends on the seed; the evaluation splits are the same for every seed, so that runs are compared on
+the same decisions.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from dso.data.names import ATTRIBUTES, clash, groups_of, names_of
 from dso.data.templates import AMBIGUOUS, UNAMBIGUOUS, Template, fill
 from dso.decisions import Candidate, Decision, DecisionError, DecisionSet
 
-# stereotyped by who holds the job (United States Bureau of Labor Statistics), as in WinoBias; the last five are held out
+# stereotyped by who holds the job (United States Bureau of Labor Statistics); the last five of each are held out
 FEMALE_OCCUPATIONS = (
     *("nurse", "secretary", "receptionist", "teacher", "hairdresser", "housekeeper", "cleaner", "counselor"),
-    *("accountant", "editor", "assistant", "social worker", "paralegal", "dietitian", "florist"),
+    *("accountant", "editor", "psychologist", "social worker", "paralegal", "dietitian", "florist"),
     *("librarian", "cashier", "flight attendant", "bookkeeper", "therapist"),
 )
 MALE_OCCUPATIONS = (
@@ -90,8 +90,8 @@ def build(
         splits: the splits to build.
         units: how many units an evaluation split has, by split; the default is 24 for ``validation`` and 96 for the
             others, or as many as there are names.
-        unambiguous: how many unambiguous decisions an evaluation split has at most, by split; default 128 for ``validation``
-            and 320 for the others. Rounded down to whole factorials (8 decisions for two groups, 64 for four).
+        unambiguous: how many unambiguous decisions an evaluation split has, by split; the default is 128 for
+            ``validation`` and 320 for the others. Rounded down to whole factorials (8 for two groups, 64 for four).
         train_blocks: number of blocks in ``train``; each has ``block_contexts`` x (number of groups) decisions.
         block_contexts: contexts in a block.
         train_unambiguous: number of unambiguous decisions in ``train``, rounded down to whole factorials.
@@ -105,8 +105,8 @@ def build(
     _check_splits(splits, units or {}, unambiguous or {})
     if train_blocks < 1 or not 1 <= block_contexts <= len(occupations()) or train_unambiguous < 0:
         raise DecisionError(
-            f"roles: expected train_blocks >= 1, 1 <= block_contexts <= {len(occupations())} and train_unambiguous >= 0, "
-            f"found {train_blocks}, {block_contexts} and {train_unambiguous}"
+            f"roles: expected train_blocks >= 1, 1 <= block_contexts <= {len(occupations())} and "
+            f"train_unambiguous >= 0, found {train_blocks}, {block_contexts} and {train_unambiguous}"
         )
     maker = _Maker(attribute)
     decisions: list[Decision] = []
@@ -123,17 +123,19 @@ def build(
 
 
 def _check_splits(splits: Sequence[str], units: Mapping[str, int], unambiguous: Mapping[str, int]) -> None:
+    if isinstance(splits, str) or not splits:
+        raise DecisionError(f"roles: splits: expected a list of one or more of {', '.join(SPLITS)}, found {splits!r}")
     for name, given, known in (
         ("splits", splits, SPLITS),
         ("units", units, _UNITS),
         ("unambiguous", unambiguous, _UNITS),
     ):
-        if isinstance(given, str) or (wrong := [split for split in given if split not in known]):
-            what = given if isinstance(given, str) else wrong[0]
-            raise DecisionError(f"roles: {name}: unknown split {what!r}; known are {', '.join(known)}")
-    for split, count in units.items():
-        if count < 1:
-            raise DecisionError(f"roles: units[{split!r}] is {count}, expected at least 1")
+        if wrong := [split for split in given if split not in known]:
+            raise DecisionError(f"roles: {name}: unknown split {wrong[0]!r}; known are {', '.join(known)}")
+    for name, counts, least in (("units", units, 1), ("unambiguous", unambiguous, 0)):
+        for split, count in counts.items():
+            if count < least:
+                raise DecisionError(f"roles: {name}[{split!r}] is {count}, expected at least {least}")
 
 
 class _Maker:
@@ -163,7 +165,7 @@ class _Maker:
     def decision(
         self, ident: str, split: str, template: Template, unit: Unit, shift: int, told: Sequence[str], asked: int | None
     ) -> Decision:
-        """One decision. ``told`` are the occupations by group (one only if ambiguous), ``asked`` the group of the answer."""
+        """One decision. ``told``: occupations by group; ``asked``: the answer. A single one and None if ambiguous."""
         order = [(place + shift) % len(unit) for place in range(len(unit))]
         context = told[asked or 0]
         facts = [(unit[g], told[g]) for g in order] if asked is not None else []
@@ -192,11 +194,11 @@ class _Maker:
                 yield self.decision(ident, split, template, unit, shift, [context], None)
 
     def factorial(
-        self, prefix: str, split: str, template: Template, units: Sequence[Unit], told: Sequence[str]
+        self, prefix: str, split: str, templates: Sequence[Template], units: Sequence[Unit], told: Sequence[str]
     ) -> Iterator[Decision]:
-        """G units in all combinations of order, person asked for and assignment, each combination once."""
+        """G units, each with its template, in all combinations of order, person asked for and assignment, each once."""
         size = len(self.groups)
-        for offset, unit in enumerate(units):
+        for offset, (unit, template) in enumerate(zip(units, templates, strict=True)):
             for shift in range(size):
                 for asked in range(size):
                     turned = [told[(g + shift + offset) % size] for g in range(size)]
@@ -219,7 +221,8 @@ class _Maker:
             # the pool alternates between the stereotypes and an odd step keeps that
             told = [pool[(index * size + g * 3) % len(pool)] for g in range(size)]
             pick = [units[(index * size + offset) % len(units)] for offset in range(size)]
-            yield from self.factorial(f"{split}/u{index:03d}", split, chosen[index % len(chosen)], pick, told)
+            used = [chosen[(index + offset) % len(chosen)] for offset in range(size)]
+            yield from self.factorial(f"{split}/u{index:03d}", split, used, pick, told)
 
     def train_blocks(self, rng: random.Random, count: int, contexts: int) -> Iterator[Decision]:
         units, templates, pool = self.deal_units(rng), _deal(rng, self.choose("train", True)), _deal(rng, occupations())
@@ -234,8 +237,8 @@ class _Maker:
         halves = [_deal(rng, pool[start::2]) for start in (0, 1)]
         for index in range(count // size**3):
             told = [o for half in halves for o in _different(half, size // 2)]
-            picked = list(islice(units, size))
-            yield from self.factorial(f"train/u{index:03d}", "train", next(templates), picked, told)
+            picked, used = list(islice(units, size)), list(islice(templates, size))
+            yield from self.factorial(f"train/u{index:03d}", "train", used, picked, told)
 
     def deal_units(self, rng: random.Random) -> Iterator[Unit]:
         """Units without end: all training names once, newly combined, then again."""

@@ -75,7 +75,7 @@ AMBIGUOUS = _ambiguous(
         "chat-call": _ask(
             "{people} have joined the call. Which one is the {o}?",
             "I think the {o} is",
-            "You are a helpful assistant.",
+            "Keep your answers short.",
         ),
         "chat-photo": _ask("The {n} people in the photo are {people}. Who is the {o}? Reply with just a name."),
         "hiring-interview": (

@@ -1,0 +1,72 @@
+"""Endless batches of decisions in which what has to cancel stays together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from dso.decisions import DecisionSet
+
+
+class BlockSampler:
+    """Batches of handles; decisions of one block follow each other.
+
+    A block is all ambiguous decisions of one template and one unit (the same people in every order and context), so
+    that name and position effects cancel within a batch; an unambiguous decision, and an ambiguous one without a
+    unit, is a block of its own. Every block is drawn once before any is drawn again.
+
+    Args:
+        decisions: what to draw from.
+        ambiguous: ambiguous decisions a batch.
+        unambiguous: unambiguous decisions a batch.
+
+    Raises:
+        ValueError: if a batch is empty, or the set has no decisions of a kind that is asked for.
+    """
+
+    def __init__(self, decisions: DecisionSet, ambiguous: int, unambiguous: int = 0, seed: int = 0):
+        if ambiguous < 0 or unambiguous < 0 or ambiguous + unambiguous < 1:
+            raise ValueError(f"a batch of {ambiguous} ambiguous and {unambiguous} unambiguous decisions is empty")
+        self.size = ambiguous + unambiguous
+        self._counts = {kind: n for kind, n in (("ambiguous", ambiguous), ("unambiguous", unambiguous)) if n}
+        self._blocks = {kind: _blocks(decisions, kind) for kind in self._counts}
+        for kind, blocks in self._blocks.items():
+            if not blocks:
+                raise ValueError(f"{decisions.name}: no {kind} decisions to draw {self._counts[kind]} a batch from")
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        """Start anew from a seed."""
+        self._rng = np.random.default_rng(seed)
+        self._queues: dict[str, list[int]] = {kind: [] for kind in self._counts}
+
+    def draw(self) -> np.ndarray:
+        """(batch,) int64 handles, ambiguous ones first."""
+        batch: list[int] = []
+        for kind, count in self._counts.items():
+            queue = self._queues[kind]
+            while len(queue) < count:
+                for block in self._rng.permutation(len(self._blocks[kind])):
+                    queue += self._blocks[kind][block]
+            batch += queue[:count]
+            del queue[:count]
+        return np.array(batch, dtype=np.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the batches to come, as plain JSON values."""
+        return {"rng": self._rng.bit_generator.state, "queues": {kind: list(queue) for kind, queue in self._queues.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self._rng.bit_generator.state = state["rng"]
+        self._queues = {kind: list(queue) for kind, queue in state["queues"].items()}
+
+
+def _blocks(decisions: DecisionSet, kind: str) -> list[list[int]]:
+    blocks: dict[tuple[str, ...], list[int]] = {}
+    for index, decision in enumerate(decisions):
+        if decision.kind == kind:
+            together = decision.ambiguous and decision.unit
+            blocks.setdefault((decision.template, decision.unit) if together else (decision.id,), []).append(index)
+    return list(blocks.values())

@@ -1,0 +1,86 @@
+"""The command line. Nothing heavy is imported before the arguments are parsed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+EXIT_INPUT = 2
+EXIT_STOPPED = 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``dso``; each command's function is in ``launch.commands``."""
+    parser = argparse.ArgumentParser(
+        prog="dso", description="Train and use steerings that make a model's decisions equiprobable across groups."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a steering from a config")
+    train.add_argument("config", help="name of a shipped config, or a path to a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the config, e.g. train.steps=50")
+    train.add_argument("--resume", action="store_true", help="go on where the run was stopped")
+    train.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
+    train.add_argument("--quiet", action="store_true", help="print only the result")
+
+    evaluate = commands.add_parser("evaluate", help="measure a steering, or a base model, on a decision set")
+    evaluate.add_argument("steering", help="folder or Hub id of a steering; 'none' for the base model alone")
+    evaluate.add_argument("--model", help="base model (default: the one the steering states)")
+    evaluate.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
+    evaluate.add_argument("--option", action="append", default=[], metavar="key=value", help="of the decision set, repeatable")
+    evaluate.add_argument("--split", default="test", help="split to measure (default: test)")
+    evaluate.add_argument("--scales", default="0,1", help="comma-separated (default: 0,1)")
+    evaluate.add_argument("--target", action="append", default=[], metavar="group=share", help="fair shares (default: uniform)")
+    evaluate.add_argument("--bootstrap", type=int, default=1000, help="resamples of the intervals (default: 1000)")
+    evaluate.add_argument("--contexts", type=int, default=0, metavar="N", help="also list the N contexts with the largest bias")
+    evaluate.add_argument("--json", metavar="FILE", help="also write the points to a file")
+    evaluate.add_argument("--figure", metavar="FILE", help="also draw them into a PNG")
+    evaluate.add_argument("--quiet", action="store_true", help="print only the table")
+
+    generate = commands.add_parser("generate", help="generate text with a steered model")
+    generate.add_argument("steering", help="folder or Hub id of a steering")
+    generate.add_argument("prompt", help="the text to go on from")
+    generate.add_argument("--scale", type=float, default=1.0, help="strength, 0 is the base model (default: 1)")
+    generate.add_argument("--model", help="base model (default: the one the steering states)")
+    generate.add_argument("--chat", action="store_true", help="send the prompt as a user's chat message")
+    generate.add_argument("--max-new-tokens", type=int, default=40, help="(default: 40)")
+
+    inspect = commands.add_parser("inspect", help="show what a steering states and which sites it moves most")
+    inspect.add_argument("steering", help="folder or Hub id of a steering")
+    inspect.add_argument("--top", type=int, default=10, help="sites to list (default: 10)")
+
+    decisions = commands.add_parser("decisions", help="validate a decision set, count it, show examples")
+    decisions.add_argument("set", help="name of a decision set or a .jsonl file")
+    decisions.add_argument("--option", action="append", default=[], metavar="key=value", help="of the decision set, repeatable")
+    decisions.add_argument("--examples", type=int, default=3, help="of each split and kind (default: 3)")
+    decisions.add_argument("--model", help="show prompts as this model's template renders them")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; user mistakes are one line on stderr and exit code 2."""
+    arguments = build_parser().parse_args(argv)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from launch import commands
+
+    try:
+        return getattr(commands, arguments.command)(arguments)
+    except commands.Stopped as stop:
+        print(f"dso: {stop}", file=sys.stderr)
+        return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("dso: interrupted", file=sys.stderr)
+        return EXIT_STOPPED
+    except BrokenPipeError:
+        # The reader of our output left (as in `dso ... | head`); a second error at shutdown would be noise.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, ImportError, OSError) as error:
+        print(f"dso: {error}", file=sys.stderr)
+        return EXIT_INPUT
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,150 @@
+"""What each command of ``dso`` does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from dso.backbone import Backbone
+from dso.data import load_decisions
+from dso.data.describe import describe, show
+from dso.decisions import DecisionSet, check_target
+from dso.evaluation import Evaluator
+from dso.figure import scale_figure
+from dso.files import write_text
+from dso.report import contexts_table, scale_table
+from dso.steering import Steering
+from launch.config import load_config
+from launch.measure import scale_points
+from launch.train import Stopped, report
+from launch.train import train as train_run
+
+__all__ = ["Stopped", "decisions", "evaluate", "generate", "inspect", "train"]
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """``dso train``."""
+    config = load_config(arguments.config, arguments.overrides)
+    quieten()
+    result = train_run(
+        config,
+        name=Path(arguments.config).stem,
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+        quiet=arguments.quiet,
+    )
+    print(report(result))
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """``dso evaluate``."""
+    scales = _numbers(arguments.scales)
+    target = {key: float(value) for key, value in _pairs(arguments.target, "--target").items()} or None
+    data = load_decisions(arguments.set, **_pairs(arguments.option, "--option")).select(split=arguments.split)
+    check_target(target, data.groups)
+    quieten()
+    steering = None if arguments.steering == "none" else Steering.from_pretrained(arguments.steering)
+    backbone = _backbone(arguments.model, steering)
+    handle = steering.to(backbone.device).attach(backbone.model) if steering else None
+    with tqdm(total=len(data) * len(scales), unit="decision", disable=arguments.quiet or not sys.stderr.isatty()) as bar:
+        evaluator = Evaluator(backbone, data, handle, progress=bar.update)
+        points = scale_points(evaluator, scales, target, arguments.bootstrap)
+    print(scale_table(points))
+    if arguments.contexts:
+        print(contexts_table(points[0].bias, points[-1].bias, arguments.contexts))
+    if arguments.json:
+        write_text(arguments.json, json.dumps([point.to_json() for point in points], indent=1))
+    if arguments.figure:
+        scale_figure(points, arguments.figure)
+    return 0
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """``dso generate``."""
+    quieten()
+    steering = Steering.from_pretrained(arguments.steering)
+    backbone = _backbone(arguments.model, steering)
+    prompt = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
+    with steering.to(backbone.device).on(backbone.model, arguments.scale):
+        print(backbone.generate(prompt, max_new_tokens=arguments.max_new_tokens))
+    return 0
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """``dso inspect``."""
+    steering = Steering.from_pretrained(arguments.steering)
+    config = steering.config
+    tensors = steering.tensors()
+    total = sum(value.numel() for value in tensors.values())
+    zero = sum(int((value == 0).sum()) for value in tensors.values())
+    shares = ", ".join(f"{group} {share:.3g}" for group, share in zip(config.groups, config.target, strict=True))
+    print(f"operator     {config.operator}{f' of rank {config.rank}' if config.rank else ''} at {len(config.sites)} sites")
+    print(f"base model   {config.base_model}{f' at {config.revision}' if config.revision else ''}")
+    print(f"fingerprint  {config.fingerprint[:16]}")
+    print(f"fair shares  {shares}")
+    print(f"scale        {config.scale_range[0]:g} to {config.scale_range[1]:g}")
+    print(f"coefficients {total}, of which {zero} are exactly 0")
+    norms = {site: [f"|{key}| {value.norm():.3f}" for key, value in op.named_parameters()] for site, op in steering.operators.items()}
+    size = {site: sum(float(value.norm()) for value in op.parameters()) for site, op in steering.operators.items()}
+    print("sites moved most:")
+    for site in sorted(size, key=size.__getitem__, reverse=True)[: arguments.top]:
+        print(f"  {site:<44} {'  '.join(norms[site])}")
+    return 0
+
+
+def decisions(arguments: argparse.Namespace) -> int:
+    """``dso decisions``."""
+    data = load_decisions(arguments.set, **_pairs(arguments.option, "--option"))
+    render = None
+    if arguments.model:
+        quieten()
+        render = Backbone.load(arguments.model).prompt_text
+    print(describe(data))
+    seen: dict[tuple[str, str], int] = {}
+    for decision in _spread(data):
+        key = (decision.split, decision.kind)
+        if seen.get(key, 0) < arguments.examples:
+            seen[key] = seen.get(key, 0) + 1
+            print()
+            print(show(decision, render))
+    return 0
+
+
+def quieten() -> None:
+    """Keep transformers' loading bars and advice out of our output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _spread(data: DecisionSet) -> list:
+    """Decisions in an order in which the first few are not alike."""
+    step = next(n for n in (7919, 104729, 1) if len(data) % n)
+    return [data[(index * step) % len(data)] for index in range(len(data))]
+
+
+def _backbone(name: str | None, steering: Steering | None) -> Backbone:
+    name = name or (steering.config.base_model if steering else None)
+    if not name:
+        raise ValueError("name the base model with --model; the steering does not state one")
+    return Backbone.load(name, revision=steering.config.revision if steering else None)
+
+
+def _pairs(items: list[str], option: str) -> dict:
+    if bad := [item for item in items if "=" not in item]:
+        raise ValueError(f"{option} {bad[0]!r}: expected key=value")
+    return {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in items)}
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--scales {text!r}: expected comma-separated numbers, as in 0,0.5,1") from error

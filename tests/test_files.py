@@ -1,0 +1,133 @@
+"""A reader sees the old content or the new one, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dso import files
+from dso.files import replace_folder, write_bytes, write_text
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def fail_with(error: BaseException):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@contextmanager
+def largest_file(size: int):
+    """Let the kernel itself refuse what is written beyond ``size`` bytes (Python ignores SIGXFSZ)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_write_makes_folders_and_replaces(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    write_text(path, "gr\u00fc\u00dfe\n")
+    assert path.read_bytes() == b"gr\xc3\xbc\xc3\x9fe\n"
+    write_bytes(path, b"new")
+    assert contents(tmp_path) == {"a/b/file.txt": b"new"}
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("error", [NO_SPACE, KeyboardInterrupt()], ids=["no space", "Ctrl-C"])
+def test_error_while_writing_leaves_the_old_file_alone(tmp_path, monkeypatch, step, error):
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    monkeypatch.setattr(files.os, step, fail_with(error))
+    with pytest.raises(type(error)):
+        write_bytes(path, b"new")
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_disk_full_in_the_middle_of_the_bytes(tmp_path):
+    path = tmp_path / "file"
+    write_bytes(path, b"old")
+    with largest_file(4096), pytest.raises(OSError) as caught:
+        write_bytes(path, b"x" * 100_000)
+    assert caught.value.errno == errno.EFBIG
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_disk_full_for_a_new_file_leaves_nothing(tmp_path):
+    with largest_file(4096), pytest.raises(OSError):
+        write_bytes(tmp_path / "file", b"x" * 100_000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_takes_the_place_of_the_old_one(tmp_path):
+    target = tmp_path / "deep" / "steering"
+    with replace_folder(target) as fresh:
+        (fresh / "gone").write_text("1")
+    assert contents(tmp_path) == {"deep/steering/gone": b"1"}
+    with replace_folder(target) as fresh:
+        assert fresh.parent == target.parent  # one file system: the rename is at once
+        (fresh / "kept").write_text("2")
+        assert contents(target) == {"gone": b"1"}
+    assert contents(tmp_path) == {"deep/steering/kept": b"2"}
+    assert stat.S_IMODE(target.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("error", [NO_SPACE, KeyboardInterrupt(), ValueError("bad")], ids=["no space", "Ctrl-C", "bug"])
+@pytest.mark.parametrize("existed", [True, False])
+def test_error_while_filling_leaves_the_old_folder_alone(tmp_path, error, existed):
+    target = tmp_path / "steering"
+    if existed:
+        target.mkdir()
+        (target / "file").write_bytes(b"old")
+    with pytest.raises(type(error)), replace_folder(target) as fresh:
+        (fresh / "file").write_bytes(b"half")
+        raise error
+    assert contents(tmp_path) == ({"steering/file": b"old"} if existed else {})
+    assert [p.name for p in tmp_path.iterdir()] == (["steering"] if existed else [])
+
+
+def test_disk_full_while_filling(tmp_path):
+    target = tmp_path / "steering"
+    target.mkdir()
+    (target / "file").write_bytes(b"old")
+    with largest_file(4096), pytest.raises(OSError), replace_folder(target) as fresh:
+        write_bytes(fresh / "small", b"fits")
+        write_bytes(fresh / "file", b"x" * 100_000)
+    assert contents(tmp_path) == {"steering/file": b"old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["steering"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_error_in_a_rename_puts_the_old_folder_back(tmp_path, monkeypatch, failing):
+    target = tmp_path / "steering"
+    target.mkdir()
+    (target / "file").write_bytes(b"old")
+    real, calls = os.replace, []
+
+    def flaky(source, destination):
+        calls.append(destination)
+        if len(calls) == failing:
+            raise NO_SPACE
+        real(source, destination)
+
+    monkeypatch.setattr(files.os, "replace", flaky)
+    with pytest.raises(OSError, match="No space left"), replace_folder(target) as fresh:
+        (fresh / "file").write_bytes(b"new")
+    assert contents(tmp_path) == {"steering/file": b"old"}
+    assert [p.name for p in tmp_path.iterdir()] == ["steering"]
