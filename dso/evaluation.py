@@ -65,49 +65,69 @@ class Evaluator:
         self.progress = progress
         order = sorted(range(len(decisions)), key=lambda i: backbone.encode(decisions[i]).prompt)
         self._chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
+        self._columns = max(len(decision.candidates) for decision in decisions)
         self._kept: dict[int, Scores] | None = {} if keep_reference else None
 
     def measure(self, scale: float = 1.0) -> Measurement:
         """The set at one scale."""
         return self.curve([scale])[0]
 
-    @torch.no_grad()
     def curve(self, scales: Sequence[float]) -> list[Measurement]:
-        """The set at each of several scales; the handle's scale is the same afterwards as before."""
+        """The set at each of several scales."""
         if self.handle is None and any(scales):
             raise ValueError(f"scales {list(scales)} need a steering; without one there is only scale 0")
-        before = self.handle.scale if self.handle else None
-        collected: list[list[tuple[Tensor, ...]]] = [[] for _ in scales]
+        return self.settings([(self.handle, scale) for scale in scales])
+
+    @torch.no_grad()
+    def settings(self, settings: Sequence[tuple[Handle | None, float]]) -> list[Measurement]:
+        """The set under each of several handles and scales, one at a time, over one pass of the base model.
+
+        All handles that take part have the scale afterwards that they had before.
+        """
+        before = {handle: handle.scale for handle in (self.handle, *(h for h, _ in settings)) if handle is not None}
+        collected: list[list[tuple[Tensor, ...]]] = [[] for _ in settings]
         try:
+            for handle in before:
+                handle.scale = 0.0
             for number, chunk in enumerate(self._chunks):
                 base = self._base(number, chunk)
-                for place, scale in enumerate(scales):
-                    scores = base if scale == 0 else self._scores(chunk, scale)
-                    kl = (scores.next_token.exp() * (scores.next_token - base.next_token)).sum(-1)
-                    collected[place].append((scores.policy(self.length_normalised).exp(), scores.answer_mass(), kl))
+                for place, (handle, scale) in enumerate(settings):
+                    scores = base if handle is None or scale == 0 else self._scores(chunk, handle, scale)
+                    policy = scores.policy(self.length_normalised).exp()
+                    kl = _kl_divergence(scores.next_token, base.next_token)
+                    collected[place].append((policy, scores.answer_mass(), kl))
         finally:
-            if self.handle is not None:
-                self.handle.scale = before
+            for handle, scale in before.items():
+                handle.scale = scale
         back = np.argsort([index for chunk in self._chunks for index in chunk])
-        return [Measurement(*(torch.cat(parts).cpu().numpy()[back] for parts in zip(*rows, strict=True))) for rows in collected]
+        return [
+            Measurement(*(torch.cat(parts).cpu().numpy()[back] for parts in zip(*rows, strict=True)))
+            for rows in collected
+        ]
 
     def _base(self, number: int, chunk: Sequence[int]) -> Scores:
         if self._kept is None:
-            return self._scores(chunk, 0.0)
+            return self._scores(chunk)
         if number not in self._kept:
-            self._kept[number] = self._scores(chunk, 0.0)
+            self._kept[number] = self._scores(chunk)
         return self._kept[number]
 
-    def _scores(self, chunk: Sequence[int], scale: float) -> Scores:
-        if self.handle is not None:
-            self.handle.scale = scale
+    def _scores(self, chunk: Sequence[int], handle: Handle | None = None, scale: float = 0.0) -> Scores:
+        if handle is not None:
+            handle.scale = scale
         scores = self.backbone.score([self.decisions[i] for i in chunk], next_token=True)
+        if handle is not None:
+            handle.scale = 0.0
         # Every chunk has to have the set's K columns for the parts to be joined.
-        missing = max(len(d.candidates) for d in self.decisions) - scores.log_probs.shape[1]
-        if missing:
+        if missing := self._columns - scores.log_probs.shape[1]:
             log_probs = torch.nn.functional.pad(scores.log_probs, (0, missing), value=-torch.inf)
             lengths = torch.nn.functional.pad(scores.lengths, (0, missing), value=1)
             scores = Scores(log_probs, lengths, scores.next_token)
         if self.progress is not None:
             self.progress(len(chunk))
         return scores
+
+
+def _kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(N,) KL(p || q); a token that both rule out (log-probability -inf) counts nothing."""
+    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)

@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from dso.errors import UserError
+
 
 def affine(h: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
     """h + scale * (a * h + b), as one fused multiply-add over the activation."""
@@ -82,8 +84,8 @@ class LowRankOperator(SteeringOperator):
 
     def __init__(self, width: int, rank: int):
         super().__init__(width)
-        if not 1 <= rank <= width:
-            raise ValueError(f"rank is {rank}, expected 1 to {width} (the site's width)")
+        if not isinstance(rank, int) or not 1 <= rank <= width:
+            raise UserError(f"rank is {rank!r}, expected 1 to {width} (the site's width)")
         self.u = nn.Parameter(torch.zeros(width, rank))
         self.v = nn.Parameter(torch.randn(width, rank) / width**0.5)
         self.b = nn.Parameter(torch.zeros(width))
@@ -99,12 +101,12 @@ def make_operator(kind: str, width: int, rank: int | None = None) -> SteeringOpe
     """An operator by its name.
 
     Raises:
-        ValueError: if the kind is unknown, or a rank is missing or not wanted.
+        UserError: if the kind is unknown, or a rank is missing or not wanted.
     """
     if kind not in KINDS:
-        raise ValueError(f"operator kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        raise UserError(f"operator kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if (kind == "low_rank") != (rank is not None):
-        raise ValueError(f"operator {kind!r} with rank {rank}: low_rank needs a rank, the others take none")
+        raise UserError(f"operator {kind!r} with rank {rank}: low_rank needs a rank, the others take none")
     if kind == "low_rank":
         return LowRankOperator(width, rank)
     return AffineOperator(width) if kind == "affine" else BiasOperator(width)

@@ -56,16 +56,14 @@ def pack(sequences: Sequence[Sequence[int]]) -> PackedRow:
     for index, parent in enumerate(parents):
         if parent >= 0:  # a parent is always made before its children, so its row is complete
             mask[index] |= mask[parent]
-    return PackedRow(
-        torch.tensor([tokens]), torch.tensor([depths]), torch.from_numpy(mask)[None, None], tuple(paths)
-    )
+    return PackedRow(torch.tensor([tokens]), torch.tensor([depths]), torch.from_numpy(mask)[None, None], tuple(paths))
 
 
 def fill_rows(sequences: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> list[list[int]]:
     """Divide items (each a list of token sequences) into rows of at most ``max_tokens`` tree nodes.
 
     Items are taken in lexicographic order, so that those with a common prefix meet in one row; an item
-    that is larger than ``max_tokens`` alone gets a row to itself.
+    that is larger than ``max_tokens`` alone gets a row to itself. Every item has at least one sequence.
 
     Returns:
         the indices of the items of each row.
@@ -80,13 +78,18 @@ def fill_rows(sequences: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> 
             size += added
         else:
             rows.append([index])
-            size = _new_nodes((), sequences[index])
+            size = tree_size(sequences[index])
         previous = sequences[index][0]
     return rows
 
 
+def tree_size(sequences: Sequence[Sequence[int]]) -> int:
+    """How many nodes one item's tree has: an upper bound, exact where its sequences share only the first's prefix."""
+    return _new_nodes((), sequences)
+
+
 def _new_nodes(previous: Sequence[int], sequences: Sequence[Sequence[int]]) -> int:
-    """How many nodes an item adds behind ``previous``: an upper bound, exact where candidates share only the prompt."""
+    """How many nodes an item adds behind ``previous``: an upper bound, for a prefix may be shared with another one."""
     added = 0
     for sequence in sequences:
         added += len(sequence) - _common_prefix(previous, sequence)

@@ -25,7 +25,9 @@ ABSTAINS = -1
 ABSENT = -2
 
 
-def equiprobability_reward(preference: Tensor, target: Tensor, *, form: str = "smooth", width: float = 0.1, dead_zone: float = 0.0) -> Tensor:
+def equiprobability_reward(
+    preference: Tensor, target: Tensor, *, form: str = "smooth", width: float = 0.1, dead_zone: float = 0.0
+) -> Tensor:
     """Reward for choosing each group.
 
     Args:
@@ -69,22 +71,39 @@ def candidate_rewards(context_rewards: Tensor, groups: Tensor, answers: Tensor, 
 
 
 def expected_reward(log_policy: Tensor, rewards: Tensor) -> Tensor:
-    """(N,) sum_k pi_k r_k: the exact expectation over the candidates; absent candidates (log pi = -inf) count nothing."""
+    """(N,) sum_k pi_k r_k: the exact expectation over the candidates; absent ones (log pi = -inf) count nothing."""
     return (log_policy.exp() * rewards).sum(-1)
 
 
-def group_preference(policy: Tensor, groups: Tensor, contexts: Tensor, n_contexts: int, n_groups: int) -> tuple[Tensor, Tensor]:
+def group_shares(policy: Tensor, groups: Tensor, n_groups: int) -> Tensor:
+    """(N, G) probability of choosing each group, without ``abstain``; arguments as in :func:`group_preference`."""
+    slots = groups % (n_groups + 2)  # ABSTAINS and ABSENT come last
+    return policy.new_zeros(len(policy), n_groups + 2).scatter_add(1, slots, policy)[:, :n_groups]
+
+
+def group_preference(
+    policy: Tensor, groups: Tensor, contexts: Tensor, n_contexts: int, target: Tensor
+) -> tuple[Tensor, Tensor]:
     """p_g(c) over a batch: the mean probability of each group in each context, renormalised without ``abstain``.
+
+    A decision that offers only some of the groups is held against the target restricted to those, as in
+    :mod:`dso.metrics`: in general ``p_g(c)`` is the target plus the mean deviation from what is fair in each decision.
 
     Args:
         policy: (N, K) probabilities.
         groups: (N, K) as in :func:`candidate_rewards`.
         contexts: (N,) int64 context index.
+        target: (G,) the fair distribution.
 
     Returns:
-        preference (C, G), 0 where the batch has nothing of the context, and counts (C,).
+        preference (C, G), and the probability (C,) that groups hold in each context together; where that is 0 (the
+        batch has nothing of the context, or all of it abstains) nothing is known and the preference is the target.
     """
-    share = policy.new_zeros(len(policy), n_groups + 2).scatter_add(1, groups % (n_groups + 2), policy)[:, :n_groups]
-    total = policy.new_zeros(n_contexts, n_groups).index_add(0, contexts, share)
-    counts = policy.new_zeros(n_contexts).index_add(0, contexts, torch.ones_like(contexts, dtype=policy.dtype))
-    return total / total.sum(-1, keepdim=True).clamp(min=1e-12), counts
+    n_groups = len(target)
+    share = group_shares(policy, groups, n_groups)
+    fair = (group_shares(torch.ones_like(policy), groups, n_groups) > 0) * target
+    fair = fair / fair.sum(-1, keepdim=True).clamp(min=1e-12)
+    mass = share.sum(-1, keepdim=True)
+    deviation = policy.new_zeros(n_contexts, n_groups).index_add(0, contexts, share - fair * mass)
+    total = policy.new_zeros(n_contexts, 1).index_add(0, contexts, mass)
+    return target + deviation / total.clamp(min=1e-12), total[:, 0]

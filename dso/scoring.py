@@ -5,18 +5,19 @@
     pi(k | x) = softmax_k log p(candidate_k | prompt)
 
 and the answer mass is ``sum_k p(candidate_k | prompt)``. Two layouts give the same numbers: packed prefix
-trees (:mod:`dso.packing`), and padded rows for architectures that take no token-to-token attention mask.
+trees (:mod:`dso.packing`), and right-padded rows for architectures that take no token-to-token attention mask and
+for decisions that are longer than a sliding window, which that mask does not know of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from dso.packing import fill_rows, pack
+from dso.packing import fill_rows, pack, tree_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,22 +58,37 @@ class Encoded:
         return [self.prompt + candidate[:-1] for candidate in self.candidates]
 
 
-def score(model, encoded: Sequence[Encoded], *, packing: bool, max_tokens: int, next_token: bool = False, hidden: bool = False) -> Scores:
+def score(
+    model,
+    encoded: Sequence[Encoded],
+    *,
+    packing: bool,
+    max_tokens: int,
+    row_limit: int | None = None,
+    next_token: bool = False,
+    hidden: bool = False,
+) -> Scores:
     """Score N encoded decisions with a causal LM; gradients flow if the caller enables them.
 
     Args:
         packing: prefix-tree rows (True) or padded rows (False).
         max_tokens: tokens of one forward pass; a single larger decision still runs.
+        row_limit: tokens that a packed row may have at most, such as the model's sliding window; a decision with more
+            goes in padded rows.
         next_token: also return the log-probabilities of the whole vocabulary after the prompt.
         hidden: also return the output layer's input there.
+
+    Raises:
+        ValueError: if there are no decisions.
     """
+    if not encoded:
+        raise ValueError("no decisions to score")
     width = max(len(e.candidates) for e in encoded)
-    batches = _packed_batches(encoded, max_tokens) if packing else _padded_batches(encoded, max_tokens)
     parts: list[Scores] = []
     seen: list[int] = []
-    for batch in batches:
+    for batch, packed in _batches(encoded, packing, max_tokens, row_limit):
         seen += batch
-        parts.append(_score_batch(model, [encoded[index] for index in batch], width, packing, next_token, hidden))
+        parts.append(_score_batch(model, [encoded[index] for index in batch], width, packed, next_token, hidden))
     order = torch.tensor(seen, device=parts[0].log_probs.device).argsort()
     joined = {}
     for name in (f.name for f in fields(Scores)):
@@ -81,25 +97,39 @@ def score(model, encoded: Sequence[Encoded], *, packing: bool, max_tokens: int, 
     return Scores(**joined)
 
 
-def _packed_batches(encoded: Sequence[Encoded], max_tokens: int) -> Iterator[list[int]]:
-    yield from fill_rows([e.sequences() for e in encoded], max_tokens)
+def _batches(
+    encoded: Sequence[Encoded], packing: bool, max_tokens: int, row_limit: int | None
+) -> Iterator[tuple[list[int], bool]]:
+    """The indices of each forward pass, and whether they are packed in it."""
+    sequences = [e.sequences() for e in encoded]
+    fits = [packing and (row_limit is None or tree_size(s) <= row_limit) for s in sequences]
+    packed = [index for index, fit in enumerate(fits) if fit]
+    size = max_tokens if row_limit is None else min(max_tokens, row_limit)
+    for row in fill_rows([sequences[index] for index in packed], size):
+        yield [packed[number] for number in row], True
+    padded = [index for index, fit in enumerate(fits) if not fit]
+    for batch in _padded_batches({index: sequences[index] for index in padded}, max_tokens):
+        yield batch, False
 
 
-def _padded_batches(encoded: Sequence[Encoded], max_tokens: int) -> Iterator[list[int]]:
-    sizes = [max(map(len, e.sequences())) for e in encoded]
+def _padded_batches(items: Mapping[int, Sequence[Sequence[int]]], max_tokens: int) -> Iterator[list[int]]:
+    sizes = {index: max(map(len, sequences)) for index, sequences in items.items()}
     batch: list[int] = []
     rows = 0
-    for index in sorted(range(len(encoded)), key=sizes.__getitem__):
-        added = len(encoded[index].candidates)
+    for index in sorted(items, key=sizes.__getitem__):
+        added = len(items[index])
         if batch and (rows + added) * sizes[index] > max_tokens:
             yield batch
             batch, rows = [], 0
         batch.append(index)
         rows += added
-    yield batch
+    if batch:
+        yield batch
 
 
-def _score_batch(model, encoded: Sequence[Encoded], width: int, packing: bool, next_token: bool, hidden: bool) -> Scores:
+def _score_batch(
+    model, encoded: Sequence[Encoded], width: int, packing: bool, next_token: bool, hidden: bool
+) -> Scores:
     sequences = [sequence for e in encoded for sequence in e.sequences()]
     starts = [len(e.prompt) - 1 for e in encoded for _ in e.candidates]
     run = _run_packed if packing else _run_padded
@@ -129,7 +159,9 @@ def _score_batch(model, encoded: Sequence[Encoded], width: int, packing: bool, n
     )
 
 
-def _run_packed(model, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+def _run_packed(
+    model, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+) -> tuple[list[list[int]], Tensor, Tensor]:
     """One forward pass over a packed row.
 
     Returns:
@@ -137,6 +169,9 @@ def _run_packed(model, sequences: Sequence[Sequence[int]], starts: Sequence[int]
         positions that are read, and the output layer's input (M, d) there.
     """
     row = pack(sequences)
+    mask = row.attention_mask
+    if model.config.get_text_config()._attn_implementation == "eager":  # which adds its mask to the attention scores
+        mask = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     keep = sorted({node for path, start in zip(row.paths, starts, strict=True) for node in path[start:]})
     place = {node: number for number, node in enumerate(keep)}
     device = model.get_input_embeddings().weight.device
@@ -145,13 +180,15 @@ def _run_packed(model, sequences: Sequence[Sequence[int]], starts: Sequence[int]
         torch.tensor(keep, device=device),
         input_ids=row.input_ids.to(device),
         position_ids=row.position_ids.to(device),
-        attention_mask=row.attention_mask.to(device),
+        attention_mask=mask.to(device),
     )
     reads = [[place[node] for node in path[start:]] for path, start in zip(row.paths, starts, strict=True)]
     return reads, logits[0], states[0]
 
 
-def _run_padded(model, sequences: Sequence[Sequence[int]], starts: Sequence[int]) -> tuple[list[list[int]], Tensor, Tensor]:
+def _run_padded(
+    model, sequences: Sequence[Sequence[int]], starts: Sequence[int]
+) -> tuple[list[list[int]], Tensor, Tensor]:
     """One forward pass over right-padded rows; returns as :func:`_run_packed`."""
     longest = max(map(len, sequences))
     input_ids = torch.tensor([[*s, *([0] * (longest - len(s)))] for s in sequences])
@@ -182,4 +219,7 @@ def _forward(model, keep: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
         logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
     finally:
         hook.remove()
-    return logits, caught[0]
+    states = caught[0]
+    if logits.shape[1] != len(keep):  # an architecture that knows no logits_to_keep
+        logits, states = logits[:, keep], states[:, keep]
+    return logits, states

@@ -12,44 +12,60 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from dso.errors import UserError
+
+HEAD_NORM = re.compile(r"(^|[._])(q|k|kv|query|key)_(a_)?(layer)?norm$")
+
 
 def resolve_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, int]:
-    """The sites of a model: dotted module name -> width, in the order of the forward definition.
+    """The sites of a model: dotted module name -> width, in the order in which the model defines them.
 
     Args:
         patterns: regular expressions that a dotted name must match in full; any norm in the whole model may be named
             by them. None means the default of the module's docstring.
 
     Raises:
-        ValueError: if nothing matches, or a pattern matches nothing or is no regular expression.
+        UserError: if nothing matches, or a pattern matches nothing or is no regular expression.
     """
-    norms = {name: module.weight.numel() for name, module in model.named_modules() if _is_norm(module)}
+    widths = {name: _norm_width(module) for name, module in model.named_modules()}
+    norms = {name: width for name, width in widths.items() if width}
     if patterns is None:
         prefix, width = _language_backbone(model)
         sites = {n: w for n, w in norms.items() if n.startswith(prefix) and w == width and not _is_head_norm(n)}
         if not sites:
-            raise ValueError(f"{type(model).__name__} has no norm of width {width} in its language backbone; name the sites by pattern")
+            raise UserError(
+                f"{type(model).__name__} has no norm of width {width} in its language backbone; "
+                "name the sites by pattern"
+            )
         return sites
     sites = {}
     for pattern in patterns:
         try:
             matched = [name for name in norms if re.fullmatch(pattern, name)]
         except re.error as error:
-            raise ValueError(f"site pattern {pattern!r} is no regular expression: {error}") from error
+            raise UserError(f"site pattern {pattern!r} is no regular expression: {error}") from error
         if not matched:
-            raise ValueError(f"site pattern {pattern!r} matches no norm; norms are e.g. {', '.join(list(norms)[:3])}")
+            known = ", ".join(list(norms)[:3]) or "none"
+            raise UserError(f"site pattern {pattern!r} matches no norm; norms are e.g. {known}")
         sites.update((name, norms[name]) for name in matched)
     return {name: sites[name] for name in norms if name in sites}
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _norm_width(module: nn.Module) -> int:
+    """Size of the last dimension that a LayerNorm or RMSNorm works on; 0 for any other module."""
+    kind = type(module).__name__.lower()
+    if "norm" not in kind or any(other in kind for other in ("batchnorm", "groupnorm", "instancenorm")):
+        return 0  # those norm over other dimensions than the last
     weight = getattr(module, "weight", None)
-    return "norm" in type(module).__name__.lower() and weight is not None and weight.ndim == 1
+    if weight is None:  # a norm without parameters (OLMo) states its shape
+        shape = getattr(module, "normalized_shape", ())
+        return int(shape[-1]) if len(shape) == 1 else 0
+    return weight.numel() if weight.ndim == 1 else 0
 
 
 def _is_head_norm(name: str) -> bool:
     """Query/key norms: of the hidden size in models that normalise all heads at once (OLMo2)."""
-    return re.search(r"(^|[._])[qk]_(layer)?norm$", name) is not None
+    return HEAD_NORM.search(name) is not None
 
 
 def _language_backbone(model: nn.Module) -> tuple[str, int]:

@@ -1,7 +1,7 @@
 """Steering: the operators of a model's sites, attached as forward hooks and turned by one scale.
 
     steering = Steering.from_pretrained("runs/hiring/steering")
-    with steering.on(model, scale=0.4):
+    with steering.on(model, scale=0.4):  # the operators follow the model to its device
         model.generate(**inputs)
     handle = steering.attach(model)
     handle.scale = 0.8            # live; a tensor of shape (batch,) steers each row by itself
@@ -14,14 +14,16 @@ generation leaves keys and values of the old scale in the cache, so start a new 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dso.checkpoint import SteeringConfig, SteeringError, fingerprint, read_checkpoint, write_checkpoint
+from dso.errors import UserError
 from dso.operators import SteeringOperator, make_operator
 from dso.sites import resolve_sites
 
@@ -37,13 +39,25 @@ class Steering(nn.Module):
         super().__init__()
         self.config = config
         self._names = tuple(config.sites)
-        self._operators = nn.ModuleList(make_operator(config.operator, width, config.rank) for width in config.sites.values())
+        self._operators = nn.ModuleList(
+            make_operator(config.operator, width, config.rank) for width in config.sites.values()
+        )
 
     @classmethod
-    def for_model(cls, model: nn.Module, *, operator: str = "affine", rank: int | None = None, sites: list[str] | None = None, **facts) -> Steering:
+    def for_model(
+        cls,
+        model: nn.Module,
+        *,
+        operator: str = "affine",
+        rank: int | None = None,
+        sites: Sequence[str] | None = None,
+        **facts: Any,
+    ) -> Steering:
         """A fresh steering (the identity) for a model; ``facts`` are further fields of :class:`SteeringConfig`."""
         widths = resolve_sites(model, sites)
-        config = SteeringConfig(operator=operator, rank=rank, sites=widths, fingerprint=fingerprint(model, widths), **facts)
+        config = SteeringConfig(
+            operator=operator, rank=rank, sites=widths, fingerprint=fingerprint(model, widths), **facts
+        )
         return cls(config)
 
     @property
@@ -116,8 +130,11 @@ class Steering(nn.Module):
             SteeringError: if there is none, or it is damaged, or of a newer format.
         """
         config, tensors = read_checkpoint(source, revision)
-        steering = cls(config)
-        steering.load_tensors(tensors)
+        try:
+            steering = cls(config)
+            steering.load_tensors(tensors)
+        except UserError as error:
+            raise SteeringError(f"{source}: {error}") from error
         return steering.requires_grad_(False)
 
 
@@ -128,7 +145,8 @@ class Handle:
     """
 
     def __init__(self, steering: Steering, modules: Mapping[str, nn.Module], scale: float | Tensor):
-        self._limits = steering.config.scale_range
+        # In the precision of the scale itself, so that a bound such as 1.2 can be set.
+        self._limits = torch.tensor(steering.config.scale_range, dtype=torch.float32).tolist()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.scale = scale
         try:
@@ -141,32 +159,40 @@ class Handle:
     @property
     def scale(self) -> float | Tensor:
         """The coefficient s: a float, or a tensor of shape (batch,)."""
-        return self._scale if self._scale.ndim else self._scale.item()
+        return self._scale.clone() if self._scale.ndim else self._scale.item()
 
     @scale.setter
     def scale(self, value: float | Tensor) -> None:
-        scale = torch.as_tensor(value, dtype=torch.float32).detach()
+        try:  # a copy: what the caller does to its tensor afterwards would pass by the checks
+            scale = torch.as_tensor(value).detach().to(torch.float32, copy=True)
+            scale = scale if scale.ndim else scale.cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise SteeringError(f"scale is {value!r}, expected a number or one value a batch row") from error
         low, high = self._limits
         if scale.ndim > 1 or not scale.numel():
             raise SteeringError(f"scale has shape {tuple(scale.shape)}, expected a number or one value a batch row")
         for number in scale.flatten().tolist():
             if not math.isfinite(number) or not low <= number <= high:
-                raise SteeringError(f"scale is {number:g}, expected a number from {low:g} to {high:g}, the range this steering states")
+                raise SteeringError(
+                    f"scale is {number:g}, expected a number from {low:g} to {high:g}, the range this steering states"
+                )
         self._scale = scale
         self._off = not bool(scale.any())
 
-    def _hook(self, site: str, operator: SteeringOperator):
+    def _hook(self, site: str, operator: SteeringOperator) -> Callable[[nn.Module, tuple, Tensor], Tensor | None]:
         def steer(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             if self._off:
                 return None
             if not isinstance(output, Tensor):
                 raise SteeringError(f"site {site!r} gives a {type(output).__name__}, expected one tensor")
-            scale = self._scale.to(output.device)
-            if not scale.ndim:
+            if next(operator.parameters()).device != output.device:
+                operator.to(output.device)
+            scale = self._scale
+            if not scale.ndim:  # one number on the CPU goes with tensors of any device, without a transfer
                 return operator(output, scale)
             if scale.shape[0] != output.shape[0]:
                 raise SteeringError(f"{scale.shape[0]} scales for a batch of {output.shape[0]} at site {site!r}")
-            rows = scale.view(-1, *[1] * (output.ndim - 1))
+            rows = scale.to(output.device).view(-1, *[1] * (output.ndim - 1))
             return torch.where(rows == 0, output, operator(output, rows))
 
         return steer

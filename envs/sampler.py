@@ -14,7 +14,8 @@ class BlockSampler:
 
     A block is all ambiguous decisions of one template and one unit (the same people in every order and context), so
     that name and position effects cancel within a batch; an unambiguous decision, and an ambiguous one without a
-    unit, is a block of its own. Every block is drawn once before any is drawn again.
+    unit, is a block of its own. Every block is drawn once before any is drawn again. A batch that ends inside a block
+    is followed by one that begins with the rest of it: let ``ambiguous`` be a multiple of the blocks' size.
 
     Args:
         decisions: what to draw from.
@@ -55,7 +56,8 @@ class BlockSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the batches to come, as plain JSON values."""
-        return {"rng": self._rng.bit_generator.state, "queues": {kind: list(queue) for kind, queue in self._queues.items()}}
+        queues = {kind: list(queue) for kind, queue in self._queues.items()}
+        return {"rng": self._rng.bit_generator.state, "queues": queues}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""

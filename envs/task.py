@@ -15,6 +15,7 @@ from dso.backbone import Backbone
 from dso.decisions import ABSTAIN, DecisionSet, check_target
 from dso.rewards import ABSENT, ABSTAINS, candidate_rewards, equiprobability_reward, group_preference
 from dso.steering import Handle
+from envs.preference import BlockedPreference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,15 +24,23 @@ class RewardConfig:
 
     Attributes:
         form, width, dead_zone, abstain: of the equiprobability reward.
-        decay: weight of the past in a context's running preference, 0 (the batch alone) to below 1.
-        batch_weight: share of the batch's own estimate in the preference that the reward sees; the rest is the running one.
+        estimate: ``context`` (a running mean of each context by itself) or ``blocked`` (names and templates cancel within
+            blocks, :mod:`envs.preference`).
+        decay: weight of the past in a running preference, 0 (the batch alone) to below 1; of ``blocked`` in the part
+            that all contexts have in common.
+        context_decay: of ``blocked``, in a context's own part.
+        batch_weight: share of the batch's own estimate (of the context, or with ``blocked`` of the block in that context) in
+            the preference that the reward sees. The rest is the running estimate: the batch's own evens out what a
+            model prefers among names, the running one what it prefers among groups.
     """
 
     form: str = "smooth"
     width: float = 0.1
     dead_zone: float = 0.0
     abstain: float = -1.0
+    estimate: str = "context"
     decay: float = 0.8
+    context_decay: float = 0.8
     batch_weight: float = 0.3
 
     def __post_init__(self) -> None:
@@ -39,6 +48,10 @@ class RewardConfig:
             raise ValueError(f"reward form is {self.form!r}, expected sign or smooth")
         if self.width <= 0 or self.dead_zone < 0:
             raise ValueError(f"reward width {self.width} must be > 0 and dead_zone {self.dead_zone} >= 0")
+        if self.estimate not in ("context", "blocked"):
+            raise ValueError(f"preference estimate is {self.estimate!r}, expected context or blocked")
+        if not 0 <= self.context_decay < 1:
+            raise ValueError(f"context_decay {self.context_decay} must be in [0, 1)")
         if not 0 <= self.decay < 1 or not 0 <= self.batch_weight <= 1:
             raise ValueError(f"decay {self.decay} must be in [0, 1) and batch_weight {self.batch_weight} in [0, 1]")
 
@@ -73,9 +86,16 @@ class DecisionTask:
         self.target = torch.tensor(check_target(target, decisions.groups), device=device)
         self.groups, self.contexts, self.answers = (t.to(device) for t in _as_tensors(decisions))
         self.n_contexts = len(decisions.contexts)
-        self._running = self.target.expand(self.n_contexts, -1).clone()
-        self._seen = torch.zeros(self.n_contexts, device=device)
+        self.blocks = _block_index(decisions).to(device)
         self._reference: dict[int | str, Tensor] = {}
+        self._together = {key: group for group in self._portions() for key in group}
+        self.forget()
+
+    def forget(self) -> None:
+        """Start the running preferences anew."""
+        self._running = self.target.expand(self.n_contexts, -1).clone()
+        self._seen = torch.zeros(self.n_contexts, device=self.target.device)
+        self._blocked = BlockedPreference(self.n_contexts, self.target, self.reward.decay, self.reward.context_decay)
 
     @property
     def n_candidates(self) -> int:
@@ -87,8 +107,16 @@ class DecisionTask:
         return [self.decisions[int(handle)] for handle in handles]
 
     def reference(self, handles: Sequence[int]) -> Tensor:
-        """(N, V) log-probabilities of the base model (scale 0) after the prompts, computed once a decision and cached."""
-        return self._cached([int(h) for h in handles], lambda new: self.backbone.score(self.pick(new), next_token=True).next_token)
+        """(N, V) log-probabilities of the base model (scale 0) after the prompts, computed once and cached.
+
+        They are computed in fixed portions of the set. What decisions share a forward pass decides how they are
+        rounded, and a run that was resumed, which asks in another order, has to go on bit for bit.
+        """
+
+        def compute(new: list[int]) -> Tensor:
+            return self.backbone.score(self.pick(new), next_token=True).next_token
+
+        return self._cached([int(h) for h in handles], compute)
 
     def anchor_reference(self, texts: Sequence[str]) -> Tensor:
         """(N, V) the same after anchor texts."""
@@ -96,10 +124,27 @@ class DecisionTask:
 
     @torch.no_grad()
     def _cached(self, keys: list[Any], compute: Callable[[list[Any]], Tensor]) -> Tensor:
-        if missing := [key for key in dict.fromkeys(keys) if key not in self._reference]:
-            with self.unsteered():
-                self._reference.update(zip(missing, compute(missing).cpu(), strict=True))
+        for key in keys:
+            if key not in self._reference:
+                together = self._together.get(key, [key])
+                with self.unsteered():
+                    self._reference.update(zip(together, compute(together).cpu(), strict=True))
         return torch.stack([self._reference[key] for key in keys]).to(self.backbone.device)
+
+    def _portions(self, size: int = 24) -> Iterator[list[Any]]:
+        """Whole blocks up to so many decisions together, as they are drawn together, and as many anchors."""
+        portion: list[int] = []
+        members: dict[int, list[int]] = {}
+        for handle, block in enumerate(self.blocks.tolist()):
+            members.setdefault(block, []).append(handle)
+        for handles in members.values():
+            if portion and len(portion) + len(handles) > size:
+                yield portion
+                portion = []
+            portion += handles
+        yield portion
+        anchors = list(dict.fromkeys(self.anchors))
+        yield from (anchors[start : start + size] for start in range(0, len(anchors), size))
 
     @contextmanager
     def unsteered(self) -> Iterator[None]:
@@ -117,7 +162,7 @@ class DecisionTask:
     @property
     def preference(self) -> Tensor:
         """(C, G) running group preference of each context; the target where nothing was seen."""
-        return self._running
+        return self._blocked.preference if self.reward.estimate == "blocked" else self._running
 
     @torch.no_grad()
     def observe(self, handles: Sequence[int], policy: Tensor) -> Tensor:
@@ -125,33 +170,65 @@ class DecisionTask:
 
         Args:
             handles: N decisions.
-            policy: (N, K) probabilities, or one-hot choices where no probabilities are known.
+            policy: (N, K) probabilities, or one-hot choices where no probabilities are known; K may be less than the
+                set's if none of the N has more candidates.
 
         Returns:
             (N, K) the reward of every candidate.
         """
         index = torch.as_tensor(np.asarray(handles), device=self.groups.device)
         groups, contexts, answers = self.groups[index], self.contexts[index], self.answers[index]
+        needed = int((groups != ABSENT).sum(1).max())
+        if policy.shape[0] != len(index) or not needed <= policy.shape[1] <= self.n_candidates:
+            wanted = f"{(len(index), self.n_candidates)}: a row a decision, a column a candidate"
+            raise ValueError(f"the policy has shape {tuple(policy.shape)}, expected {wanted}")
+        groups = groups[:, : policy.shape[1]]
         free = answers < 0
-        batch, counts = group_preference(policy[free].float(), groups[free], contexts[free], self.n_contexts, len(self.target))
-        known = counts > 0
+        observe = self._observe_blocks if self.reward.estimate == "blocked" else self._observe_contexts
+        preference = self.target.expand(len(index), -1).clone()
+        preference[free] = observe(policy[free].float(), groups[free], contexts[free], self.blocks[index][free])
+        fair = equiprobability_reward(
+            preference, self.target, form=self.reward.form, width=self.reward.width, dead_zone=self.reward.dead_zone
+        )
+        return candidate_rewards(fair, groups, answers, self.reward.abstain)
+
+    def _observe_contexts(self, policy: Tensor, groups: Tensor, contexts: Tensor, blocks: Tensor) -> Tensor:
+        """(N, G) the preference that each decision's reward sees, after a batch has updated the running means."""
+        batch, mass = group_preference(policy, groups, contexts, self.n_contexts, self.target)
+        batch = torch.where(mass[:, None] > 0, batch, self._running)  # where all abstain, nothing new is known
         # A context's first estimate replaces the target it starts from; later ones are blended in.
         weight = torch.where(self._seen > 0, 1 - self.reward.decay, 1.0)[:, None]
-        self._running = torch.where(known[:, None], self._running + weight * (batch - self._running), self._running)
-        self._seen += counts
-        blended = self._running + self.reward.batch_weight * (batch - self._running)
-        fair = equiprobability_reward(
-            blended, self.target, form=self.reward.form, width=self.reward.width, dead_zone=self.reward.dead_zone
-        )
-        return candidate_rewards(fair[contexts], groups, answers, self.reward.abstain)
+        self._running = self._running + weight * (batch - self._running)
+        self._seen += mass
+        return torch.lerp(self._running, batch, self.reward.batch_weight)[contexts]
+
+    def _observe_blocks(self, policy: Tensor, groups: Tensor, contexts: Tensor, blocks: Tensor) -> Tensor:
+        """The same by :class:`envs.preference.BlockedPreference`."""
+        pairs, cell = (blocks * self.n_contexts + contexts).unique(return_inverse=True)
+        shares, mass = group_preference(policy, groups, cell, len(pairs), self.target)
+        met = mass > 0
+        block = (pairs[met] // self.n_contexts).unique(return_inverse=True)[1]
+        self._blocked.update(shares[met], block, pairs[met] % self.n_contexts)
+        return torch.lerp(self._blocked.preference[contexts], shares[cell], self.reward.batch_weight)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running preferences, for checkpoints."""
-        return {"running": self._running.clone(), "seen": self._seen.clone()}
+        blocked = {f"blocked.{key}": value for key, value in self._blocked.state_dict().items()}
+        return {"running": self._running.clone(), "seen": self._seen.clone(), **blocked}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state_dict`."""
         self._running, self._seen = state["running"].clone(), state["seen"].clone()
+        self._blocked.load_state_dict(
+            {k.removeprefix("blocked."): v for k, v in state.items() if k.startswith("blocked.")}
+        )
+
+
+def _block_index(decisions: DecisionSet) -> Tensor:
+    """(N,) which block each decision belongs to: the same people in the same template."""
+    numbers: dict[tuple[str, ...], int] = {}
+    keys = [(d.template, d.unit) if d.unit else (d.id,) for d in decisions]
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
 def _as_tensors(decisions: DecisionSet) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 EXIT_INPUT = 2
 EXIT_STOPPED = 130
+OWN = {"dso", "envs", "trainers", "launch", "configs"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,12 +30,22 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("steering", help="folder or Hub id of a steering; 'none' for the base model alone")
     evaluate.add_argument("--model", help="base model (default: the one the steering states)")
     evaluate.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
-    evaluate.add_argument("--option", action="append", default=[], metavar="key=value", help="of the decision set, repeatable")
+    _add_option(evaluate)
     evaluate.add_argument("--split", default="test", help="split to measure (default: test)")
-    evaluate.add_argument("--scales", default="0,1", help="comma-separated (default: 0,1)")
-    evaluate.add_argument("--target", action="append", default=[], metavar="group=share", help="fair shares (default: uniform)")
-    evaluate.add_argument("--bootstrap", type=int, default=1000, help="resamples of the intervals (default: 1000)")
-    evaluate.add_argument("--contexts", type=int, default=0, metavar="N", help="also list the N contexts with the largest bias")
+    evaluate.add_argument("--scales", default="1", help="comma-separated, beside the base model's 0 (default: 1)")
+    evaluate.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="group=share",
+        help="fair shares, repeatable (default: uniform)",
+    )
+    evaluate.add_argument(
+        "--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)"
+    )
+    evaluate.add_argument(
+        "--contexts", type=_count, default=0, metavar="N", help="also list the N most biased contexts"
+    )
     evaluate.add_argument("--json", metavar="FILE", help="also write the points to a file")
     evaluate.add_argument("--figure", metavar="FILE", help="also draw them into a PNG")
     evaluate.add_argument("--quiet", action="store_true", help="print only the table")
@@ -45,31 +56,30 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--scale", type=float, default=1.0, help="strength, 0 is the base model (default: 1)")
     generate.add_argument("--model", help="base model (default: the one the steering states)")
     generate.add_argument("--chat", action="store_true", help="send the prompt as a user's chat message")
-    generate.add_argument("--max-new-tokens", type=int, default=40, help="(default: 40)")
+    generate.add_argument("--max-new-tokens", type=_positive, default=40, help="(default: 40)")
 
     inspect = commands.add_parser("inspect", help="show what a steering states and which sites it moves most")
     inspect.add_argument("steering", help="folder or Hub id of a steering")
-    inspect.add_argument("--top", type=int, default=10, help="sites to list (default: 10)")
+    inspect.add_argument("--top", type=_count, default=10, help="sites to list (default: 10)")
 
     decisions = commands.add_parser("decisions", help="validate a decision set, count it, show examples")
     decisions.add_argument("set", help="name of a decision set or a .jsonl file")
-    decisions.add_argument("--option", action="append", default=[], metavar="key=value", help="of the decision set, repeatable")
-    decisions.add_argument("--examples", type=int, default=3, help="of each split and kind (default: 3)")
+    _add_option(decisions)
+    decisions.add_argument("--examples", type=_count, default=3, help="of each split and kind (default: 3)")
     decisions.add_argument("--model", help="show prompts as this model's template renders them")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; user mistakes are one line on stderr and exit code 2."""
+    """Run a command; what the user can mend is one line on stderr and exit code 2, a bug keeps its traceback."""
     arguments = build_parser().parse_args(argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from launch import commands
+    from dso.errors import UserError
 
     try:
+        from launch import commands
+
         return getattr(commands, arguments.command)(arguments)
-    except commands.Stopped as stop:
-        print(f"dso: {stop}", file=sys.stderr)
-        return EXIT_STOPPED
     except KeyboardInterrupt:
         print("dso: interrupted", file=sys.stderr)
         return EXIT_STOPPED
@@ -77,9 +87,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output left (as in `dso ... | head`); a second error at shutdown would be noise.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, ImportError, OSError) as error:
+    except ImportError as error:
+        if (error.name or "").split(".")[0] in OWN:
+            raise
+        print(f"dso: {error}; training needs: pip install 'dso[train]'", file=sys.stderr)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"dso: {where}{error.strerror or error}", file=sys.stderr)
+    except UserError as error:
         print(f"dso: {error}", file=sys.stderr)
-        return EXIT_INPUT
+    return EXIT_INPUT
+
+
+def _add_option(command: argparse.ArgumentParser) -> None:
+    text = "of the decision set, repeatable"
+    command.add_argument("--option", action="append", default=[], metavar="key=value", help=text)
+
+
+def _count(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _at_least(low: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -4,55 +4,66 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
 from dso.backbone import Backbone
 from dso.data import load_decisions
 from dso.data.describe import describe, show
-from dso.decisions import DecisionSet, check_target
+from dso.decisions import Decision, DecisionSet, check_target
+from dso.errors import UserError
 from dso.evaluation import Evaluator
 from dso.figure import scale_figure
 from dso.files import write_text
 from dso.report import contexts_table, scale_table
 from dso.steering import Steering
+from launch.cli import EXIT_STOPPED
 from launch.config import load_config
 from launch.measure import scale_points
+from launch.strict import parse_yaml
 from launch.train import Stopped, report
 from launch.train import train as train_run
 
-__all__ = ["Stopped", "decisions", "evaluate", "generate", "inspect", "train"]
+__all__ = ["decisions", "evaluate", "generate", "inspect", "train"]
 
 
 def train(arguments: argparse.Namespace) -> int:
     """``dso train``."""
     config = load_config(arguments.config, arguments.overrides)
     quieten()
-    result = train_run(
-        config,
-        name=Path(arguments.config).stem,
-        resume=arguments.resume,
-        overwrite=arguments.overwrite,
-        quiet=arguments.quiet,
-    )
+    try:
+        result = train_run(
+            config,
+            name=Path(arguments.config).stem,
+            resume=arguments.resume,
+            overwrite=arguments.overwrite,
+            quiet=arguments.quiet,
+        )
+    except Stopped as stop:
+        print(f"dso: {stop}", file=sys.stderr)
+        return EXIT_STOPPED
     print(report(result))
     return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """``dso evaluate``."""
-    scales = _numbers(arguments.scales)
-    target = {key: float(value) for key, value in _pairs(arguments.target, "--target").items()} or None
-    data = load_decisions(arguments.set, **_pairs(arguments.option, "--option")).select(split=arguments.split)
-    check_target(target, data.groups)
+    bare = arguments.steering == "none"
+    scales = [0.0] if bare else sorted({0.0, *_numbers(arguments.scales)})
+    data = load_decisions(arguments.set, **_pairs(arguments.option, "--option"))
+    data = data.select(split=arguments.split)
+    data.select(kind="ambiguous")
+    shares = check_target(_pairs(arguments.target, "--target") or None, data.groups)
+    target = dict(zip(data.groups, shares, strict=True))
     quieten()
-    steering = None if arguments.steering == "none" else Steering.from_pretrained(arguments.steering)
+    steering = None if bare else Steering.from_pretrained(arguments.steering)
     backbone = _backbone(arguments.model, steering)
     handle = steering.to(backbone.device).attach(backbone.model) if steering else None
-    with tqdm(total=len(data) * len(scales), unit="decision", disable=arguments.quiet or not sys.stderr.isatty()) as bar:
+    hidden = arguments.quiet or not sys.stderr.isatty()
+    with tqdm(total=len(data) * len(scales), unit="decision", disable=hidden) as bar:
         evaluator = Evaluator(backbone, data, handle, progress=bar.update)
         points = scale_points(evaluator, scales, target, arguments.bootstrap)
     print(scale_table(points))
@@ -70,6 +81,10 @@ def generate(arguments: argparse.Namespace) -> int:
     quieten()
     steering = Steering.from_pretrained(arguments.steering)
     backbone = _backbone(arguments.model, steering)
+    if not arguments.prompt.strip():
+        raise UserError("the prompt is empty")
+    if arguments.chat and not backbone.tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {backbone.name!r} has no chat template; leave --chat away")
     prompt = [{"role": "user", "content": arguments.prompt}] if arguments.chat else arguments.prompt
     with steering.to(backbone.device).on(backbone.model, arguments.scale):
         print(backbone.generate(prompt, max_new_tokens=arguments.max_new_tokens))
@@ -84,17 +99,21 @@ def inspect(arguments: argparse.Namespace) -> int:
     total = sum(value.numel() for value in tensors.values())
     zero = sum(int((value == 0).sum()) for value in tensors.values())
     shares = ", ".join(f"{group} {share:.3g}" for group, share in zip(config.groups, config.target, strict=True))
-    print(f"operator     {config.operator}{f' of rank {config.rank}' if config.rank else ''} at {len(config.sites)} sites")
-    print(f"base model   {config.base_model}{f' at {config.revision}' if config.revision else ''}")
+    rank = f" of rank {config.rank}" if config.rank else ""
+    revision = f" at {config.revision}" if config.revision else ""
+    print(f"operator     {config.operator}{rank} at {len(config.sites)} sites")
+    print(f"base model   {config.base_model}{revision}")
     print(f"fingerprint  {config.fingerprint[:16]}")
     print(f"fair shares  {shares}")
     print(f"scale        {config.scale_range[0]:g} to {config.scale_range[1]:g}")
     print(f"coefficients {total}, of which {zero} are exactly 0")
-    norms = {site: [f"|{key}| {value.norm():.3f}" for key, value in op.named_parameters()] for site, op in steering.operators.items()}
-    size = {site: sum(float(value.norm()) for value in op.parameters()) for site, op in steering.operators.items()}
+    norms = {
+        site: {key: float(value.norm()) for key, value in operator.named_parameters()}
+        for site, operator in steering.operators.items()
+    }
     print("sites moved most:")
-    for site in sorted(size, key=size.__getitem__, reverse=True)[: arguments.top]:
-        print(f"  {site:<44} {'  '.join(norms[site])}")
+    for site in sorted(norms, key=lambda site: sum(norms[site].values()), reverse=True)[: arguments.top]:
+        print(f"  {site:<44} {'  '.join(f'|{key}| {norm:.3f}' for key, norm in norms[site].items())}")
     return 0
 
 
@@ -124,27 +143,31 @@ def quieten() -> None:
     logging.disable_progress_bar()
 
 
-def _spread(data: DecisionSet) -> list:
+def _spread(data: DecisionSet) -> list[Decision]:
     """Decisions in an order in which the first few are not alike."""
-    step = next(n for n in (7919, 104729, 1) if len(data) % n)
+    step = next(n for n in (7919, 104729, 1) if math.gcd(n, len(data)) == 1)
     return [data[(index * step) % len(data)] for index in range(len(data))]
 
 
 def _backbone(name: str | None, steering: Steering | None) -> Backbone:
-    name = name or (steering.config.base_model if steering else None)
-    if not name:
-        raise ValueError("name the base model with --model; the steering does not state one")
-    return Backbone.load(name, revision=steering.config.revision if steering else None)
+    stated = steering.config.base_model if steering else ""
+    if not (name or stated):
+        raise UserError("name the base model with --model; no steering states one")
+    revision = steering.config.revision if steering and name in (None, stated) else None
+    return Backbone.load(name or stated, revision=revision)
 
 
 def _pairs(items: list[str], option: str) -> dict:
     if bad := [item for item in items if "=" not in item]:
-        raise ValueError(f"{option} {bad[0]!r}: expected key=value")
-    return {key: yaml.safe_load(value) for key, value in (item.split("=", 1) for item in items)}
+        raise UserError(f"{option} {bad[0]!r}: expected key=value")
+    return {key: parse_yaml(value) for key, value in (item.split("=", 1) for item in items)}
 
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"--scales {text!r}: expected comma-separated numbers, as in 0,0.5,1") from error
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"--scales {text!r}: expected comma-separated numbers, as in 0,0.5,1")
+    return numbers

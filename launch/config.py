@@ -117,9 +117,9 @@ class TrainSection:
 
     estimator: Literal["expected", "reinforce", "ppo"] = "expected"
     steps: int = 100
-    ambiguous: int = 48  # decisions, a step
-    unambiguous: int = 8  # decisions, a step
-    unambiguous_weight: float = 1.0  # of their mean reward, beside the ambiguous decisions' 1
+    ambiguous: int = 24  # decisions, a step
+    unambiguous: int = 6  # decisions, a step
+    unambiguous_weight: float = 0.1  # of their mean reward, beside the ambiguous decisions' 1
     learning_rate: float = 5e-4
     betas: tuple[float, ...] = (0.9, 0.999)  # of Adam
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -127,9 +127,12 @@ class TrainSection:
     dead_zone: float = 0.0  # deviations from the target up to here earn nothing
     smooth_width: float = 0.1  # the deviation at which the smooth reward reaches +-1
     abstain_reward: float = -1.0
-    preference_decay: float = 0.8  # of the running group preferences
+    adam_eps: float = 0.03  # near the gradients' own size, so that coordinates without a clear gradient stay put
+    preference: Literal["blocked", "context"] = "blocked"  # how group preferences are estimated (envs/preference.py)
+    preference_decay: float = 0.9  # of the running preference
+    context_decay: float = 0.85  # of a context's own part in it, with blocked
     hard_preference: bool = False  # preferences from sampled answers, as published
-    batch_weight: float = 0.3  # of the batch's own preference, against the running one
+    batch_weight: float = 0.5  # of the batch's own preference, against the running one
     baseline: Literal["context", "value", "none"] = "context"
     ppo_epochs: int = 4
     clip_range: float = 0.2
@@ -144,10 +147,20 @@ class TrainSection:
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "must be two numbers in [0, 1)")
         sampled = self.estimator != "expected" or not self.hard_preference
         require(sampled, "hard_preference", "estimator expected samples no answers; use reinforce or ppo")
-        _positive(learning_rate=self.learning_rate, smooth_width=self.smooth_width, max_grad_norm=self.max_grad_norm)
-        _share(dead_zone=self.dead_zone, preference_decay=self.preference_decay, batch_weight=self.batch_weight)
+        _positive(
+            learning_rate=self.learning_rate,
+            adam_eps=self.adam_eps,
+            smooth_width=self.smooth_width,
+            max_grad_norm=self.max_grad_norm,
+        )
+        _share(dead_zone=self.dead_zone, batch_weight=self.batch_weight)
         require(self.dead_zone < 1, "dead_zone", "must be below 1: no deviation is larger")
-        require(self.preference_decay < 1, "preference_decay", "must be below 1: nothing would be learned from a batch")
+        for name in ("preference_decay", "context_decay"):
+            require(
+                0 <= getattr(self, name) < 1,
+                name,
+                "must be within 0 and below 1: nothing would be learned from a batch",
+            )
         require(0 < self.clip_range < 1, "clip_range", f"must be between 0 and 1, found {self.clip_range}")
         within = -1 <= self.abstain_reward <= 1
         require(within, "abstain_reward", f"must be within -1 and 1, found {self.abstain_reward}")
@@ -161,7 +174,7 @@ class ConstraintsSection:
     kl_budget: float | None = 0.1  # held by dual ascent
     kl_coefficient: float | None = None  # fixed instead
     dual_learning_rate: float = 0.1
-    initial_beta: float = 0.1  # price of one nat at the start
+    initial_beta: float = 1.0  # price of one nat at the start, and the least while a budget is held
     sparsity: float = 0.0  # lambda of the L1 norm
     anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too
 
@@ -179,11 +192,12 @@ class EvaluationSection:
     """How often the validation split is measured, and how the test splits are at the end."""
 
     every: int = 25  # steps
-    scales: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    validation_stride: int = 3  # a unit is validated in every third context: more people for the same time
+    scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     bootstrap: int = 1000  # resamples of an interval
 
     def __post_init__(self) -> None:
-        _at_least(1, every=self.every, bootstrap=self.bootstrap)
+        _at_least(1, every=self.every, bootstrap=self.bootstrap, validation_stride=self.validation_stride)
         _filled(scales=self.scales)
         _at_least(0, **{f"scales[{i}]": scale for i, scale in enumerate(self.scales)})
         rising = all(low < high for low, high in zip(self.scales, self.scales[1:], strict=False))

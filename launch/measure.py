@@ -14,6 +14,17 @@ from dso.report import ScalePoint
 NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
 
 
+def thin(decisions: DecisionSet, stride: int) -> DecisionSet:
+    """Every unit in each ``stride``-th context only, another start for each unit, so that all contexts keep people.
+
+    For the same time that gives more people; what people differ in is most of a small measurement's noise. Unambiguous
+    decisions stay as they are.
+    """
+    contexts = {context: number for number, context in enumerate(decisions.contexts)}
+    units = {unit: number for number, unit in enumerate(dict.fromkeys(d.unit for d in decisions if d.ambiguous))}
+    return decisions.select(lambda d: not d.ambiguous or (contexts[d.context] + units[d.unit]) % stride == 0)
+
+
 def scale_points(
     evaluator: Evaluator, scales: Sequence[float], target: dict[str, float] | None = None, bootstrap: int = 1000
 ) -> list[ScalePoint]:

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from dso.decisions import DecisionSet, check_target
 from dso.steering import Handle, Steering
 from envs.decision import DecisionVectorEnv
 from envs.task import DecisionTask, RewardConfig
-from launch.config import TrainConfig, TrainSection
+from launch.config import ConfigError, TrainConfig, TrainSection
 from trainers.constraints import FixedKL, KLBudget
 from trainers.ppo import SteeringPPO
 from trainers.vec import DecisionVecEnv
@@ -43,37 +44,84 @@ def open_session(config: TrainConfig) -> Session:
     """Load and wire up what a config names; every mistake in it is raised before the model is loaded where possible.
 
     Raises:
-        DecisionError, ModelNotFound, SteeringError, ValueError: each naming what is wrong.
+        UserError: naming what is wrong, as a ConfigError, DecisionError, ModelNotFound or SteeringError.
     """
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    decisions = load_decisions(config.data.set, **config.data.options)
-    if config.data.groups is not None:
-        decisions = DecisionSet(decisions.decisions, config.data.groups, decisions.name)
-    check_target(config.data.target, decisions.groups)
-    training = decisions.select(split=config.data.train_split)
-    decisions.select(split=config.data.validation_split, kind="ambiguous")
+    decisions = _decisions(config)
+    anchors = _anchors(config.constraints.anchors)
     backbone = load_backbone(config)
     seed_everything(config.train.seed)
-    steering = Steering.for_model(
-        backbone.model,
-        operator=config.steering.operator,
-        rank=config.steering.rank,
-        sites=None if config.steering.sites is None else list(config.steering.sites),
-        base_model=config.model.name,
-        revision=config.model.revision,
-        groups=decisions.groups,
-        target=check_target(config.data.target, decisions.groups),
-    ).to(backbone.device)
+    steering = _steering(config, backbone, decisions)
     handle = steering.attach(backbone.model)
-    return Session(config, backbone, decisions, steering, handle, _trainer(config, backbone, training, steering, handle))
+    training = decisions.select(split=config.data.train_split)
+    reward = RewardConfig(
+        form=config.train.reward,
+        width=config.train.smooth_width,
+        dead_zone=config.train.dead_zone,
+        abstain=config.train.abstain_reward,
+        estimate=config.train.preference,
+        decay=config.train.preference_decay,
+        context_decay=config.train.context_decay,
+        batch_weight=config.train.batch_weight,
+    )
+    task = DecisionTask(backbone, training, config.data.target, reward, handle, anchors=anchors)
+    return Session(config, backbone, decisions, steering, handle, _trainer(config, task, steering))
+
+
+def _decisions(config: TrainConfig) -> DecisionSet:
+    """The decision set of a config, with something of each kind in each split that the run will ask for."""
+    data = config.data
+    decisions = load_decisions(data.set, **data.options)
+    if data.groups is not None:
+        decisions = DecisionSet(decisions.decisions, data.groups, decisions.name)
+    check_target(data.target, decisions.groups)
+    for split in (data.train_split, data.validation_split, data.test_splits[0]):
+        decisions.select(split=split, kind="ambiguous")
+    training = decisions.select(split=data.train_split)
+    if config.train.unambiguous and all(decision.ambiguous for decision in training):
+        reason = f"the split {data.train_split!r} of {data.set} has no unambiguous decisions; set it to 0"
+        raise ConfigError(reason, "train.unambiguous")
+    return decisions
 
 
 def load_backbone(config: TrainConfig) -> Backbone:
-    """The backbone of a config."""
+    """The backbone of a config.
+
+    Raises:
+        ConfigError: if the device is none that torch knows, or is not there.
+        ModelNotFound: if there is no such model.
+    """
+    model = config.model
+    if model.device is not None:
+        try:
+            torch.empty(0, device=model.device)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with the device
+            raise ConfigError(
+                f"{model.device!r} cannot be used: {str(error).splitlines()[0]}", "model.device"
+            ) from error
     return Backbone.load(
-        config.model.name, revision=config.model.revision, dtype=config.model.dtype, device=config.model.device, max_tokens=config.model.max_tokens
+        model.name, revision=model.revision, dtype=model.dtype, device=model.device, max_tokens=model.max_tokens
     )
+
+
+def _steering(config: TrainConfig, backbone: Backbone, decisions: DecisionSet) -> Steering:
+    wanted = config.steering
+    try:
+        steering = Steering.for_model(
+            backbone.model,
+            operator=wanted.operator,
+            rank=wanted.rank,
+            sites=None if wanted.sites is None else list(wanted.sites),
+            base_model=config.model.name,
+            revision=config.model.revision,
+            groups=decisions.groups,
+            target=check_target(config.data.target, decisions.groups),
+            scale_range=(0.0, max(1.0, *config.evaluation.scales)),  # what will be measured, and 1 to train
+        )
+    except ValueError as error:  # patterns and rank can be held against the model only
+        raise ConfigError(str(error), "steering") from error
+    return steering.to(backbone.device)
 
 
 def seed_everything(seed: int) -> None:
@@ -83,20 +131,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _trainer(config: TrainConfig, backbone: Backbone, training: DecisionSet, steering: Steering, handle: Handle) -> SteeringPPO:
+def _trainer(config: TrainConfig, task: DecisionTask, steering: Steering) -> SteeringPPO:
     train, limits = config.train, config.constraints
-    reward = RewardConfig(
-        form=train.reward,
-        width=train.smooth_width,
-        dead_zone=train.dead_zone,
-        abstain=train.abstain_reward,
-        decay=train.preference_decay,
-        batch_weight=train.batch_weight,
-    )
-    task = DecisionTask(backbone, training, config.data.target, reward, handle, anchors=_anchors(limits.anchors))
     env = DecisionVecEnv(DecisionVectorEnv(task, train.ambiguous, train.unambiguous, seed=train.seed))
     if limits.kl_budget is not None:
-        kl: KLBudget | FixedKL = KLBudget(limits.kl_budget, limits.dual_learning_rate, limits.initial_beta)
+        kl: KLBudget | FixedKL = KLBudget(limits.kl_budget, limits.dual_learning_rate, limits.initial_beta, floor=limits.initial_beta)
     else:
         kl = FixedKL(limits.kl_coefficient or 0.0)
     return SteeringPPO(
@@ -105,14 +144,14 @@ def _trainer(config: TrainConfig, backbone: Backbone, training: DecisionSet, ste
             "steering": steering,
             "baseline": train.baseline,
             "length_normalised": train.length_normalised,
-            "optimizer_kwargs": {"betas": tuple(train.betas), "eps": 1e-8},
+            "optimizer_kwargs": {"betas": tuple(train.betas), "eps": train.adam_eps},
         },
         estimator=train.estimator,
         kl=kl,
         unambiguous_weight=train.unambiguous_weight,
         sparsity=limits.sparsity,
         hard_preference=train.hard_preference,
-        anchors=train.ambiguous // 6 if limits.anchors else 0,
+        anchors=max(1, train.ambiguous // 6) if limits.anchors else 0,
         learning_rate=schedule(train),
         n_epochs=train.ppo_epochs,
         clip_range=train.clip_range,
@@ -138,10 +177,12 @@ def _anchors(path: str | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = tuple(line.strip() for line in file if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"constraints.anchors: {path}: cannot be read: {error}") from error
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid UTF-8 at byte {error.start}", "constraints.anchors") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}", "constraints.anchors") from error
+    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not lines:
-        raise ValueError(f"constraints.anchors: {path} holds no text")
+        raise ConfigError(f"{path} holds no text", "constraints.anchors")
     return lines

@@ -20,10 +20,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from dso.errors import UserError
+
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot be used; ``path`` is the dotted path of the value that is wrong."""
 
     def __init__(self, reason: str, path: str = "") -> None:

@@ -1,17 +1,19 @@
 """What steering may cost: a KL budget held by dual ascent, and an L1 penalty taken as a proximal step.
 
 Budget. The Lagrangian of  max reward  subject to  E KL(pi_s || pi_0) <= eps  is  reward - beta * (KL - eps); beta
-follows gradient ascent on its logarithm, ``log beta += lr * (KL / eps - 1)``, so that it stays positive and its step does
-not depend on the unit of eps.
+follows gradient ascent on its logarithm, ``log beta += lr * (KL / eps - 1)``, so that it stays positive and its step
+does not depend on the unit of eps.
 
-Sparsity. ``lambda * |x|_1`` by soft thresholding after the gradient step, ``x <- sign(x) * max(|x| - lr * lambda, 0)``: what
-is reported as zero is exactly zero (Parikh & Boyd 2014, section 6.5.2).
+Sparsity. ``lambda * |x|_1`` by soft thresholding after the gradient step, ``x <- sign(x) max(|x| - rate lambda, 0)``:
+what is reported as zero is exactly zero (Parikh & Boyd 2014, section 6.5.2). ``rate`` is the step size of each
+coordinate, which under Adam is not the same for all (Yun, Lozano & Yang 2021, Adaptive proximal gradient methods):
+with the learning rate alone, coordinates that hardly matter would not end at zero, as Adam steps as far along them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ class FixedKL:
     budget: float | None = None
 
     def __init__(self, coefficient: float):
+        if not 0 <= coefficient < math.inf:
+            raise ValueError(f"KL coefficient is {coefficient}, expected a finite number >= 0")
         self.coefficient = coefficient
 
     def update(self, kl: float) -> None:
@@ -45,22 +49,36 @@ class KLBudget:
 
     Args:
         budget: eps in nats; the mean KL on the answer positions may not exceed it.
-        learning_rate: of the ascent on log beta, a step of training each.
+        learning_rate: of the ascent on log beta, an optimiser step each.
         initial: beta at the start.
         margin: share of the budget that is aimed at, as training's KL varies from batch to batch.
         averaging: weight of the past in the running KL that the ascent sees.
+        floor: least price; above 0 it makes training take the ways that cost little KL while the budget is slack.
     """
 
-    LOG_RANGE = (math.log(1e-4), math.log(1e4))
+    CEILING = 1e4
 
-    def __init__(self, budget: float, learning_rate: float = 0.1, initial: float = 0.1, margin: float = 0.9, averaging: float = 0.8):
-        if not budget > 0 or not math.isfinite(budget):
+    def __init__(
+        self,
+        budget: float,
+        learning_rate: float = 0.1,
+        initial: float = 0.1,
+        margin: float = 0.9,
+        averaging: float = 0.8,
+        floor: float = 1e-4,
+    ):
+        if not 0 < budget < math.inf:
             raise ValueError(f"KL budget is {budget}, expected a finite number of nats > 0")
+        if not 0 < initial < math.inf or not learning_rate >= 0:
+            raise ValueError(f"initial price {initial} must be finite and > 0, learning rate {learning_rate} >= 0")
+        if not 0 < margin <= 1 or not 0 <= averaging < 1:
+            raise ValueError(f"margin {margin} must be in (0, 1], averaging {averaging} in [0, 1)")
         self.budget = budget
         self.learning_rate = learning_rate
         self.margin = margin
         self.averaging = averaging
-        self._log_beta = math.log(initial)
+        self.floor = floor
+        self._log_beta = math.log(max(initial, floor))
         self._running: float | None = None
 
     @property
@@ -73,7 +91,7 @@ class KLBudget:
         self._running = kl if self._running is None else self.averaging * self._running + (1 - self.averaging) * kl
         # The violation is bounded, or one bad batch would move beta by orders of magnitude.
         violation = min(max(self._running / (self.margin * self.budget) - 1.0, -1.0), 3.0)
-        low, high = self.LOG_RANGE
+        low, high = math.log(self.floor), math.log(self.CEILING)
         self._log_beta = min(max(self._log_beta + self.learning_rate * violation, low), high)
 
     def state_dict(self) -> dict[str, float | None]:
@@ -84,10 +102,22 @@ class KLBudget:
 
 
 @torch.no_grad()
-def soft_threshold(parameters: Iterable[Tensor], amount: float) -> None:
+def soft_threshold(parameters: Iterable[Tensor], amount: Tensor | float) -> None:
     """Move every coefficient towards zero by ``amount``, and no further than zero, in place."""
     for parameter in parameters:
         parameter.copy_(parameter.sign() * (parameter.abs() - amount).clamp(min=0))
+
+
+def step_sizes(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor | float]]:
+    """Each parameter with what its last step multiplied the (averaged) gradient by: per coordinate if by Adam."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "exp_avg_sq" not in state:
+                yield parameter, group["lr"]
+                continue
+            second = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+            yield parameter, group["lr"] / (second.sqrt() + group["eps"])
 
 
 def sparsity(parameters: Iterable[Tensor]) -> float:

@@ -82,9 +82,14 @@ class SteeringPolicy(ActorCriticPolicy):
     def decide(self, handles: np.ndarray | Tensor, *, next_token: bool = False) -> Outcome:
         """Run the steered model on a batch of handles."""
         index = torch.as_tensor(handles).reshape(-1).long().cpu()
-        scores = self.task.backbone.score(self.task.pick(index), next_token=next_token, hidden=self.value_head is not None)
+        scores = self.task.backbone.score(
+            self.task.pick(index), next_token=next_token, hidden=self.value_head is not None
+        )
         return Outcome(
-            scores.policy(self.length_normalised), scores.next_token, self._values(index, scores.hidden), scores.answer_mass().detach()
+            scores.policy(self.length_normalised),
+            scores.next_token,
+            self._values(index, scores.hidden),
+            scores.answer_mass().detach(),
         )
 
     def _values(self, index: Tensor, hidden: Tensor | None) -> Tensor:
@@ -121,7 +126,7 @@ class SteeringPolicy(ActorCriticPolicy):
         return outcome.values, chosen, Categorical(logits=outcome.log_policy).entropy()
 
     def predict_values(self, obs: Tensor) -> Tensor:
-        """Zeros: every episode ends with its step, so the value of what follows is never used, and a forward pass is saved."""
+        """Zeros: every episode ends with its step, so what follows has no value, and a forward pass is saved."""
         return torch.zeros(len(obs), device=self.task.groups.device)
 
     def get_distribution(self, obs: Tensor) -> Categorical:

@@ -12,7 +12,7 @@ the base class. Same rewards, same constraints, same optimiser step.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,13 +22,27 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from dso.errors import UserError
 from dso.rewards import expected_reward
 from envs.task import DecisionTask
-from trainers.constraints import FixedKL, KLBudget, kl_divergence, soft_threshold, sparsity
+from trainers.constraints import FixedKL, KLBudget, kl_divergence, soft_threshold, sparsity, step_sizes
 from trainers.policy import Outcome, SteeringPolicy, choose
 from trainers.vec import DecisionVecEnv
 
 ESTIMATORS = ("expected", "reinforce", "ppo")
+# What PPO takes and this step does not use: refused, as a setting that is silently ignored misleads.
+UNUSED = {
+    "n_steps": 1,
+    "normalize_advantage": False,
+    "ent_coef": 0.0,
+    "clip_range_vf": None,
+    "target_kl": None,
+    "use_sde": False,
+}
+
+
+class TrainingDiverged(UserError):
+    """Training that cannot go on, as its numbers are no longer finite."""
 
 
 class SteeringPPO(PPO):
@@ -36,15 +50,18 @@ class SteeringPPO(PPO):
 
     Args:
         env: a :class:`trainers.vec.DecisionVecEnv`.
-        policy_kwargs: of :class:`trainers.policy.SteeringPolicy`: ``steering``, ``baseline``, ``length_normalised``; the
-            task is the environment's.
+        policy_kwargs: of :class:`trainers.policy.SteeringPolicy`: ``steering``, ``baseline``, ``length_normalised``;
+            the task is the environment's.
         estimator: ``expected``, ``reinforce`` or ``ppo``.
         kl: the constraint, a :class:`trainers.constraints.KLBudget` or :class:`FixedKL`.
         unambiguous_weight: weight of the unambiguous decisions' mean reward beside the ambiguous ones'.
-        sparsity: lambda of the L1 penalty, per unit of learning rate.
+        sparsity: lambda of the L1 penalty on the operators, beside a reward of at most 1.
         anchors: anchor texts of the task whose KL counts in each step.
-        hard_preference: let the reward see sampled answers instead of probabilities (as published; not with ``expected``).
-        kwargs: everything PPO takes; ``n_steps`` is always 1 and ``batch_size`` the whole batch unless given.
+        hard_preference: let the reward see sampled answers, not probabilities (as published; not with ``expected``).
+        kwargs: what PPO takes but for those in ``UNUSED``; ``batch_size`` is the whole batch unless given.
+
+    Raises:
+        ValueError: on an unknown estimator, or a setting that would have no effect.
     """
 
     policy: SteeringPolicy
@@ -65,7 +82,9 @@ class SteeringPPO(PPO):
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
         if estimator == "expected" and hard_preference:
-            raise ValueError("estimator 'expected' samples no answers, so there is no hard preference; use reinforce or ppo")
+            raise ValueError("estimator 'expected' samples no answers to take a preference from; use reinforce or ppo")
+        if unused := [name for name, value in UNUSED.items() if kwargs.get(name, value) != value]:
+            raise ValueError(f"{unused[0]} is {kwargs[unused[0]]!r}, but SteeringPPO does not use it; leave it away")
         self.estimator = estimator
         self.kl = kl or KLBudget(0.1)
         self.unambiguous_weight = unambiguous_weight
@@ -73,48 +92,66 @@ class SteeringPPO(PPO):
         self.anchors = min(anchors, len(env.inner.task.anchors))
         self.hard_preference = hard_preference
         self.stop_requested = False  # set by whoever wants training to end before the next step
+        self.measured: dict[str, float] = {}  # what the last optimiser step recorded
+        self._handles = np.zeros(0, dtype=np.int64)
         self._rollout: tuple[Outcome, Tensor, Tensor] | None = None
+        self._due: int | None = None
         task = env.inner.task
-        defaults: dict[str, Any] = {"n_steps": 1, "batch_size": env.num_envs, "normalize_advantage": False, "device": task.backbone.device}
-        super().__init__(SteeringPolicy, env, policy_kwargs={"task": task, **policy_kwargs}, **{**defaults, **kwargs})
+        policy_kwargs = {"task": task, **policy_kwargs}
+        defaults: dict[str, Any] = {**UNUSED, "batch_size": env.num_envs, "device": task.backbone.device}
+        super().__init__(SteeringPolicy, env, policy_kwargs=policy_kwargs, **{**defaults, **kwargs})
 
     @property
     def task(self) -> DecisionTask:
         """Decisions, backbone and rewards."""
         return self.policy.task
 
-    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> bool:
+    @property
+    def steps_done(self) -> int:
+        """Batches that were decided and learned from."""
+        return self.num_timesteps // self.env.num_envs
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
         """Decide one batch; where acting and learning share a pass, its graph is kept for :meth:`train`."""
         if self.stop_requested:
             return False
         shared = self.estimator != "ppo"
         rollout_buffer.reset()
         callback.on_rollout_start()
-        handles = self._last_obs
+        handles, starts = self._last_obs, self._last_episode_starts
         with torch.set_grad_enabled(shared):
             outcome = self.policy.decide(handles, next_token=shared)
-        actions = choose(outcome.log_policy)
-        stated = outcome.log_policy.exp()
+        if outcome.log_policy.isnan().any():
+            raise TrainingDiverged(f"step {self.steps_done + 1}: the policy is not finite; lower the learning rate")
+        chosen = choose(outcome.log_policy)
+        stated = outcome.log_policy.detach().exp()
         if self.hard_preference:
-            stated = torch.nn.functional.one_hot(actions, stated.shape[1]).to(stated.dtype)
+            stated = torch.nn.functional.one_hot(chosen, stated.shape[1]).to(stated.dtype)
         table = env.state_policy(stated)
-        new_handles, rewards, dones, infos = env.step(actions.cpu().numpy())
+        actions = chosen.cpu().numpy()
+        new_obs, rewards, dones, infos = env.step(actions)
         self.num_timesteps += env.num_envs
+        self._last_obs, self._last_episode_starts = new_obs, dones  # the batch is over, whatever a callback says
         callback.update_locals(locals())
         if not callback.on_step():
             return False
         self._update_info_buffer(infos, dones)
-        log_probs = outcome.log_policy.detach().gather(1, actions[:, None])[:, 0]
+        log_probs = outcome.log_policy.detach().gather(1, chosen[:, None])[:, 0]
         values = outcome.values.detach()
-        rollout_buffer.add(handles, actions.cpu().numpy().reshape(-1, 1), rewards, self._last_episode_starts, values, log_probs)
+        rollout_buffer.add(handles, actions.reshape(-1, 1), rewards, starts, values, log_probs)
         rollout_buffer.compute_returns_and_advantage(last_values=torch.zeros_like(values), dones=dones)
-        self.policy.update_baseline(handles, (stated.detach() * table).sum(-1))
-        self._rollout = (outcome, table, actions) if shared else None
+        self.policy.update_baseline(handles, (stated * table).sum(-1))
+        self._rollout = (outcome, table, chosen) if shared else None
         self._handles = handles
-        self._last_obs, self._last_episode_starts = new_handles, dones
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """Put off to the end of :meth:`train`, as the base class logs a step before it is learned from."""
+        self._due = iteration
 
     def train(self) -> None:
         """One optimiser step on the kept pass, or PPO's epochs over the rollout buffer."""
@@ -126,7 +163,8 @@ class SteeringPPO(PPO):
                     handles = batch.observations.long().view(-1).cpu().numpy()
                     outcome = self.policy.decide(handles, next_token=True)
                     chosen = outcome.log_policy.gather(1, batch.actions.long().view(-1, 1))[:, 0]
-                    self._learn(handles, outcome, self._clipped(chosen, batch.old_log_prob, batch.advantages), batch.returns)
+                    gain = self._clipped(chosen, batch.old_log_prob, batch.advantages)
+                    self._learn(handles, outcome, gain, batch.returns)
         else:
             outcome, table, actions = self._rollout
             self._rollout = None  # the graph is used once
@@ -139,6 +177,9 @@ class SteeringPPO(PPO):
             self._learn(self._handles, outcome, gain, returns)
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        if self._due is not None:
+            super().dump_logs(self._due)
+            self._due = None
 
     def _clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
         ratio = (log_prob - old_log_prob).exp()
@@ -155,21 +196,29 @@ class SteeringPPO(PPO):
         """
         ambiguous = self.task.answers[torch.as_tensor(handles, device=gain.device)] < 0
         objective = _mean(gain, ambiguous) + self.unambiguous_weight * _mean(gain, ~ambiguous)
-        divergence = self._divergence(handles, outcome)
-        loss = -objective + self.kl.coefficient * divergence.mean()
+        divergence = self._divergence(handles, outcome).mean()
+        loss = -objective + self.kl.coefficient * divergence
         if outcome.values.requires_grad:
             loss = loss + self.vf_coef * torch.nn.functional.mse_loss(outcome.values, returns)
         optimizer = self.policy.optimizer
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise TrainingDiverged(f"step {self.steps_done}: the gradient is not finite; lower the learning rate")
         optimizer.step()
-        operators = list(self.policy.steering.parameters())
         if self.sparsity:
-            soft_threshold(operators, self.sparsity * optimizer.param_groups[0]["lr"])
-        kl = float(divergence.detach().mean())
+            self._shrink()
+        kl = float(divergence.detach())
+        self._record(objective, loss, kl, norm, outcome)
         self.kl.update(kl)
-        self._record(objective, loss, kl, norm, outcome, operators)
+
+    def _shrink(self) -> None:
+        """The proximal step of the L1 penalty, on the operators only."""
+        operators = {id(parameter) for parameter in self.policy.steering.parameters()}
+        for parameter, rate in step_sizes(self.policy.optimizer):
+            if id(parameter) in operators:
+                soft_threshold([parameter], rate * self.sparsity)
 
     def _divergence(self, handles: np.ndarray, outcome: Outcome) -> Tensor:
         """KL to the base model at the answer positions, and at the end of anchor texts drawn for this step."""
@@ -180,14 +229,26 @@ class SteeringPPO(PPO):
         anchored = kl_divergence(self.task.backbone.next_token(drawn), self.task.anchor_reference(drawn))
         return torch.cat([divergence, anchored])
 
-    def _record(self, objective: Tensor, loss: Tensor, kl: float, norm: Tensor, outcome: Outcome, operators: list[Tensor]) -> None:
-        bias = (self.task.preference - self.task.target).abs().sum(-1).mean()
-        values = {
-            "objective": objective, "loss": loss, "kl": kl, "kl_coefficient": self.kl.coefficient, "gradient_norm": norm,
-            "running_bias": bias, "answer_mass": outcome.answer_mass.mean(), "sparsity": sparsity(operators),
-        }  # fmt: skip
-        for name, value in values.items():
-            self.logger.record(f"train/{name}", float(torch.as_tensor(value).detach()))
+    def _record(self, objective: Tensor, loss: Tensor, kl: float, norm: Tensor, outcome: Outcome) -> None:
+        self.measured = {
+            "objective": float(objective.detach()),
+            "loss": float(loss.detach()),
+            "kl": kl,
+            "kl_coefficient": self.kl.coefficient,
+            "gradient_norm": float(norm),
+            "running_bias": float((self.task.preference - self.task.target).abs().sum(-1).mean()),
+            "answer_mass": float(outcome.answer_mass.mean()),
+            "sparsity": sparsity(self.policy.steering.parameters()),
+        }
+        for name, value in self.measured.items():
+            self.logger.record(f"train/{name}", value)
+
+    @classmethod
+    def load(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not to be had: an archive holds no backbone, so there is nothing to build the policy from."""
+        raise TypeError(
+            "build SteeringPPO as for training, then call set_parameters(path), or trainers.state.load_state"
+        )
 
     def _excluded_save_params(self) -> list[str]:
         """The backbone and everything that holds it stay out of SB3's own archives."""

@@ -89,8 +89,8 @@ Wyatt Zachary Jake Justin Colin Tanner Roger Garrett Peter Fred Dustin Jay Geoff
 # attribute -> (sizes of train, validation and test; names by group), one entry for each list
 _LISTS: Mapping[str, tuple[tuple[tuple[int, int, int], Mapping[str, str]], ...]] = {
     "gender": (
-        ((39, 23, 78), {"female": _FEMALE, "male": _MALE}),
-        ((9, 5, 18), {"female": _FEMALE_TWO_TOKENS, "male": _MALE_TWO_TOKENS}),
+        ((36, 18, 86), {"female": _FEMALE, "male": _MALE}),
+        ((8, 4, 20), {"female": _FEMALE_TWO_TOKENS, "male": _MALE_TWO_TOKENS}),
     ),
     "gender x race": (
         (

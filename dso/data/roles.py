@@ -59,7 +59,7 @@ _EVALUATION = {
     "test-contexts": ("test", "test", False),
 }
 SPLITS = ("train", *_EVALUATION)
-_UNITS = {"validation": 24, "test": 96, "test-names": 96, "test-templates": 96, "test-contexts": 96}
+_UNITS = {"validation": 22, "test": 106, "test-names": 64, "test-templates": 96, "test-contexts": 96}
 _UNAMBIGUOUS = {"validation": 128, "test": 320, "test-names": 320, "test-templates": 320, "test-contexts": 320}
 
 Unit = tuple[str, ...]
@@ -77,8 +77,8 @@ def build(
     splits: Sequence[str] = SPLITS,
     units: Mapping[str, int] | None = None,
     unambiguous: Mapping[str, int] | None = None,
-    train_blocks: int = 100,
-    block_contexts: int = 6,
+    train_blocks: int = 200,
+    block_contexts: int = 3,
     train_unambiguous: int = 400,
     seed: int = 0,
 ) -> DecisionSet:
@@ -88,8 +88,8 @@ def build(
         attribute: ``gender`` (female, male) or ``gender x race`` (black female, black male, white female,
             white male).
         splits: the splits to build.
-        units: how many units an evaluation split has, by split; the default is 24 for ``validation`` and 96 for the
-            others, or as many as there are names.
+        units: how many units an evaluation split has, by split; the default is 22 for ``validation``, 106 for
+            ``test``, 64 for ``test-names`` and 96 for the others, or as many as there are names.
         unambiguous: how many unambiguous decisions an evaluation split has, by split; the default is 128 for
             ``validation`` and 320 for the others. Rounded down to whole factorials (8 for two groups, 64 for four).
         train_blocks: number of blocks in ``train``; each has ``block_contexts`` x (number of groups) decisions.

@@ -1,0 +1,78 @@
+"""Benchmarks: ``python -m launch.bench NAME``; each prints a table and writes what it measured.
+
+step         time and peak memory of one training step against a bare forward and backward pass of the same batch
+run          one training run from an empty folder: wall time and peak memory
+budgets      the default run at several KL budgets and seeds, on held-out splits
+estimators   expected, reinforce, ppo and the published form: decisions until bias halves, bias at equal KL
+groups       gender x race, four groups
+transfer     trained steerings on sets they never saw: held-out occupations, WinoBias, pronouns
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``python -m launch.bench``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+
+    step = names.add_parser("step", help="one training step against a bare pass")
+    step.add_argument("--repeats", type=int, default=5)
+    step.add_argument("--config", default="smollm2-roles")
+
+    run = names.add_parser("run", help="wall time and peak memory of a run")
+    run.add_argument("--config", default="smollm2-roles")
+
+    for name, text in (
+        ("budgets", "KL budgets x seeds"),
+        ("estimators", "estimators x seeds"),
+        ("groups", "gender x race"),
+    ):
+        sweep = names.add_parser(name, help=text)
+        sweep.add_argument("--seeds", default="0,1,2")
+        sweep.add_argument("--only", help="comma-separated names of variants")
+        sweep.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+        if name == "budgets":
+            sweep.add_argument("--budgets", default="0.02,0.05,0.1,0.2")
+
+    transfer = names.add_parser("transfer", help="sets that were never trained on")
+    transfer.add_argument("steerings", nargs="+", help="folders of steerings")
+    transfer.add_argument("--winobias", help="folder with the published WinoBias files")
+    transfer.add_argument("--splits", default="test-names,test-templates,test-contexts")
+
+    for sub in names.choices.values():
+        sub.add_argument(
+            "--results", default="docs/results", help="folder for what was measured (default: docs/results)"
+        )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a benchmark."""
+    arguments = build_parser().parse_args(argv)
+    from launch.benchmarks import sweeps, timing
+
+    functions = {
+        "step": timing.step,
+        "run": timing.run,
+        "budgets": sweeps.budgets,
+        "estimators": sweeps.estimators,
+        "groups": sweeps.groups,
+        "transfer": sweeps.transfer,
+    }
+    try:
+        functions[arguments.name](arguments)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""What `python -m launch.bench` runs, one file a kind."""

@@ -1,0 +1,146 @@
+"""Which modules are steered: exact names, written down by hand from the models' own module trees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import tiny
+from torch import nn
+from transformers import LlamaConfig
+
+from dso.errors import UserError
+from dso.sites import resolve_sites
+
+PRE = ["model.layers.{}.input_layernorm", "model.layers.{}.post_attention_layernorm"]
+SANDWICH = [*PRE, "model.layers.{}.pre_feedforward_layernorm", "model.layers.{}.post_feedforward_layernorm"]
+POST = ["model.layers.{}.post_attention_layernorm", "model.layers.{}.post_feedforward_layernorm"]
+GPT = ["transformer.h.{}.ln_1", "transformer.h.{}.ln_2"]
+
+
+def twice(names: list[str], *last: str) -> list[str]:
+    return [name.format(layer) for layer in range(2) for name in names] + list(last)
+
+
+EXPECTED = {
+    "Llama": twice(PRE, "model.norm"),
+    "Mistral": twice(PRE, "model.norm"),
+    "Mixtral": twice(PRE, "model.norm"),
+    "Qwen2": twice(PRE, "model.norm"),
+    "Qwen3": twice(PRE, "model.norm"),
+    "Phi3": twice(PRE, "model.norm"),
+    "Llama4": twice(PRE, "model.norm"),
+    "OLMo": twice(PRE, "model.norm"),
+    "OLMo2": twice(POST, "model.norm"),
+    "Gemma2": twice(SANDWICH, "model.norm"),
+    "Gemma3": twice(SANDWICH, "model.norm"),
+    "GPT-2": twice(GPT, "transformer.ln_f"),
+    "GPT-J": ["transformer.h.0.ln_1", "transformer.h.1.ln_1", "transformer.ln_f"],
+    "GPT-Neo": twice(GPT, "transformer.ln_f"),
+    "GPT-NeoX": twice(
+        ["gpt_neox.layers.{}.input_layernorm", "gpt_neox.layers.{}.post_attention_layernorm"],
+        "gpt_neox.final_layer_norm",
+    ),
+    "OPT": [
+        "model.decoder.final_layer_norm",
+        *twice(["model.decoder.layers.{}.self_attn_layer_norm", "model.decoder.layers.{}.final_layer_norm"]),
+    ],
+    "Falcon": ["transformer.h.0.input_layernorm", "transformer.h.1.input_layernorm", "transformer.ln_f"],
+    "Bloom": [
+        "transformer.word_embeddings_layernorm",
+        *twice(["transformer.h.{}.input_layernorm", "transformer.h.{}.post_attention_layernorm"], "transformer.ln_f"),
+    ],
+    "MPT": twice(["transformer.blocks.{}.norm_1", "transformer.blocks.{}.norm_2"], "transformer.norm_f"),
+    "Mamba": ["backbone.layers.0.norm", "backbone.layers.1.norm", "backbone.norm_f"],
+}
+
+
+@pytest.mark.parametrize("architecture", EXPECTED)
+def test_default_sites(architecture):
+    model = tiny(architecture)
+    assert list(resolve_sites(model).items()) == [(name, 16) for name in EXPECTED[architecture]]
+    for name in EXPECTED[architecture]:
+        model.get_submodule(name)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3", "Gemma3", "OLMo2"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_query_and_key_norms_are_left_out_whatever_their_width(architecture, heads):
+    # With one head of the hidden size, and in OLMo2 always, their width is that of the others.
+    changes = {} if architecture == "OLMo2" else {"head_dim": 16 // heads}
+    model = tiny(architecture, num_attention_heads=heads, num_key_value_heads=heads, **changes)
+    left_out = {name for name, _ in model.named_modules() if name.endswith((".q_norm", ".k_norm"))}
+    assert len(left_out) == 4
+    assert list(resolve_sites(model)) == EXPECTED[architecture]
+    assert set(resolve_sites(model, [r".*[qk]_norm"])) == left_out
+
+
+def test_patterns_name_sites_in_the_order_of_the_model():
+    model = tiny("Llama")
+    layers = [r"model\.norm", r"model\.layers\.1\..*norm"]
+    wanted = ["model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm", "model.norm"]
+    assert list(resolve_sites(model, layers).items()) == [(name, 16) for name in wanted]
+    assert list(resolve_sites(model, [*layers, *layers])) == wanted
+    assert list(resolve_sites(model, ["model.norm"])) == ["model.norm"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("norm", "'norm' matches no norm; norms are e.g. model.layers.0.input_layernorm"),  # matched in full
+        (r"model\.layers\.0\.mlp", "matches no norm"),  # a module, but no norm
+        ("(", r"'\(' is no regular expression: missing \)"),
+    ],
+)
+def test_patterns_that_name_nothing_are_refused(pattern, message):
+    with pytest.raises(UserError, match=message):
+        resolve_sites(tiny("Llama"), ["model.norm", pattern])
+
+
+class Tower(nn.Module):
+    """A language backbone beside a vision tower of the same width, as in a vision-language model."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = LlamaConfig(hidden_size=8, num_attention_heads=1)
+        self.vision = nn.ModuleDict({"norm": nn.LayerNorm(8), "batch": nn.BatchNorm2d(8), "group": nn.GroupNorm(2, 8)})
+        self.language = nn.ModuleDict({"norm": nn.RMSNorm(8), "bare": nn.LayerNorm(8, elementwise_affine=False)})
+        self.language["narrow"] = nn.LayerNorm(4)
+        self.language["line"] = nn.Linear(8, 8)
+        self.language2 = nn.LayerNorm(8)
+
+    def get_decoder(self):
+        return self.language
+
+
+def test_only_the_language_backbone_unless_asked_for():
+    model = Tower()
+    assert resolve_sites(model) == {"language.norm": 8, "language.bare": 8}
+    assert resolve_sites(model, ["vision.*"]) == {"vision.norm": 8}  # batch and group norms work on other dimensions
+    assert resolve_sites(model, [".*narrow"]) == {"language.narrow": 4}
+
+
+def test_a_model_without_norms_says_so():
+    model = Tower()
+    model.config = LlamaConfig(hidden_size=10, num_attention_heads=1)
+    with pytest.raises(UserError, match="Tower has no norm of width 10 in its language backbone; name the sites by"):
+        resolve_sites(model)
+    with pytest.raises(UserError, match="norms are e.g. none"):
+        resolve_sites(nn.Sequential(nn.Linear(2, 2)), ["x"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", EXPECTED)
+def test_every_site_gives_one_tensor_of_its_width(architecture):
+    model = tiny(architecture)
+    seen = {}
+
+    def look(name: str):
+        return lambda module, args, output: seen.update({name: tuple(output.shape)})
+
+    for name in resolve_sites(model):
+        model.get_submodule(name).register_forward_hook(look(name))
+    model(torch.tensor([[5, 6, 7]]))
+    wanted = dict.fromkeys(EXPECTED[architecture], (1, 3, 16))
+    if architecture == "OPT":  # flattens batch and length before its feed-forward part
+        wanted |= {f"model.decoder.layers.{layer}.final_layer_norm": (3, 16) for layer in range(2)}
+    assert seen == wanted

@@ -1,0 +1,496 @@
+"""A training run: its folder, what is shipped, and how it ends when it cannot go on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training import contents, write_config, write_decisions
+
+import launch.train
+from dso.backbone import Backbone
+from dso.data import load_decisions
+from dso.decisions import DecisionError
+from dso.errors import UserError
+from dso.evaluation import Evaluator
+from dso.report import ScalePoint
+from dso.steering import Steering
+from launch.config import ConfigError, TrainConfig, TrainSection, load_config, resolved_yaml
+from launch.measure import scale_points
+from launch.session import open_session, schedule
+from launch.train import Result, RunError, Stopped, train
+from trainers.constraints import FixedKL, KLBudget
+from trainers.ppo import SteeringPPO
+from trainers.state import has_state
+
+FILES = {
+    "config.yaml", "metrics.jsonl", "validation.json", "state/state.safetensors", "curve.json", "curve.png", "report.md",
+    "steering/dso_config.json", "steering/dso_model.safetensors", "steering/README.md",
+}  # fmt: skip
+
+
+def config_of(folder: Path, model: Path, **options: Any) -> TrainConfig:
+    return load_config(str(write_config(folder, model, **options)))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(folder: Path) -> dict[str, Any]:
+    """What a run has that does not depend on the clock."""
+    rows = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows_of(folder)]
+    files = contents(folder)
+    return {
+        "rows": rows,
+        "tensors": files["steering/dso_model.safetensors"],
+        "curve": files["curve.json"],
+        "validation": files["validation.json"],
+    }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> tuple[TrainConfig, Result]:
+    """One run of six steps, whole; not to be written to."""
+    config = config_of(tmp_path_factory.mktemp("run"), model_folder)
+    return config, train(config, name="unused", quiet=True)
+
+
+# What a run leaves
+
+
+def test_the_folder_of_a_run(run: tuple[TrainConfig, Result]) -> None:
+    config, result = run
+    assert result.folder == Path(config.run.folder) / "letters"
+    assert contents(result.folder).keys() == FILES
+    assert load_config(str(result.folder / "config.yaml")) == config
+    assert (result.folder / "curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    report = (result.folder / "report.md").read_text()
+    assert "| scale |" in report
+    assert "![curve](curve.png)" in report
+    assert "nurse" in report
+
+
+def test_every_step_and_measurement_is_recorded(run: tuple[TrainConfig, Result]) -> None:
+    rows = rows_of(run[1].folder)
+    assert [row["step"] for row in rows if "train/kl" in row] == [20, 40, 60, 80, 100, 120]
+    assert [row["step"] for row in rows if "eval/bias" in row] == [0, 40, 80, 120]
+    history = json.loads((run[1].folder / "validation.json").read_text())
+    assert [(row["step"], row["decisions"]) for row in history] == [(0, 0), (2, 40), (4, 80), (6, 120)]
+    assert [row["eval/bias"] for row in rows if "eval/bias" in row] == [row["bias"] for row in history]
+
+
+def test_the_curve_is_measured_on_the_test_split(run: tuple[TrainConfig, Result], model_folder: Path) -> None:
+    config, result = run
+    points = [ScalePoint.from_json(record) for record in json.loads((result.folder / "curve.json").read_text())]
+    assert points == result.points
+    assert [point.scale for point in points] == [0.0, 0.5, 1.0]
+    assert points[0].kl == 0.0
+    assert 0 < points[1].kl < points[2].kl
+    assert points[2].bias.soft.value < points[0].bias.soft.value - 0.05
+    assert {point.bias.n_decisions for point in points} == {12}
+
+
+def test_what_is_shipped_is_what_was_measured(run: tuple[TrainConfig, Result], model_folder: Path) -> None:
+    config, result = run
+    steering = Steering.from_pretrained(result.folder / "steering")
+    assert steering.config.base_model == str(model_folder)
+    assert steering.config.groups == ("female", "male")
+    assert steering.config.target == (0.5, 0.5)
+    assert steering.config.scale_range == (0.0, 1.0)
+    assert [row["scale"] for row in steering.config.scale_curve] == [0.0, 0.5, 1.0]
+    backbone = Backbone.load(str(model_folder), device="cpu")
+    data = load_decisions(config.data.set).select(split="test")
+    evaluator = Evaluator(backbone, data, steering.attach(backbone.model))
+    again = scale_points(evaluator, [0.0, 0.5, 1.0], None, 20)
+    for found, wanted in zip(again, result.points, strict=True):
+        assert found.bias.soft.value == pytest.approx(wanted.bias.soft.value, abs=1e-6)
+        assert found.kl == pytest.approx(wanted.kl, abs=1e-6)
+
+
+def test_the_best_candidate_inside_the_constraints_is_shipped(
+    run: tuple[TrainConfig, Result], model_folder: Path
+) -> None:
+    config, result = run
+    history = json.loads((result.folder / "validation.json").read_text())
+    base = history[0]
+    inside = [
+        row for row in history
+        if row["kl"] <= 0.2 and row["answer_mass"] >= 0.9 and row["accuracy"] >= base["accuracy"] - 0.01
+    ]  # fmt: skip
+    best = min(inside, key=lambda row: row["bias"])
+    assert best["step"] > 0
+    backbone = Backbone.load(str(model_folder), device="cpu")
+    data = load_decisions(config.data.set).select(split="validation")
+    steering = Steering.from_pretrained(result.folder / "steering")
+    (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
+    assert point.kl == pytest.approx(best["kl"], abs=1e-6)
+    assert point.bias.soft.value == pytest.approx(best["soft_bias"], abs=1e-6)
+    assert point.accuracy.value == best["accuracy"]
+
+
+def test_where_the_budget_is_too_small_the_base_is_shipped(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, constraints__kl_budget=1e-9, train__steps=2)
+    result = train(config, name="x", quiet=True)
+    steering = Steering.from_pretrained(result.folder / "steering")
+    assert not any(value.any() for value in steering.tensors().values())
+
+
+def test_scales_beyond_one_are_measured_and_allowed(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, train__steps=1, evaluation__scales=[0.5, 1.5])
+    result = train(config, name="x", quiet=True)
+    assert [point.scale for point in result.points] == [0.0, 0.5, 1.5]  # the base is always there
+    assert Steering.from_pretrained(result.folder / "steering").config.scale_range == (0.0, 1.5)
+
+
+def test_contexts_of_one_unit_are_selected_by_their_uncorrected_bias(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, train__steps=2)
+    data = load_decisions(config.data.set)
+    only = [d for d in data if d.split != "validation" or not d.ambiguous or d.unit == "0"]
+    type(data)(tuple(only), data.groups).write_jsonl(config.data.set)
+    result = train(config, name="x", quiet=True)
+    history = json.loads((result.folder / "validation.json").read_text())
+    assert all(row["bias"] == row["soft_bias"] for row in history)
+
+
+# A session
+
+
+def test_a_session_is_what_the_config_says(tmp_path: Path, model_folder: Path) -> None:
+    anchors = tmp_path / "anchors.txt"
+    anchors.write_text("It rains.\n\n  Two and two \nOnce\n", encoding="utf-8")
+    config = config_of(
+        tmp_path,
+        model_folder,
+        steering__operator="low_rank",
+        steering__rank=2,
+        steering__sites=[r"model\.norm", r".*input_layernorm"],
+        constraints__anchors=str(anchors),
+        data__target={"female": 0.3, "male": 0.7},
+        train__estimator="ppo",
+        train__ppo_epochs=3,
+        train__clip_range=0.3,
+        train__betas=[0.5, 0.75],
+        train__baseline="value",
+        constraints__sparsity=0.25,
+    )
+    session = open_session(config)
+    trainer = session.trainer
+    assert list(session.steering.config.sites) == [
+        "model.layers.0.input_layernorm",
+        "model.layers.1.input_layernorm",
+        "model.norm",
+    ]
+    assert session.steering.config.target == (0.3, 0.7)
+    assert session.steering.operators["model.norm"].u.shape == (16, 2)
+    assert trainer.task.anchors == ("It rains.", "Two and two", "Once")
+    assert trainer.anchors == 2  # a sixth of the 16 ambiguous decisions
+    assert trainer.task.target.tolist() == pytest.approx([0.3, 0.7])
+    assert (trainer.estimator, trainer.n_epochs, trainer.clip_range(1.0), trainer.sparsity) == ("ppo", 3, 0.3, 0.25)
+    assert trainer.policy.optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+    assert trainer.policy.value_head is not None
+    assert isinstance(trainer.kl, KLBudget)
+    assert (trainer.kl.budget, trainer.kl.coefficient) == (0.2, pytest.approx(0.1))
+    assert trainer.env.num_envs == 20
+    assert {d.split for d in trainer.task.decisions} == {"train"}
+
+
+def test_a_fixed_price_instead_of_a_budget(tmp_path: Path, model_folder: Path) -> None:
+    options = {"constraints__kl_budget": None, "constraints__kl_coefficient": 0.7}
+    kl = open_session(config_of(tmp_path, model_folder, **options)).trainer.kl
+    assert isinstance(kl, FixedKL)
+    assert kl.coefficient == 0.7
+
+
+def test_schedules_by_hand() -> None:
+    left = [1.0, 0.75, 0.5, 0.0]
+    constant, linear, cosine = (
+        [schedule(TrainSection(learning_rate=2.0, schedule=name))(x) for x in left]
+        for name in ("constant", "linear", "cosine")
+    )
+    assert constant == [2.0] * 4
+    assert linear == pytest.approx([2.0, 2 * (0.05 + 0.95 * 0.75), 2 * (0.05 + 0.95 * 0.5), 0.1])
+    assert cosine == pytest.approx([2.0, 2 * (0.05 + 0.95 * (2 + 2**0.5) / 4), 2 * (0.05 + 0.95 * 0.5), 0.1])
+
+
+def unusable(tmp_path: Path, model_folder: Path, **options: Any) -> str:
+    """The message of a run that is refused; nothing is written."""
+    config = config_of(tmp_path, model_folder, **options)
+    with pytest.raises(UserError) as caught:
+        train(config, name="x")
+    assert not Path(config.run.folder).exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model__name": "./no/such/model"}, "model './no/such/model': no config.json"),
+        ({"model__device": "gpu"}, "model.device: 'gpu' cannot be used: "),
+        ({"data__set": "./no.jsonl"}, "no.jsonl: cannot be read: No such file"),
+        ({"data__options": {"pairs": 3}}, "unknown option 'pairs'"),
+        ({"data__groups": ["female", "x"]}, "has unknown group 'male'; known are abstain, female, x"),
+        ({"data__target": {"women": 0.5, "men": 0.5}}, "the target names groups ['men', 'women']"),
+        ({"data__train_split": "traim"}, "no decision with split='traim'"),
+        ({"data__test_splits": ["tset"]}, "no decision with split='tset'"),
+        ({"steering__sites": ["(", "x"]}, "steering: site pattern '(' is no regular expression"),
+        ({"steering__sites": ["nothing"]}, "steering: site pattern 'nothing' matches no norm"),
+        ({"steering__operator": "low_rank", "steering__rank": 17}, "steering: rank is 17, expected 1 to 16"),
+        ({"constraints__anchors": "./none.txt"}, "constraints.anchors: ./none.txt: cannot be read: No such file"),
+    ],
+)
+def test_what_a_run_cannot_be_made_of_is_refused_before_anything_is_written(
+    tmp_path: Path, model_folder: Path, options: dict[str, Any], message: str
+) -> None:
+    assert message in unusable(tmp_path, model_folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [(b"\n  \n", "holds no text"), (b"one\n\xff\n", "not valid UTF-8 at byte 4")]
+)
+def test_anchors_that_are_no_texts_are_refused(tmp_path: Path, model_folder: Path, text: bytes, reason: str) -> None:
+    path = tmp_path / "anchors.txt"
+    path.write_bytes(text)
+    assert reason in unusable(tmp_path, model_folder, constraints__anchors=str(path))
+
+
+def test_a_split_without_facts_to_mix_in_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder)
+    write_decisions(Path(config.data.set), facts=False)
+    with pytest.raises(ConfigError, match="train.unambiguous: the split 'train' of .* set it to 0"):
+        open_session(config)
+    config = config_of(tmp_path, model_folder, train__unambiguous=0)
+    write_decisions(Path(config.data.set), facts=False)
+    result = train(config, name="x", quiet=True)
+    assert np.isnan(result.points[0].accuracy.value)
+
+
+def test_decisions_that_one_tokenizer_cannot_tell_apart_are_refused(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder)
+    text = Path(config.data.set).read_text()
+    Path(config.data.set).write_text(text.replace('"H"', '"A\\u0000"'))
+    with pytest.raises(UserError):
+        open_session(config_of(tmp_path, model_folder, data__set="./none.jsonl"))
+    session = open_session(config)  # other bytes, other tokens: nothing to refuse
+    assert session.backbone.encode(session.decisions[0]).candidates[0] != ()
+
+
+# The run's folder
+
+
+def test_an_existing_folder_is_left_alone(run: tuple[TrainConfig, Result]) -> None:
+    config, result = run
+    before = contents(result.folder)
+    with pytest.raises(RunError, match="letters: exists; resume it with --resume, replace it with --overwrite"):
+        train(config, name="x")
+    assert contents(result.folder) == before
+
+
+def test_overwrite_replaces_a_run_only_once_the_new_one_can_start(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, train__steps=1)
+    first = train(config, name="x", quiet=True)
+    before = contents(first.folder)
+    broken = config_of(tmp_path, model_folder, model__name="./none")
+    with pytest.raises(UserError, match="no config.json"):
+        train(broken, name="x", overwrite=True)
+    assert contents(first.folder) == before
+    (first.folder / "left.txt").write_text("over")
+    second = train(config_of(tmp_path, model_folder, train__steps=2), name="x", overwrite=True, quiet=True)
+    assert contents(second.folder).keys() == FILES
+    assert len([row for row in rows_of(second.folder) if "train/kl" in row]) == 2
+
+
+def test_overwrite_drops_nothing_that_is_no_run(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder)
+    precious = tmp_path / "runs" / "letters"
+    precious.mkdir(parents=True)
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="is no run .* so it is not overwritten"):
+        train(config, name="x", overwrite=True)
+    assert (precious / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_configs_name_is_the_folders_where_none_is_given(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, run__name=None, train__steps=1)
+    assert train(config, name="other", quiet=True).folder == tmp_path / "runs" / "other"
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = config_of(tmp_path, model_folder, run__folder=str(tmp_path / "file" / "runs"))
+    with pytest.raises(RunError, match="cannot be written; choose another place with run.folder="):
+        train(config, name="x")
+
+
+def test_a_full_disk_is_seen_before_the_run(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("Usage", (), {"free": 3_000_000})
+    monkeypatch.setattr(launch.train.shutil, "disk_usage", lambda _: usage)
+    assert "letters: only 3 MB free on its disk; a run needs 200" in unusable(tmp_path, model_folder)
+
+
+def full_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
+    """Let the disk be full from the given write on."""
+    real, done = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        done.append(descriptor)
+        if len(done) > writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr("dso.files.os.fsync", fsync)
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_its_state_intact(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path, model_folder)
+    with monkeypatch.context() as patch:
+        full_after(patch, 3)  # the config and the states at steps 0 and 2
+        with pytest.raises(RunError) as caught:
+            train(config, name="x", quiet=True)
+    state = tmp_path / "runs" / "letters" / "state" / "state.safetensors"
+    assert str(caught.value).startswith(f"{state}: No space left on device; ")
+    assert str(caught.value).endswith("has what was done; go on with the same command and --resume")
+    assert list(contents(state.parent)) == [state.name]
+    result = train(config, name="x", resume=True, quiet=True)
+    assert [row["step"] for row in rows_of(result.folder) if "train/kl" in row] == [20, 40, 60, 80, 100, 120]
+
+
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path, model_folder)
+    full_after(monkeypatch, 1)
+    with pytest.raises(RunError, match="No space left on device; nothing was kept"):
+        train(config, name="x", quiet=True)
+    assert not (tmp_path / "runs" / "letters").exists()
+
+
+# Stopping and going on
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C in the middle of a step."""
+    real = SteeringPPO.train
+
+    def interrupted(self: SteeringPPO) -> None:
+        if self.steps_done == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(self)
+
+    monkeypatch.setattr(SteeringPPO, "train", interrupted)
+
+
+@pytest.mark.parametrize("step", [3, 4, 6])  # between two measurements, at one, and at the end
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, run: tuple[TrainConfig, Result], step: int
+) -> None:
+    config = config_of(tmp_path, model_folder)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(Stopped) as caught:
+            train(config, name="x", quiet=True)
+    folder = tmp_path / "runs" / "letters"
+    assert str(caught.value) == (
+        f"stopped after step {step} of 6; {folder} has everything so far. Go on with the same command and --resume"
+    )
+    assert has_state(folder / "state")
+    assert not (folder / "steering").exists()
+    torch.manual_seed(5)
+    result = train(config, name="x", resume=True, quiet=True)
+    assert without_times(result.folder) == without_times(run[1].folder)
+    assert contents(result.folder).keys() == FILES
+
+
+def test_a_finished_run_can_be_measured_again(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, train__steps=2)
+    first = train(config, name="x", quiet=True)
+    before = without_times(first.folder)
+    (first.folder / "curve.json").unlink()
+    again = train(config, name="x", resume=True, quiet=True)
+    assert without_times(again.folder) == before
+
+
+def test_an_interrupt_before_anything_was_learned_leaves_nothing(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
+    with pytest.raises(Stopped, match="^interrupted; nothing was kept$"):
+        train(config_of(tmp_path, model_folder), name="x", quiet=True)
+    assert not (tmp_path / "runs" / "letters").exists()
+
+
+def test_an_interrupt_while_measuring_keeps_what_was_learned(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(tmp_path, model_folder, train__steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.train, "scale_figure", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Stopped, match="interrupted; .*letters has what was done; go on .* --resume"):
+            train(config, name="x", quiet=True)
+    assert contents(train(config, name="x", resume=True, quiet=True).folder).keys() == FILES
+
+
+def test_there_has_to_be_something_to_resume(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder)
+    with pytest.raises(RunError, match="nothing to resume, .* leave --resume away to start"):
+        train(config, name="x", resume=True)
+    (tmp_path / "runs" / "letters").mkdir(parents=True)
+    with pytest.raises(RunError, match="nothing to resume, .* replace it with --overwrite"):
+        train(config, name="x", resume=True)
+
+
+def test_another_config_or_other_decisions_cannot_resume(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, train__steps=1)
+    folder = train(config, name="x", quiet=True).folder
+    before = contents(folder)
+    with pytest.raises(RunError, match="was trained with another config"):
+        train(config_of(tmp_path, model_folder, train__steps=2), name="x", resume=True)
+    data = Path(config.data.set).read_text()
+    Path(config.data.set).write_text(data.replace("The nurse is", "A nurse is"))
+    with pytest.raises(UserError, match="saved with decision set letters"):
+        train(config, name="x", resume=True)
+    Path(config.data.set).write_text(data)
+    (folder / "state" / "state.safetensors").write_bytes(before["state/state.safetensors"][:-9])
+    with pytest.raises(UserError, match="not a usable state"):
+        train(config, name="x", resume=True)
+    (folder / "state" / "state.safetensors").write_bytes(before["state/state.safetensors"])
+    assert contents(folder) == before
+    (folder / "config.yaml").unlink()
+    with pytest.raises(RunError, match="its config.yaml cannot be read"):
+        train(config, name="x", resume=True)
+
+
+def test_a_bad_decision_in_mid_run_is_told_with_what_was_kept(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = SteeringPPO.train
+
+    def fails(self: SteeringPPO) -> None:
+        if self.steps_done == 3:
+            raise DecisionError("decision 'x': two candidates have the same tokens")
+        real(self)
+
+    monkeypatch.setattr(SteeringPPO, "train", fails)
+    with pytest.raises(DecisionError):
+        train(config_of(tmp_path, model_folder), name="x", quiet=True)
+    assert has_state(tmp_path / "runs" / "letters" / "state")
+
+
+def test_resolved_configs_are_written_whole(run: tuple[TrainConfig, Result]) -> None:
+    config, result = run
+    assert (result.folder / "config.yaml").read_text() == resolved_yaml(config)
