@@ -52,7 +52,7 @@ def random_basis(steering: Steering, m: int, seed: int = 0, step: float = 0.05) 
     return {key: part.reshape(m, *value.shape).to(value) for (key, value), part in parts}
 
 
-def group_basis(backbone: Backbone, steering: Steering, decisions: DecisionSet, m: int, step: float = 0.05) -> Basis:
+def group_basis(backbone: Backbone, steering: Steering, decisions: DecisionSet, m: int, step: float = 0.1) -> Basis:
     """Directions from the data, along which the preference for a group shows in the sites' outputs.
 
     With h a site's output at the answer position, p_g the probability of choosing group g there, and means,
@@ -64,9 +64,9 @@ def group_basis(backbone: Backbone, steering: Steering, decisions: DecisionSet, 
     and f such that the output changes by ``step`` times its root mean square (but no neuron beyond its mean). A shift
     moves all contexts alike. A contraction pulls the neurons that tell the groups apart towards their mean, and
     with it the contexts towards each other. A site whose output is the same after every prompt (the first one, if all
-    prompts end in the same token) stays as it is. Runs are taken from the last sites to the first, and L is as small as m
-    directions allow; of the first run some may be left out. Names and positions cancel in the covariance
-    if the decisions are counterbalanced.
+    prompts end in the same token) stays as it is. Runs are taken from the last sites to the first, and L is as small
+    as m directions allow; of the first run some may be left out. Names and positions cancel in the covariance if the
+    decisions are counterbalanced.
 
     Args:
         backbone: the model as it is now, steered or not.

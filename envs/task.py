@@ -29,9 +29,9 @@ class RewardConfig:
         decay: weight of the past in a running preference, 0 (the batch alone) to below 1; of ``blocked`` in the part
             that all contexts have in common.
         context_decay: of ``blocked``, in a context's own part.
-        batch_weight: share of the batch's own estimate (of the context, or with ``blocked`` of the block in that context) in
-            the preference that the reward sees. The rest is the running estimate: the batch's own evens out what a
-            model prefers among names, the running one what it prefers among groups.
+        batch_weight: of ``context``: share of the batch's own estimate in the preference that the reward sees.
+        unit_weight: of ``blocked``: share of the reward that looks at the preference among the very people at hand
+            instead of the context's. It evens out what a model prefers among names, which new names inherit.
     """
 
     form: str = "smooth"
@@ -42,6 +42,7 @@ class RewardConfig:
     decay: float = 0.8
     context_decay: float = 0.8
     batch_weight: float = 0.3
+    unit_weight: float = 0.3
 
     def __post_init__(self) -> None:
         if self.form not in ("sign", "smooth"):
@@ -50,8 +51,10 @@ class RewardConfig:
             raise ValueError(f"reward width {self.width} must be > 0 and dead_zone {self.dead_zone} >= 0")
         if self.estimate not in ("context", "blocked"):
             raise ValueError(f"preference estimate is {self.estimate!r}, expected context or blocked")
-        if not 0 <= self.context_decay < 1:
-            raise ValueError(f"context_decay {self.context_decay} must be in [0, 1)")
+        if not 0 <= self.context_decay < 1 or not 0 <= self.unit_weight <= 1:
+            raise ValueError(
+                f"context_decay {self.context_decay} must be in [0, 1) and unit_weight {self.unit_weight} in [0, 1]"
+            )
         if not 0 <= self.decay < 1 or not 0 <= self.batch_weight <= 1:
             raise ValueError(f"decay {self.decay} must be in [0, 1) and batch_weight {self.batch_weight} in [0, 1]")
 
@@ -185,22 +188,19 @@ class DecisionTask:
         groups = groups[:, : policy.shape[1]]
         free = answers < 0
         observe = self._observe_blocks if self.reward.estimate == "blocked" else self._observe_contexts
-        preference = self.target.expand(len(index), -1).clone()
-        preference[free] = observe(policy[free].float(), groups[free], contexts[free], self.blocks[index][free])
-        fair = equiprobability_reward(
-            preference, self.target, form=self.reward.form, width=self.reward.width, dead_zone=self.reward.dead_zone
-        )
+        fair = self.target.new_zeros(len(index), len(self.target))
+        fair[free] = observe(policy[free].float(), groups[free], contexts[free], self.blocks[index][free])
         return candidate_rewards(fair, groups, answers, self.reward.abstain)
 
     def _observe_contexts(self, policy: Tensor, groups: Tensor, contexts: Tensor, blocks: Tensor) -> Tensor:
-        """(N, G) the preference that each decision's reward sees, after a batch has updated the running means."""
+        """(N, G) the reward of each group in each decision, after a batch has updated the running means."""
         batch, mass = group_preference(policy, groups, contexts, self.n_contexts, self.target)
         batch = torch.where(mass[:, None] > 0, batch, self._running)  # where all abstain, nothing new is known
         # A context's first estimate replaces the target it starts from; later ones are blended in.
         weight = torch.where(self._seen > 0, 1 - self.reward.decay, 1.0)[:, None]
         self._running = self._running + weight * (batch - self._running)
         self._seen += mass
-        return torch.lerp(self._running, batch, self.reward.batch_weight)[contexts]
+        return self._fair(torch.lerp(self._running, batch, self.reward.batch_weight))[contexts]
 
     def _observe_blocks(self, policy: Tensor, groups: Tensor, contexts: Tensor, blocks: Tensor) -> Tensor:
         """The same by :class:`envs.preference.BlockedPreference`."""
@@ -209,7 +209,14 @@ class DecisionTask:
         met = mass > 0
         block = (pairs[met] // self.n_contexts).unique(return_inverse=True)[1]
         self._blocked.update(shares[met], block, pairs[met] % self.n_contexts)
-        return torch.lerp(self._blocked.preference[contexts], shares[cell], self.reward.batch_weight)
+        context, unit = self._fair(self._blocked.preference)[contexts], self._fair(shares)[cell]
+        return torch.lerp(context, unit, self.reward.unit_weight)
+
+    def _fair(self, preference: Tensor) -> Tensor:
+        config = self.reward
+        return equiprobability_reward(
+            preference, self.target, form=config.form, width=config.width, dead_zone=config.dead_zone
+        )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running preferences, for checkpoints."""

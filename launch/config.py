@@ -132,7 +132,8 @@ class TrainSection:
     preference_decay: float = 0.9  # of the running preference
     context_decay: float = 0.85  # of a context's own part in it, with blocked
     hard_preference: bool = False  # preferences from sampled answers, as published
-    batch_weight: float = 0.5  # of the batch's own preference, against the running one
+    batch_weight: float = 0.3  # of the batch's own preference against the running one, with context
+    unit_weight: float = 0.3  # of the preference among the people at hand against the context's, with blocked
     baseline: Literal["context", "value", "none"] = "context"
     ppo_epochs: int = 4
     clip_range: float = 0.2
@@ -153,7 +154,7 @@ class TrainSection:
             smooth_width=self.smooth_width,
             max_grad_norm=self.max_grad_norm,
         )
-        _share(dead_zone=self.dead_zone, batch_weight=self.batch_weight)
+        _share(dead_zone=self.dead_zone, batch_weight=self.batch_weight, unit_weight=self.unit_weight)
         require(self.dead_zone < 1, "dead_zone", "must be below 1: no deviation is larger")
         for name in ("preference_decay", "context_decay"):
             require(

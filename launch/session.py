@@ -64,6 +64,7 @@ def open_session(config: TrainConfig) -> Session:
         decay=config.train.preference_decay,
         context_decay=config.train.context_decay,
         batch_weight=config.train.batch_weight,
+        unit_weight=config.train.unit_weight,
     )
     task = DecisionTask(backbone, training, config.data.target, reward, handle, anchors=anchors)
     return Session(config, backbone, decisions, steering, handle, _trainer(config, task, steering))
@@ -135,7 +136,9 @@ def _trainer(config: TrainConfig, task: DecisionTask, steering: Steering) -> Ste
     train, limits = config.train, config.constraints
     env = DecisionVecEnv(DecisionVectorEnv(task, train.ambiguous, train.unambiguous, seed=train.seed))
     if limits.kl_budget is not None:
-        kl: KLBudget | FixedKL = KLBudget(limits.kl_budget, limits.dual_learning_rate, limits.initial_beta, floor=limits.initial_beta)
+        kl: KLBudget | FixedKL = KLBudget(
+            limits.kl_budget, limits.dual_learning_rate, limits.initial_beta, floor=limits.initial_beta
+        )
     else:
         kl = FixedKL(limits.kl_coefficient or 0.0)
     return SteeringPPO(

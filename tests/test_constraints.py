@@ -71,10 +71,13 @@ def test_the_price_rises_with_what_a_nat_is_worth() -> None:
 
 
 def test_a_slack_budget_has_no_price() -> None:
-    dual = KLBudget(0.1, 0.5, 1.0)
+    dual, floored = KLBudget(0.1, 0.5, 1.0, floor=1e-4), KLBudget(0.1, 0.5, 1.0, floor=0.3)
     for _ in range(200):
         dual.update(0.001)  # whatever the price: the optimum is inside
-    assert dual.coefficient == pytest.approx(1e-4)
+        floored.update(0.001)
+    assert dual.coefficient == pytest.approx(1e-4)  # as good as none
+    assert floored.coefficient == pytest.approx(0.3)
+    assert KLBudget(0.1, initial=0.1, floor=0.5).coefficient == pytest.approx(0.5)
 
 
 def test_one_step_by_hand() -> None:
@@ -110,7 +113,9 @@ def test_an_impossible_budget_is_refused(budget: float) -> None:
         KLBudget(budget)
 
 
-@pytest.mark.parametrize("values", [{"initial": 0.0}, {"learning_rate": -1.0}, {"margin": 1.1}, {"averaging": 1.0}])
+@pytest.mark.parametrize(
+    "values", [{"initial": 0.0}, {"learning_rate": -1.0}, {"margin": 1.1}, {"averaging": 1.0}, {"floor": 0.0}]
+)
 def test_impossible_settings_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values)).split("_")[0]):
         KLBudget(0.1, **values)

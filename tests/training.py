@@ -176,11 +176,11 @@ def write_config(folder: Path, model: Path, **options: Any) -> Path:
         "train": {
             "estimator": "expected", "steps": 6, "ambiguous": 16, "unambiguous": 4, "unambiguous_weight": 0.2,
             "learning_rate": 0.003, "schedule": "constant", "reward": "smooth", "smooth_width": 0.1, "dead_zone": 0.0,
-            "preference_decay": 0.5, "batch_weight": 0.5, "hard_preference": False, "baseline": "context",
-            "max_grad_norm": 1000.0, "length_normalised": False, "seed": 0, "threads": 1,
+            "preference": "context", "preference_decay": 0.5, "batch_weight": 0.5, "hard_preference": False,
+            "baseline": "context", "adam_eps": 1e-8, "betas": [0.9, 0.999], "max_grad_norm": 1000.0, "length_normalised": False, "seed": 0, "threads": 1,
         },
         "constraints": {"kl_budget": 0.2, "dual_learning_rate": 0.1, "initial_beta": 0.1, "sparsity": 0.0},
-        "evaluation": {"every": 2, "scales": [0.0, 0.5, 1.0], "bootstrap": 20},
+        "evaluation": {"every": 2, "validation_stride": 1, "scales": [0.0, 0.5, 1.0], "bootstrap": 20},
         "run": {"folder": str(folder / "runs"), "name": "letters"},
     }  # fmt: skip
     for key, value in options.items():

@@ -71,8 +71,8 @@ class KLBudget:
             raise ValueError(f"KL budget is {budget}, expected a finite number of nats > 0")
         if not 0 < initial < math.inf or not learning_rate >= 0:
             raise ValueError(f"initial price {initial} must be finite and > 0, learning rate {learning_rate} >= 0")
-        if not 0 < margin <= 1 or not 0 <= averaging < 1:
-            raise ValueError(f"margin {margin} must be in (0, 1], averaging {averaging} in [0, 1)")
+        if not 0 < margin <= 1 or not 0 <= averaging < 1 or not 0 < floor <= self.CEILING:
+            raise ValueError(f"margin {margin} must be in (0, 1], averaging {averaging} in [0, 1), floor {floor} > 0")
         self.budget = budget
         self.learning_rate = learning_rate
         self.margin = margin
