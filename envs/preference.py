@@ -7,8 +7,8 @@ the same template in several contexts, so what names and template do is common t
 
     x[b,c] - t = m + u[b] + alpha[c]
 
-m, common to all contexts, is a running mean over blocks; alpha, a context's own share, is a running mean of what is left of
-x[b,c] after its block's mean, from which u[b] has cancelled. The preference that is rewarded is t + m + alpha[c].
+m, common to all contexts, is a running mean over blocks; alpha, a context's own share, is a running mean of what is
+left of x[b,c] after its block's mean, from which u[b] has cancelled. What is rewarded is t + m + alpha[c].
 """
 
 from __future__ import annotations

@@ -6,16 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from dso.decisions import DecisionSet
+from dso.decisions import Decision, DecisionSet
 
 
 class BlockSampler:
     """Batches of handles; decisions of one block follow each other.
 
     A block is all ambiguous decisions of one template and one unit (the same people in every order and context), so
-    that name and position effects cancel within a batch; an unambiguous decision, and an ambiguous one without a
-    unit, is a block of its own. Every block is drawn once before any is drawn again. A batch that ends inside a block
-    is followed by one that begins with the rest of it: let ``ambiguous`` be a multiple of the blocks' size.
+    that name and position effects cancel within a batch; unambiguous decisions that begin alike are one block, and a
+    decision without a unit is a block of its own. Every block is drawn once before any is drawn again. A batch that
+    ends inside a block is followed by one that begins with the rest of it: let ``ambiguous`` be a multiple of the
+    blocks' size.
 
     Args:
         decisions: what to draw from.
@@ -69,6 +70,18 @@ def _blocks(decisions: DecisionSet, kind: str) -> list[list[int]]:
     blocks: dict[tuple[str, ...], list[int]] = {}
     for index, decision in enumerate(decisions):
         if decision.kind == kind:
-            together = decision.ambiguous and decision.unit
-            blocks.setdefault((decision.template, decision.unit) if together else (decision.id,), []).append(index)
+            blocks.setdefault(_block_key(decision), []).append(index)
     return list(blocks.values())
+
+
+BEGINNING = 40  # characters: the first person and what is said of them
+
+
+def _block_key(decision: Decision) -> tuple[str, ...]:
+    if not decision.unit:
+        return (decision.id,)
+    if decision.ambiguous:
+        return decision.template, decision.unit
+    # The same facts and another question: the facts are computed once if both are in one batch.
+    text = decision.prompt if isinstance(decision.prompt, str) else "".join(m["content"] for m in decision.prompt)
+    return decision.template, decision.unit, text[:BEGINNING]

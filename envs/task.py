@@ -24,8 +24,8 @@ class RewardConfig:
 
     Attributes:
         form, width, dead_zone, abstain: of the equiprobability reward.
-        estimate: ``context`` (a running mean of each context by itself) or ``blocked`` (names and templates cancel within
-            blocks, :mod:`envs.preference`).
+        estimate: ``context`` (a running mean of each context by itself) or ``blocked`` (names and templates cancel
+            within blocks, :mod:`envs.preference`).
         decay: weight of the past in a running preference, 0 (the batch alone) to below 1; of ``blocked`` in the part
             that all contexts have in common.
         context_decay: of ``blocked``, in a context's own part.

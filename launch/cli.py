@@ -26,29 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
     train.add_argument("--quiet", action="store_true", help="print only the result")
 
-    evaluate = commands.add_parser("evaluate", help="measure a steering, or a base model, on a decision set")
-    evaluate.add_argument("steering", help="folder or Hub id of a steering; 'none' for the base model alone")
-    evaluate.add_argument("--model", help="base model (default: the one the steering states)")
-    evaluate.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
-    _add_option(evaluate)
-    evaluate.add_argument("--split", default="test", help="split to measure (default: test)")
-    evaluate.add_argument("--scales", default="1", help="comma-separated, beside the base model's 0 (default: 1)")
-    evaluate.add_argument(
-        "--target",
-        action="append",
-        default=[],
-        metavar="group=share",
-        help="fair shares, repeatable (default: uniform)",
-    )
-    evaluate.add_argument(
-        "--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)"
-    )
-    evaluate.add_argument(
-        "--contexts", type=_count, default=0, metavar="N", help="also list the N most biased contexts"
-    )
-    evaluate.add_argument("--json", metavar="FILE", help="also write the points to a file")
-    evaluate.add_argument("--figure", metavar="FILE", help="also draw them into a PNG")
-    evaluate.add_argument("--quiet", action="store_true", help="print only the table")
+    _add_evaluate(commands)
 
     generate = commands.add_parser("generate", help="generate text with a steered model")
     generate.add_argument("steering", help="folder or Hub id of a steering")
@@ -79,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from launch import commands
 
-        return getattr(commands, arguments.command)(arguments)
+        code = getattr(commands, arguments.command)(arguments)
+        sys.stdout.flush()  # here, where a reader that left can be told from a bug
+        return code
     except KeyboardInterrupt:
         print("dso: interrupted", file=sys.stderr)
         return EXIT_STOPPED
@@ -97,6 +77,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"dso: {error}", file=sys.stderr)
     return EXIT_INPUT
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser("evaluate", help="measure a steering, or a base model, on a decision set")
+    evaluate.add_argument("steering", help="folder or Hub id of a steering; 'none' for the base model alone")
+    evaluate.add_argument("--model", help="base model (default: the one the steering states)")
+    evaluate.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
+    _add_option(evaluate)
+    evaluate.add_argument("--split", default="test", help="split to measure (default: test)")
+    evaluate.add_argument("--scales", default="1", help="comma-separated, beside the base model's 0 (default: 1)")
+    evaluate.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="group=share",
+        help="fair shares, repeatable (default: uniform)",
+    )
+    evaluate.add_argument(
+        "--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)"
+    )
+    evaluate.add_argument(
+        "--contexts", type=_count, default=0, metavar="N", help="also list the N most biased contexts"
+    )
+    evaluate.add_argument("--json", metavar="FILE", help="also write the points to a file")
+    evaluate.add_argument("--figure", metavar="FILE", help="also draw them into a PNG")
+    evaluate.add_argument("--quiet", action="store_true", help="print only the table")
 
 
 def _add_option(command: argparse.ArgumentParser) -> None:

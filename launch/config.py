@@ -123,6 +123,7 @@ class TrainSection:
     learning_rate: float = 5e-4
     betas: tuple[float, ...] = (0.9, 0.999)  # of Adam
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1  # share of the steps in which the learning rate rises: preferences are not known yet
     reward: Literal["sign", "smooth"] = "smooth"
     dead_zone: float = 0.0  # deviations from the target up to here earn nothing
     smooth_width: float = 0.1  # the deviation at which the smooth reward reaches +-1
@@ -154,7 +155,9 @@ class TrainSection:
             smooth_width=self.smooth_width,
             max_grad_norm=self.max_grad_norm,
         )
-        _share(dead_zone=self.dead_zone, batch_weight=self.batch_weight, unit_weight=self.unit_weight)
+        _share(
+            dead_zone=self.dead_zone, batch_weight=self.batch_weight, unit_weight=self.unit_weight, warmup=self.warmup
+        )
         require(self.dead_zone < 1, "dead_zone", "must be below 1: no deviation is larger")
         for name in ("preference_decay", "context_decay"):
             require(
@@ -175,12 +178,18 @@ class ConstraintsSection:
     kl_budget: float | None = 0.1  # held by dual ascent
     kl_coefficient: float | None = None  # fixed instead
     dual_learning_rate: float = 0.1
-    initial_beta: float = 1.0  # price of one nat at the start, and the least while a budget is held
+    initial_beta: float = 1.0  # price of one nat at the start
+    minimum_beta: float = 0.1  # and the least; above 0 training takes the ways that cost little KL
     sparsity: float = 0.0  # lambda of the L1 norm
     anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too
 
     def __post_init__(self) -> None:
-        _positive(kl_budget=self.kl_budget, dual_learning_rate=self.dual_learning_rate, initial_beta=self.initial_beta)
+        _positive(
+            kl_budget=self.kl_budget,
+            dual_learning_rate=self.dual_learning_rate,
+            initial_beta=self.initial_beta,
+            minimum_beta=self.minimum_beta,
+        )
         _at_least(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
         _filled(anchors=self.anchors)
         both = self.kl_budget is not None and self.kl_coefficient is not None

@@ -137,7 +137,7 @@ def _trainer(config: TrainConfig, task: DecisionTask, steering: Steering) -> Ste
     env = DecisionVecEnv(DecisionVectorEnv(task, train.ambiguous, train.unambiguous, seed=train.seed))
     if limits.kl_budget is not None:
         kl: KLBudget | FixedKL = KLBudget(
-            limits.kl_budget, limits.dual_learning_rate, limits.initial_beta, floor=limits.initial_beta
+            limits.kl_budget, limits.dual_learning_rate, limits.initial_beta, floor=limits.minimum_beta
         )
     else:
         kl = FixedKL(limits.kl_coefficient or 0.0)
@@ -164,16 +164,25 @@ def _trainer(config: TrainConfig, task: DecisionTask, steering: Steering) -> Ste
 
 
 def schedule(train: TrainSection) -> Callable[[float], float]:
-    """The learning rate as a function of the share of training that remains (1 to 0), as Stable-Baselines3 takes it."""
-    floor = 0.05
+    """The learning rate as a function of the share of training that remains (1 to 0), as Stable-Baselines3 takes it.
 
-    def cosine(remaining: float) -> float:
-        return train.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (1 - remaining))))
+    It rises linearly over the warm-up, then falls to a twentieth by the schedule. The first step has a rate above 0.
+    """
+    shapes = {
+        "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
+        "linear": lambda t: 1 - t,
+        "constant": lambda t: 1.0,
+    }
+    shape, lowest = shapes[train.schedule], 0.05
 
-    def linear(remaining: float) -> float:
-        return train.learning_rate * (floor + (1 - floor) * remaining)
+    def rate(remaining: float) -> float:
+        done = 1 - remaining
+        if done < train.warmup:
+            return train.learning_rate * max(done / train.warmup, lowest)
+        fallen = (done - train.warmup) / (1 - train.warmup) if train.warmup < 1 else 0.0
+        return train.learning_rate * (lowest + (1 - lowest) * shape(fallen))
 
-    return {"cosine": cosine, "linear": linear, "constant": lambda _: train.learning_rate}[train.schedule]
+    return rate
 
 
 def _anchors(path: str | None) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from dso.backbone import Backbone
 from dso.decisions import Candidate, Decision, DecisionSet
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if not loop.last or add_generation_prompt %}\n{% endif %}{% endfor %}"
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}"
+    "{% if not loop.last or add_generation_prompt %}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 FEMALE = ("Ann", "Eve", "Mia", "Zoe")
@@ -63,8 +64,9 @@ def role(job: str, first: str, second: str, *, split: str = "train", template: s
     women = first if first in FEMALE else second
     men = second if first in FEMALE else first
     return Decision(
-        id=f"{split}/{template}/{women}-{men}/{job}/{order}", context=job, kind="ambiguous", template=template, split=split,
-        prompt=f"{first} and {second}: the {job} is", unit=f"{women}/{men}", stereotype="female" if job in ("nurse", "baker") else "male",
+        id=f"{split}/{template}/{women}-{men}/{job}/{order}", context=job, kind="ambiguous", template=template,
+        split=split, prompt=f"{first} and {second}: the {job} is", unit=f"{women}/{men}",
+        stereotype="female" if job in ("nurse", "baker") else "male",
         candidates=(Candidate(text=f" {women}", group="female"), Candidate(text=f" {men}", group="male")),
     )  # fmt: skip
 
@@ -73,8 +75,9 @@ def fact(job: str, other: str, first: str, second: str, *, split: str = "train",
     """One unambiguous decision: who of the two has which job is stated."""
     right, wrong = (second, first) if swap else (first, second)
     return Decision(
-        id=f"{split}/fact/{first}-{second}/{job}/{int(swap)}", context=job, kind="unambiguous", template="fact", split=split,
-        prompt=f"{right} is {job}, {wrong} is {other}. The {job} is", unit=f"{first}/{second}", answer=int(swap),
+        id=f"{split}/fact/{first}-{second}/{job}/{int(swap)}", context=job, kind="unambiguous", template="fact",
+        split=split, prompt=f"{right} is {job}, {wrong} is {other}. The {job} is", unit=f"{first}/{second}",
+        answer=int(swap),
         candidates=(Candidate(text=f" {first}", group="female"), Candidate(text=f" {second}", group="male")),
     )  # fmt: skip
 

@@ -199,12 +199,10 @@ def test_ctrl_c_keeps_what_was_done_and_resume_finishes(tmp_path: Path, model_fo
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     metrics = tmp_path / "runs" / "letters" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("train/kl") > 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("train/kl") > 2):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
     assert process.returncode == 130, err
     assert out == ""
     assert not any(sign in err for sign in CONTROL)

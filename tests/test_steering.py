@@ -106,8 +106,12 @@ def test_scale_0_does_not_even_compute(model):
     steering = moved(model)
     next(iter(steering.tensors().values())).data.fill_(torch.nan)
     base = logits(model)
-    with steering.on(model, 0.0):
+    with steering.on(model, 0.0) as handle:
         assert torch.equal(logits(model), base)
+        handle.scale = torch.tensor([0.0, 1.0, 0.0])
+        found = logits(model)
+    assert torch.equal(found[[0, 2]], base[[0, 2]])
+    assert found[1].isnan().all()
 
 
 @pytest.mark.parametrize("operator", KINDS)

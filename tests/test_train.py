@@ -213,12 +213,16 @@ def test_a_fixed_price_instead_of_a_budget(tmp_path: Path, model_folder: Path) -
 def test_schedules_by_hand() -> None:
     left = [1.0, 0.75, 0.5, 0.0]
     constant, linear, cosine = (
-        [schedule(TrainSection(learning_rate=2.0, schedule=name))(x) for x in left]
+        [schedule(TrainSection(learning_rate=2.0, schedule=name, warmup=0.0))(x) for x in left]
         for name in ("constant", "linear", "cosine")
     )
     assert constant == [2.0] * 4
     assert linear == pytest.approx([2.0, 2 * (0.05 + 0.95 * 0.75), 2 * (0.05 + 0.95 * 0.5), 0.1])
     assert cosine == pytest.approx([2.0, 2 * (0.05 + 0.95 * (2 + 2**0.5) / 4), 2 * (0.05 + 0.95 * 0.5), 0.1])
+    warm = schedule(TrainSection(learning_rate=2.0, schedule="linear", warmup=0.5))
+    assert [warm(x) for x in (1.0, 0.75, 0.5, 0.25, 0.0)] == pytest.approx(
+        [0.1, 1.0, 2.0, 2 * (0.05 + 0.95 * 0.5), 0.1]
+    )
 
 
 def unusable(tmp_path: Path, model_folder: Path, **options: Any) -> str:

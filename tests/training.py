@@ -17,6 +17,7 @@ from dso.decisions import ABSTAIN, Candidate, Decision, DecisionSet
 from dso.steering import Steering
 from envs.decision import DecisionVectorEnv
 from envs.task import DecisionTask, RewardConfig
+from launch.strict import parse_yaml
 from trainers.constraints import FixedKL, KLBudget
 from trainers.ppo import SteeringPPO
 from trainers.vec import DecisionVecEnv
@@ -152,7 +153,7 @@ def mean_kl(trainer: SteeringPPO) -> float:
 
 
 def write_decisions(path: Path, **options: Any) -> Path:
-    """Letters of which the tiny model prefers one nearly everywhere, as a file with three splits, each with its frames."""
+    """Letters of which the tiny model prefers one nearly everywhere; three splits, each with frames of its own."""
     frames = {
         "train": FRAMES,
         "validation": ("Some {} is ", "Every {}: ", "No {} was "),
@@ -167,22 +168,28 @@ def write_decisions(path: Path, **options: Any) -> Path:
     return path
 
 
+CONFIG = """
+model: {device: cpu, dtype: float32}
+data: {test_splits: [test]}
+steering: {operator: affine}
+train:
+  {estimator: expected, steps: 6, ambiguous: 16, unambiguous: 4, unambiguous_weight: 0.2, learning_rate: 0.003,
+   schedule: constant, warmup: 0, reward: smooth, smooth_width: 0.1, dead_zone: 0, preference: context,
+   preference_decay: 0.5, batch_weight: 0.5, context_decay: 0.5, unit_weight: 0, hard_preference: false,
+   baseline: context, adam_eps: 1e-8, betas: [0.9, 0.999], max_grad_norm: 1000, length_normalised: false, seed: 0,
+   threads: 1}
+constraints: {kl_budget: 0.2, dual_learning_rate: 0.1, initial_beta: 0.1, minimum_beta: 1e-4, sparsity: 0}
+evaluation: {every: 2, validation_stride: 1, scales: [0.0, 0.5, 1.0], bootstrap: 20}
+run: {name: letters}
+"""
+
+
 def write_config(folder: Path, model: Path, **options: Any) -> Path:
-    """A config file that states every value that matters for a run of six steps; ``section.key`` may be replaced."""
-    values = {
-        "model": {"name": str(model), "device": "cpu", "dtype": "float32"},
-        "data": {"set": str(write_decisions(folder / "letters.jsonl")), "test_splits": ["test"]},
-        "steering": {"operator": "affine"},
-        "train": {
-            "estimator": "expected", "steps": 6, "ambiguous": 16, "unambiguous": 4, "unambiguous_weight": 0.2,
-            "learning_rate": 0.003, "schedule": "constant", "reward": "smooth", "smooth_width": 0.1, "dead_zone": 0.0,
-            "preference": "context", "preference_decay": 0.5, "batch_weight": 0.5, "hard_preference": False,
-            "baseline": "context", "adam_eps": 1e-8, "betas": [0.9, 0.999], "max_grad_norm": 1000.0, "length_normalised": False, "seed": 0, "threads": 1,
-        },
-        "constraints": {"kl_budget": 0.2, "dual_learning_rate": 0.1, "initial_beta": 0.1, "sparsity": 0.0},
-        "evaluation": {"every": 2, "validation_stride": 1, "scales": [0.0, 0.5, 1.0], "bootstrap": 20},
-        "run": {"folder": str(folder / "runs"), "name": "letters"},
-    }  # fmt: skip
+    """A config file that states every value that matters for a run of six steps; ``section__key`` replaces one."""
+    values: Any = parse_yaml(CONFIG)
+    values["model"]["name"] = str(model)
+    values["data"]["set"] = str(write_decisions(folder / "letters.jsonl"))
+    values["run"]["folder"] = str(folder / "runs")
     for key, value in options.items():
         section, name = key.split("__")
         values[section][name] = value

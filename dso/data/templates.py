@@ -9,8 +9,9 @@ Rules that the texts keep: nothing hints at one of the people; the very next wor
 occupation comes after the people and as late as possible, so that the prompts of the same people
 share a long prefix. A tuple is a chat (role, content); a last message of the assistant is continued.
 
-Templates were chosen and split by what the unsteered SmolLM2-135M does with training names: one whose answer mass is below 0.006
-is no decision and was left out, and those in which it is hardly biased train, as there is nothing to cut on a test.
+Templates were chosen and split by what the unsteered SmolLM2-135M does with training names: one whose answer mass is
+below 0.006 is no decision and was left out, and those in which it is hardly biased are for training, as there is
+nothing to cut in a test.
 """
 
 from __future__ import annotations

@@ -28,9 +28,16 @@ from launch.train import learn_only
 
 RUNS = Path("runs/bench")
 PUBLISHED = (
-    "train.estimator=reinforce", "train.reward=sign", "train.hard_preference=true", "train.unambiguous=0", "train.baseline=none",
-    "train.batch_weight=1.0", "constraints.kl_budget=null", "constraints.kl_coefficient=0.1",
-)  # fmt: skip
+    "train.estimator=reinforce",
+    "train.reward=sign",
+    "train.hard_preference=true",
+    "train.preference=context",
+    "train.batch_weight=1.0",
+    "train.baseline=none",
+    "train.unambiguous=0",
+    "constraints.kl_budget=null",
+    "constraints.kl_coefficient=0.1",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +81,8 @@ def estimators(arguments: argparse.Namespace) -> None:
     print("variant     seed  decisions until halved   lowest bias (KL there)")
     for row in rows:
         best = min(row["history"], key=lambda r: r["bias"])
-        print(
-            f"{row['variant']:<11} {row['seed']:>4}  {row['halved_at'] or '-':>22}   {best['bias']:.3f} ({best['kl']:.3f})"
-        )
+        halved = row["halved_at"] or "-"
+        print(f"{row['variant']:<11} {row['seed']:>4}  {halved:>22}   {best['bias']:.3f} ({best['kl']:.3f})")
 
 
 def transfer(arguments: argparse.Namespace) -> None:
@@ -153,14 +159,14 @@ def table(label: str, names: Sequence[tuple[str, int | None]], points: Sequence[
     """A fixed-width table of a sweep; the first point is the base."""
     base = points[0]
     lines = [
-        f"{label}: floor-corrected bias [95%], cut, soft bias (floor), accuracy, answer mass to base, KL, KL unambiguous"
+        f"{label}: floor-corrected bias [95%], cut, soft (floor), accuracy, answer mass to base, KL, KL unambiguous"
     ]
     for (name, seed), p in zip(names, points, strict=True):
         b = p.bias.corrected
         cut = 1 - b.value / base.bias.corrected.value
         lines.append(
             f"{name:<12} {'' if seed is None else seed!s:>2} {b.value:.3f} [{b.low:.3f}, {b.high:.3f}] {cut:6.1%}  "
-            f"{p.bias.soft.value:.3f} ({p.bias.soft_floor:.3f})  {p.accuracy.value:.3f}  {p.answer_mass / base.answer_mass:.2f}  "
-            f"{p.kl:.3f}  {p.kl_unambiguous:.3f}"
+            f"{p.bias.soft.value:.3f} ({p.bias.soft_floor:.3f})  {p.accuracy.value:.3f}  "
+            f"{p.answer_mass / base.answer_mass:.2f}  {p.kl:.3f}  {p.kl_unambiguous:.3f}"
         )
     return "\n".join(lines)

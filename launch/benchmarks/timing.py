@@ -14,13 +14,13 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 
 from dso.files import write_text
 from launch.config import load_config
 from launch.session import Session, open_session
 from trainers.ppo import SteeringPPO
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
 
 
 def step(arguments: argparse.Namespace) -> None:
