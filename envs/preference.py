@@ -8,7 +8,8 @@ the same template in several contexts, so what names and template do is common t
     x[b,c] - t = m + u[b] + alpha[c]
 
 m, common to all contexts, is a running mean over blocks; alpha, a context's own share, is a running mean of what is
-left of x[b,c] after its block's mean, from which u[b] has cancelled. What is rewarded is t + m + alpha[c].
+left of x[b,c] after its block's mean, from which u[b] has cancelled. What is rewarded is t + m + alpha[c], or, where
+templates differ in how a context matters, in part what is left in this very block, t + m + x[b,c] - mean_b(x - alpha).
 """
 
 from __future__ import annotations
@@ -41,16 +42,19 @@ class BlockedPreference:
         """(C, G) target + m + alpha."""
         return self.target + self.common + self.own
 
-    def update(self, cells: Tensor, blocks: Tensor, contexts: Tensor) -> None:
+    def update(self, cells: Tensor, blocks: Tensor, contexts: Tensor) -> Tensor:
         """Take in M cells, the means over the decisions of one block in one context.
 
         Args:
             cells: (M, G) group shares; each row sums to one.
             blocks: (M,) int64, 0 to B - 1.
             contexts: (M,) int64; a pair of block and context comes once.
+
+        Returns:
+            (M, G) the preference in each cell by this block's own evidence, people and template cancelled.
         """
         if not len(cells):
-            return
+            return cells
         deviation = cells - self.target
         count = int(blocks.max()) + 1
         sizes = deviation.new_zeros(count).index_add(0, blocks, torch.ones_like(deviation[:, 0]))
@@ -62,12 +66,14 @@ class BlockedPreference:
         self.blocks = self.blocks + count
         # A block with a single context cannot tell its people from the context; it is held against the common part.
         reference = torch.where(sizes[:, None] > 1, means, self.common)[blocks]
-        error = deviation - reference - self.own[contexts]
+        local = deviation - reference
+        error = local - self.own[contexts]
         met = self.seen.new_zeros(len(self.seen)).index_add(0, contexts, torch.ones_like(error[:, 0]))
         total = self.own.new_zeros(self.own.shape).index_add(0, contexts, error)
         self.seen = self.seen + met
         share = torch.maximum(met / self.seen.clamp(min=1), 1 - self.context_decay**met)[:, None]
         self.own = self.own + share * total / met.clamp(min=1)[:, None]
+        return self.target + self.common + local
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that :meth:`update` changes."""

@@ -31,6 +31,7 @@ class BlockSampler:
         if ambiguous < 0 or unambiguous < 0 or ambiguous + unambiguous < 1:
             raise ValueError(f"a batch of {ambiguous} ambiguous and {unambiguous} unambiguous decisions is empty")
         self.size = ambiguous + unambiguous
+        self.counts = (ambiguous, unambiguous)
         self._counts = {kind: n for kind, n in (("ambiguous", ambiguous), ("unambiguous", unambiguous)) if n}
         self._blocks = {kind: _blocks(decisions, kind) for kind in self._counts}
         for kind, blocks in self._blocks.items():

@@ -30,6 +30,8 @@ class RewardConfig:
             that all contexts have in common.
         context_decay: of ``blocked``, in a context's own part.
         batch_weight: of ``context``: share of the batch's own estimate in the preference that the reward sees.
+        local_weight: of ``blocked``: share of this block's own evidence in a context's preference, as templates
+            differ in how much a context matters.
         unit_weight: of ``blocked``: share of the reward that looks at the preference among the very people at hand
             instead of the context's. It evens out what a model prefers among names, which new names inherit.
     """
@@ -42,7 +44,8 @@ class RewardConfig:
     decay: float = 0.8
     context_decay: float = 0.8
     batch_weight: float = 0.3
-    unit_weight: float = 0.3
+    local_weight: float = 0.5
+    unit_weight: float = 0.1
 
     def __post_init__(self) -> None:
         if self.form not in ("sign", "smooth"):
@@ -51,9 +54,10 @@ class RewardConfig:
             raise ValueError(f"reward width {self.width} must be > 0 and dead_zone {self.dead_zone} >= 0")
         if self.estimate not in ("context", "blocked"):
             raise ValueError(f"preference estimate is {self.estimate!r}, expected context or blocked")
-        if not 0 <= self.context_decay < 1 or not 0 <= self.unit_weight <= 1:
+        if not 0 <= self.context_decay < 1 or not 0 <= self.unit_weight <= 1 or not 0 <= self.local_weight <= 1:
             raise ValueError(
-                f"context_decay {self.context_decay} must be in [0, 1) and unit_weight {self.unit_weight} in [0, 1]"
+                f"context_decay {self.context_decay} must be in [0, 1), local_weight {self.local_weight} and "
+                f"unit_weight {self.unit_weight} in [0, 1]"
             )
         if not 0 <= self.decay < 1 or not 0 <= self.batch_weight <= 1:
             raise ValueError(f"decay {self.decay} must be in [0, 1) and batch_weight {self.batch_weight} in [0, 1]")
@@ -208,8 +212,10 @@ class DecisionTask:
         shares, mass = group_preference(policy, groups, cell, len(pairs), self.target)
         met = mass > 0
         block = (pairs[met] // self.n_contexts).unique(return_inverse=True)[1]
-        self._blocked.update(shares[met], block, pairs[met] % self.n_contexts)
-        context, unit = self._fair(self._blocked.preference)[contexts], self._fair(shares)[cell]
+        local = shares.clone()
+        local[met] = self._blocked.update(shares[met], block, pairs[met] % self.n_contexts)
+        preference = torch.lerp(self._blocked.preference[contexts], local[cell], self.reward.local_weight)
+        context, unit = self._fair(preference), self._fair(shares)[cell]
         return torch.lerp(context, unit, self.reward.unit_weight)
 
     def _fair(self, preference: Tensor) -> Tensor:

@@ -128,13 +128,18 @@ class TrainSection:
     dead_zone: float = 0.0  # deviations from the target up to here earn nothing
     smooth_width: float = 0.1  # the deviation at which the smooth reward reaches +-1
     abstain_reward: float = -1.0
+    fisher_batches: int = (
+        12  # drawn once to measure steps in KL (trainers/fisher.py); 0 leaves coefficients as they are
+    )
+    fisher_damping: float = 0.03  # share of the mean Fisher information that every coordinate has at least
     adam_eps: float = 0.03  # near the gradients' own size, so that coordinates without a clear gradient stay put
     preference: Literal["blocked", "context"] = "blocked"  # how group preferences are estimated (envs/preference.py)
     preference_decay: float = 0.9  # of the running preference
     context_decay: float = 0.85  # of a context's own part in it, with blocked
     hard_preference: bool = False  # preferences from sampled answers, as published
     batch_weight: float = 0.3  # of the batch's own preference against the running one, with context
-    unit_weight: float = 0.3  # of the preference among the people at hand against the context's, with blocked
+    local_weight: float = 0.5  # of a block's own evidence on a context against the running one, with blocked
+    unit_weight: float = 0.1  # of the preference among the people at hand against the context's, with blocked
     baseline: Literal["context", "value", "none"] = "context"
     ppo_epochs: int = 4
     clip_range: float = 0.2
@@ -145,7 +150,9 @@ class TrainSection:
 
     def __post_init__(self) -> None:
         _at_least(1, steps=self.steps, ambiguous=self.ambiguous, ppo_epochs=self.ppo_epochs, threads=self.threads)
-        _at_least(0, unambiguous=self.unambiguous, unambiguous_weight=self.unambiguous_weight)
+        _at_least(0, unambiguous=self.unambiguous, fisher_batches=self.fisher_batches)
+        _positive(fisher_damping=self.fisher_damping)
+        _at_least(0, unambiguous_weight=self.unambiguous_weight)
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "must be two numbers in [0, 1)")
         sampled = self.estimator != "expected" or not self.hard_preference
         require(sampled, "hard_preference", "estimator expected samples no answers; use reinforce or ppo")
@@ -156,7 +163,11 @@ class TrainSection:
             max_grad_norm=self.max_grad_norm,
         )
         _share(
-            dead_zone=self.dead_zone, batch_weight=self.batch_weight, unit_weight=self.unit_weight, warmup=self.warmup
+            dead_zone=self.dead_zone,
+            batch_weight=self.batch_weight,
+            local_weight=self.local_weight,
+            unit_weight=self.unit_weight,
+            warmup=self.warmup,
         )
         require(self.dead_zone < 1, "dead_zone", "must be below 1: no deviation is larger")
         for name in ("preference_decay", "context_decay"):

@@ -64,6 +64,7 @@ def open_session(config: TrainConfig) -> Session:
         decay=config.train.preference_decay,
         context_decay=config.train.context_decay,
         batch_weight=config.train.batch_weight,
+        local_weight=config.train.local_weight,
         unit_weight=config.train.unit_weight,
     )
     task = DecisionTask(backbone, training, config.data.target, reward, handle, anchors=anchors)

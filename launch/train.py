@@ -177,6 +177,8 @@ def _learn(session: Session, folder: Path, resume: bool, quiet: bool) -> float:
         tensors, facts = load_state(folder / "state", trainer)
         selection.restore(tensors, facts)
         started -= facts["seconds"]
+    elif config.train.fisher_batches:
+        trainer.whiten(config.train.fisher_batches, config.train.fisher_damping)
     lines = JsonLines(folder / "metrics.jsonl", until=trainer.num_timesteps if resume else None)
     trainer.set_logger(Logger(str(folder), [lines]))
     with OrderlyStop(trainer, progress.say):

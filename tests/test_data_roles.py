@@ -239,7 +239,7 @@ def test_names_of_one_unit_do_not_begin_with_one_another(whole: DecisionSet) -> 
 
 def test_templates_cover_the_styles_in_every_split() -> None:
     counts = Counter(t.split for t in AMBIGUOUS)
-    assert counts["train"] >= 32 and counts["validation"] >= 6 and counts["test"] >= 8 and len(AMBIGUOUS) >= 48
+    assert counts["train"] >= 24 and counts["validation"] >= 6 and counts["test"] >= 8 and len(AMBIGUOUS) >= 48
     assert {t.style for t in AMBIGUOUS if t.split == "train"} == STYLES
     for split in ("validation", "test"):
         assert {t.style for t in AMBIGUOUS if t.split == split} == STYLES

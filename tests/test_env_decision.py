@@ -397,8 +397,8 @@ def test_with_no_memory_and_the_batch_alone_the_reward_is_that_of_the_batch(
 
 
 def test_the_blocked_estimate_by_hand(backbone: Backbone, train: DecisionSet) -> None:
-    reward = RewardConfig(estimate="blocked", width=1.0, decay=0.9, context_decay=0.8, batch_weight=0.0)
-    task = DecisionTask(backbone, train, reward=reward)
+    weights = {"decay": 0.9, "context_decay": 0.8, "local_weight": 0.0, "unit_weight": 0.25}
+    task = DecisionTask(backbone, train, reward=RewardConfig(estimate="blocked", width=1.0, **weights))
 
     def observe(unit: str, nurse: float, pilot: float) -> Tensor:
         """Both orders of a couple in two contexts, with these probabilities of the woman."""
@@ -412,7 +412,9 @@ def test_the_blocked_estimate_by_hand(backbone: Backbone, train: DecisionSet) ->
     # blocks. Less the block's mean of -0.1 they are 0.1 and -0.1, against +-0.2 so far: +-0.15 over two blocks.
     table = observe("Eve/Dan", 0.5, 0.3)
     assert task.preference[:2, 0].tolist() == pytest.approx([0.7, 0.4])
-    assert table[:, 0].tolist() == pytest.approx([-0.2, -0.2, 0.1, 0.1], abs=1e-6)
+    # three quarters of the reward look at these, a quarter at the couple's own 0.5 and 0.3
+    paid = [0.75 * -0.2 + 0.25 * 0.0, 0.75 * 0.1 + 0.25 * 0.2]
+    assert table[:, 0].tolist() == pytest.approx([paid[0], paid[0], paid[1], paid[1]], abs=1e-6)
 
 
 def test_unambiguous_decisions_and_abstention_move_no_preference(backbone: Backbone) -> None:

@@ -358,16 +358,6 @@ def test_runs_of_sites_are_taken_from_the_last(backbone: Backbone, train: Decisi
     assert [bool(basis[f"{LAST}.a"][j].any()) for j in range(3)] == [False, True, False]
 
 
-def test_a_shift_moves_the_preference_its_way(train: DecisionSet) -> None:
-    backbone = Backbone(tiny_llama(1), byte_tokenizer(), "tiny")
-    steering = Steering.for_model(backbone.model)
-    basis = {k: v[:1] for k, v in group_basis(backbone, steering, train, 6).items()}  # behind the last layers
-    env = make(backbone, train, steering, basis=basis, ambiguous=32)
-    env.reset(seed=0)
-    female = [float(env.step(np.array([z], np.float32))[0][1]) for z in (-1.0, 0.0, 1.0)]
-    assert female[0] < female[1] < female[2]
-
-
 def test_operators_without_a_scale_have_no_contraction(backbone: Backbone, train: DecisionSet) -> None:
     steering = Steering.for_model(backbone.model, operator="bias")
     basis = group_basis(backbone, steering, train, 5)  # one site a run

@@ -82,6 +82,24 @@ def test_other_templates_and_decisions_without_a_unit_are_other_blocks() -> None
     assert len(runs) == len(set(runs)) == 2 + len(JOBS)
 
 
+def test_questions_about_the_same_facts_are_drawn_together() -> None:
+    """Two questions after each of four statements: their common beginning is computed once."""
+    decisions = []
+    for asked in ("nurse", "pilot"):
+        for swap in (False, True):
+            for woman, man in (("Ann", "Bob"), ("Eve", "Dan")):
+                nurse, pilot = (man, woman) if swap else (woman, man)
+                told = f"{nurse} works in this building as a nurse, and {pilot} as a pilot."
+                one = fact(asked, "-", woman, man, swap=swap)
+                decisions.append(replace(one, id=f"{one.id}/{asked}", prompt=f"{told} The {asked} is"))
+    facts = DecisionSet(tuple(decisions))
+    sampler = BlockSampler(facts, 0, 2)
+    for _ in range(8):
+        first, second = (facts[h].prompt for h in sampler.draw())
+        assert first != second
+        assert first.split(". The ")[0] == second.split(". The ")[0]
+
+
 def test_the_seed_decides_the_batches(train: DecisionSet) -> None:
     first, same, other = (BlockSampler(train, 16, 4, seed=s) for s in (5, 5, 6))
     batches = [first.draw() for _ in range(4)]

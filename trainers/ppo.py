@@ -12,6 +12,7 @@ the base class. Same rewards, same constraints, same optimiser step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,8 +25,10 @@ from torch import Tensor
 
 from dso.errors import UserError
 from dso.rewards import expected_reward
+from envs.sampler import BlockSampler
 from envs.task import DecisionTask
 from trainers.constraints import FixedKL, KLBudget, kl_divergence, soft_threshold, sparsity, step_sizes
+from trainers.fisher import fisher_diagonal, whitened_step, whitening
 from trainers.policy import Outcome, SteeringPolicy, choose
 from trainers.vec import DecisionVecEnv
 
@@ -206,19 +209,36 @@ class SteeringPPO(PPO):
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
         if not torch.isfinite(norm):
             raise TrainingDiverged(f"step {self.steps_done}: the gradient is not finite; lower the learning rate")
-        optimizer.step()
+        whitened_step(optimizer, list(self.policy.steering.parameters()), self.policy.step_sizes())
         if self.sparsity:
             self._shrink()
         kl = float(divergence.detach())
         self._record(objective, loss, kl, norm, outcome)
         self.kl.update(kl)
 
+    def whiten(self, batches: int, damping: float = 0.03) -> None:
+        """Measure steps in KL from here on (:mod:`trainers.fisher`), by a few batches of the training decisions.
+
+        Args:
+            batches: draws of the estimate, each one forward and backward pass over a batch.
+            damping: lower bound of a coordinate's share of the mean Fisher information.
+        """
+        inner = self.env.inner
+        sampler = BlockSampler(self.task.decisions, *inner.sampler.counts, seed=self.seed or 0)
+
+        def log_probs() -> Iterator[Tensor]:
+            for _ in range(batches):
+                yield self.policy.decide(sampler.draw(), next_token=True).next_token
+
+        parameters = list(self.policy.steering.parameters())
+        self.policy.set_step_sizes(whitening(fisher_diagonal(log_probs, parameters), damping))
+
     def _shrink(self) -> None:
         """The proximal step of the L1 penalty, on the operators only."""
-        operators = {id(parameter) for parameter in self.policy.steering.parameters()}
+        sizes = {id(p): d for p, d in zip(self.policy.steering.parameters(), self.policy.step_sizes(), strict=True)}
         for parameter, rate in step_sizes(self.policy.optimizer):
-            if id(parameter) in operators:
-                soft_threshold([parameter], rate * self.sparsity)
+            if id(parameter) in sizes:
+                soft_threshold([parameter], rate * sizes[id(parameter)].square() * self.sparsity)
 
     def _divergence(self, handles: np.ndarray, outcome: Outcome) -> Tensor:
         """KL to the base model at the answer positions, and at the end of anchor texts drawn for this step."""
