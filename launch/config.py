@@ -117,28 +117,28 @@ class TrainSection:
 
     estimator: Literal["expected", "reinforce", "ppo"] = "expected"
     steps: int = 100
-    ambiguous: int = 24  # decisions, a step
-    unambiguous: int = 6  # decisions, a step
-    unambiguous_weight: float = 0.1  # of their mean reward, beside the ambiguous decisions' 1
+    ambiguous: int = 36  # decisions, a step
+    unambiguous: int = 8  # decisions, a step
+    unambiguous_weight: float = 0.2  # of their mean reward, beside the ambiguous decisions' 1
     learning_rate: float = 5e-4
     betas: tuple[float, ...] = (0.9, 0.999)  # of Adam
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.1  # share of the steps in which the learning rate rises: preferences are not known yet
     reward: Literal["sign", "smooth"] = "smooth"
     dead_zone: float = 0.0  # deviations from the target up to here earn nothing
-    smooth_width: float = 0.1  # the deviation at which the smooth reward reaches +-1
+    smooth_width: float = 0.05  # the deviation at which the smooth reward reaches +-1
     abstain_reward: float = -1.0
     fisher_batches: int = (
         12  # drawn once to measure steps in KL (trainers/fisher.py); 0 leaves coefficients as they are
     )
-    fisher_damping: float = 0.03  # share of the mean Fisher information that every coordinate has at least
+    fisher_damping: float = 0.1  # share of the mean Fisher information that every coordinate has at least
     adam_eps: float = 0.03  # near the gradients' own size, so that coordinates without a clear gradient stay put
     preference: Literal["blocked", "context"] = "blocked"  # how group preferences are estimated (envs/preference.py)
     preference_decay: float = 0.9  # of the running preference
     context_decay: float = 0.85  # of a context's own part in it, with blocked
     hard_preference: bool = False  # preferences from sampled answers, as published
     batch_weight: float = 0.3  # of the batch's own preference against the running one, with context
-    local_weight: float = 0.5  # of a block's own evidence on a context against the running one, with blocked
+    local_weight: float = 0.7  # of a block's own evidence on a context against the running one, with blocked
     unit_weight: float = 0.1  # of the preference among the people at hand against the context's, with blocked
     baseline: Literal["context", "value", "none"] = "context"
     ppo_epochs: int = 4
@@ -186,10 +186,10 @@ class TrainSection:
 class ConstraintsSection:
     """What the steering may cost: nats of KL to the base model, neurons that are not zero."""
 
-    kl_budget: float | None = 0.1  # held by dual ascent
+    kl_budget: float | None = 0.2  # held by dual ascent
     kl_coefficient: float | None = None  # fixed instead
     dual_learning_rate: float = 0.1
-    initial_beta: float = 1.0  # price of one nat at the start
+    initial_beta: float = 0.5  # price of one nat at the start
     minimum_beta: float = 0.1  # and the least; above 0 training takes the ways that cost little KL
     sparsity: float = 0.0  # lambda of the L1 norm
     anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too

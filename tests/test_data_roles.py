@@ -48,7 +48,7 @@ def names(decisions: Iterable[Decision]) -> set[str]:
 def test_sizes_of_the_gender_set(gender: DecisionSet) -> None:
     counts = Counter((d.split, d.kind) for d in gender)
     assert counts == {
-        ("train", "ambiguous"): 200 * 3 * 2,
+        ("train", "ambiguous"): 150 * 6 * 2,
         ("train", "unambiguous"): 400,
         ("validation", "ambiguous"): 22 * 30 * 2,
         ("validation", "unambiguous"): 128,
@@ -120,18 +120,18 @@ def test_training_blocks(whole: DecisionSet) -> None:
     blocks = defaultdict(list)
     for d in whole.select(split="train", kind="ambiguous"):
         blocks[d.id.split("/")[1]].append(d)
-    assert len(blocks) == 200
+    assert len(blocks) == 150
     for block in blocks.values():
         assert len({d.template for d in block}) == len({d.unit for d in block}) == 1
         contexts = Counter(d.context for d in block)
-        assert len(contexts) == 3 and set(contexts.values()) == {groups}
+        assert len(contexts) == 6 and set(contexts.values()) == {groups}
         for context in contexts:
             orders = {order(d) for d in block if d.context == context}
             assert len(orders) == groups
     pool = whole.select(split="train", kind="ambiguous")
-    assert set(Counter(d.context for d in pool).values()) == {200 * 3 * groups // 30}
+    assert set(Counter(d.context for d in pool).values()) == {150 * 6 * groups // 30}
     used = Counter(d.template for d in pool)
-    assert max(used.values()) - min(used.values()) <= 3 * groups
+    assert max(used.values()) - min(used.values()) <= 6 * groups
 
 
 def test_a_block_size_that_does_not_divide_the_contexts_repeats_none_within_a_block() -> None:

@@ -124,11 +124,13 @@ def test_the_value_head_is_one_linear_layer_more_and_starts_at_zero() -> None:
 def test_nothing_of_the_backbone_is_in_the_state(baseline: str) -> None:
     trainer = make_trainer(baseline=baseline)
     state = trainer.policy.state_dict()
-    assert all(key.startswith(("steering.", "value_head.")) or key == "context_values" for key in state)
+    assert all(key.startswith(("steering.", "value_head.")) or key in ("context_values", "whitening") for key in state)
     backbone = {value.data_ptr() for value in trainer.task.backbone.model.parameters()}
     assert not backbone & {value.data_ptr() for value in state.values() if value.numel()}
     assert not any(module is trainer.task.backbone.model for module in trainer.policy.modules())
-    assert sum(value.numel() for value in state.values()) == 5 * 32 + {"context": 8, "value": 17, "none": 0}[baseline]
+    assert (
+        sum(value.numel() for value in state.values()) == 2 * 5 * 32 + {"context": 8, "value": 17, "none": 0}[baseline]
+    )
 
 
 @pytest.mark.parametrize("estimator", ["expected", "reinforce", "ppo"])

@@ -134,7 +134,7 @@ def test_a_state_is_one_file_without_pickle_and_without_the_backbone(tmp_path: P
     with safe_open(tmp_path / "state" / STATE_FILE, framework="pt") as file:
         sizes = {key: file.get_tensor(key).numel() for key in file.keys() if not key.startswith("random/")}  # noqa: SIM118
     learned = 5 * 2 * 64
-    assert sum(sizes.values()) == 3 * learned + 10 + 8 + sum(n for key, n in sizes.items() if key.startswith("task/"))
+    assert sum(sizes.values()) == 4 * learned + 10 + 8 + sum(n for key, n in sizes.items() if key.startswith("task/"))
 
 
 def test_an_error_while_writing_keeps_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,9 +175,9 @@ steering: {operator: affine}
 train:
   {estimator: expected, steps: 6, ambiguous: 16, unambiguous: 4, unambiguous_weight: 0.2, learning_rate: 0.003,
    schedule: constant, warmup: 0, reward: smooth, smooth_width: 0.1, dead_zone: 0, preference: context,
-   preference_decay: 0.5, batch_weight: 0.5, context_decay: 0.5, unit_weight: 0, hard_preference: false,
-   baseline: context, adam_eps: 1e-8, betas: [0.9, 0.999], max_grad_norm: 1000, length_normalised: false, seed: 0,
-   threads: 1}
+   preference_decay: 0.5, batch_weight: 0.5, context_decay: 0.5, local_weight: 0.5, unit_weight: 0,
+   hard_preference: false, baseline: context, fisher_batches: 2, fisher_damping: 0.1, adam_eps: 1e-8,
+   betas: [0.9, 0.999], max_grad_norm: 1000, length_normalised: false, seed: 0, threads: 1}
 constraints: {kl_budget: 0.2, dual_learning_rate: 0.1, initial_beta: 0.1, minimum_beta: 1e-4, sparsity: 0}
 evaluation: {every: 2, validation_stride: 1, scales: [0.0, 0.5, 1.0], bootstrap: 20}
 run: {name: letters}

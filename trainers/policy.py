@@ -76,19 +76,19 @@ class SteeringPolicy(ActorCriticPolicy):
             nn.init.zeros_(self.value_head.bias)
         rows = task.n_contexts if self.baseline == "context" else 0
         self.register_buffer("context_values", torch.zeros(rows, 2))  # ambiguous, unambiguous
-        self.register_buffer("_step_sizes", torch.ones(sum(p.numel() for p in self.steering.parameters())))
+        self.register_buffer("whitening", torch.ones(sum(p.numel() for p in self.steering.parameters())))
         parameters = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def step_sizes(self) -> list[Tensor]:
         """For each tensor of the steering how far a unit step of the optimiser goes (:mod:`trainers.fisher`)."""
         tensors = list(self.steering.parameters())
-        parts = self._step_sizes.split([p.numel() for p in tensors])
+        parts = self.whitening.split([p.numel() for p in tensors])
         return [part.view(p.shape) for part, p in zip(parts, tensors, strict=True)]
 
     def set_step_sizes(self, sizes: list[Tensor]) -> None:
         """Set :meth:`step_sizes`; they are saved with the policy."""
-        self._step_sizes.copy_(torch.cat([size.flatten() for size in sizes]))
+        self.whitening.copy_(torch.cat([size.flatten() for size in sizes]))
 
     def decide(self, handles: np.ndarray | Tensor, *, next_token: bool = False) -> Outcome:
         """Run the steered model on a batch of handles."""

@@ -77,8 +77,8 @@ def build(
     splits: Sequence[str] = SPLITS,
     units: Mapping[str, int] | None = None,
     unambiguous: Mapping[str, int] | None = None,
-    train_blocks: int = 200,
-    block_contexts: int = 3,
+    train_blocks: int = 150,
+    block_contexts: int = 6,
     train_unambiguous: int = 400,
     seed: int = 0,
 ) -> DecisionSet:
