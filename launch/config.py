@@ -119,7 +119,7 @@ class TrainSection:
     steps: int = 100
     ambiguous: int = 36  # decisions, a step
     unambiguous: int = 8  # decisions, a step
-    unambiguous_weight: float = 0.2  # of their mean reward, beside the ambiguous decisions' 1
+    unambiguous_weight: float = 0.1  # of their mean reward, beside the ambiguous decisions' 1
     learning_rate: float = 5e-4
     betas: tuple[float, ...] = (0.9, 0.999)  # of Adam
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -190,7 +190,7 @@ class ConstraintsSection:
     kl_coefficient: float | None = None  # fixed instead
     dual_learning_rate: float = 0.1
     initial_beta: float = 0.5  # price of one nat at the start
-    minimum_beta: float = 0.1  # and the least; above 0 training takes the ways that cost little KL
+    minimum_beta: float = 0.05  # and the least; above 0 training takes the ways that cost little KL
     sparsity: float = 0.0  # lambda of the L1 norm
     anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too
 

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from dso.backbone import Backbone
+from dso.backbone import Backbone, _probes
 from dso.decisions import Candidate, Decision, DecisionError
 from dso.embedded import ModelNotFound
 from dso.errors import UserError
+from dso.packing import pack
 from dso.scoring import Encoded
 
 BYTES = byte_tokenizer()
@@ -85,6 +86,15 @@ def test_the_self_check_is_not_fooled_by_small_weights(architecture):
 def test_the_self_check_allows_for_half_precision(dtype):
     assert Backbone(tiny("Llama").to(dtype), byte_tokenizer()).packing
     assert not Backbone(tiny("MPT").to(dtype), byte_tokenizer()).packing
+
+
+def test_the_probes_of_the_self_check_fill_a_row_as_far_as_it_may_be():
+    for row_limit, count in ((512, 16), (67, 16), (66, 15), (16, 3), (8, 2)):
+        probes = _probes(258, row_limit)
+        row = pack([sequence for probe in probes for sequence in probe.sequences()])
+        # Three shared tokens; three more of each prompt and the first of its longer candidate.
+        assert (len(probes), row.input_ids.shape[1]) == (count, 3 + 4 * count)
+        assert {probe.prompt[-1] for probe in probes} == {4}
 
 
 @torch.no_grad()
