@@ -432,9 +432,12 @@ def test_an_interrupt_before_anything_was_learned_leaves_nothing(
 def test_an_interrupt_while_measuring_keeps_what_was_learned(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
     config = config_of(tmp_path, model_folder, train__steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(launch.train, "scale_figure", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(launch.train, "scale_figure", interrupted)
         with pytest.raises(Stopped, match="interrupted; .*letters has what was done; go on .* --resume"):
             train(config, name="x", quiet=True)
     assert contents(train(config, name="x", resume=True, quiet=True).folder).keys() == FILES
