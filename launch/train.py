@@ -22,6 +22,7 @@ from stable_baselines3.common.logger import Logger
 from tqdm import tqdm
 
 from dso.card import model_card
+from dso.embedded import HUB_IDS
 from dso.errors import UserError
 from dso.evaluation import Evaluator
 from dso.figure import scale_figure
@@ -266,6 +267,7 @@ def _write_results(session: Session, folder: Path, points: list[ScalePoint], sec
         data=data,
         training=training,
         source=str(folder / "steering"),
+        base_model=HUB_IDS.get(config.model.name),
         kl_budget=config.constraints.kl_budget,
     )
     session.steering.save_pretrained(folder / "steering", card)

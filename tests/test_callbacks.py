@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,15 @@ def test_on_a_terminal_there_is_a_bar_with_the_time_left(monkeypatch: pytest.Mon
 # An orderly stop
 
 
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_signals")
 def test_the_first_signal_stops_after_the_step_and_the_second_one_at_once() -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
     said: list[str] = []
