@@ -56,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark."""
     arguments = build_parser().parse_args(argv)
+    from dso.errors import UserError
     from launch.benchmarks import sweeps, timing
+    from launch.train import Stopped
 
     functions = {
         "step": timing.step,
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         functions[arguments.name](arguments)
-    except ValueError as error:
+    except (UserError, Stopped) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     return 0

@@ -120,7 +120,7 @@ def _train_all(
         for variant in variants:
             if wanted and variant.name not in wanted:
                 continue
-            folder = RUNS / f"{config_name}-{variant.name}-s{seed}"
+            folder = RUNS / f"{Path(config_name).stem}-{variant.name}-s{seed}"
             done.append((variant.name, seed, folder))
             if (folder / "steering").exists():
                 continue
