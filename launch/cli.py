@@ -92,7 +92,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         action="append",
         default=[],
         metavar="group=share",
-        help="fair shares, repeatable (default: uniform)",
+        help="fair shares, repeatable (default: those the steering states)",
     )
     evaluate.add_argument(
         "--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)"

@@ -56,10 +56,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
     data = load_decisions(arguments.set, **_pairs(arguments.option, "--option"))
     data = data.select(split=arguments.split)
     data.select(kind="ambiguous")
-    shares = check_target(_pairs(arguments.target, "--target") or None, data.groups)
-    target = dict(zip(data.groups, shares, strict=True))
+    shares = _pairs(arguments.target, "--target") or None
+    check_target(shares, data.groups)
     quieten()
     steering = None if bare else Steering.from_pretrained(arguments.steering)
+    if shares is None and steering is not None and {*steering.config.groups} == {*data.groups}:
+        shares = dict(zip(steering.config.groups, steering.config.target, strict=True))  # what it was trained towards
+    target = dict(zip(data.groups, check_target(shares, data.groups), strict=True))
     backbone = _backbone(arguments.model, steering)
     handle = steering.to(backbone.device).attach(backbone.model) if steering else None
     hidden = arguments.quiet or not sys.stderr.isatty()

@@ -336,6 +336,18 @@ def test_evaluate_takes_a_target_and_a_bare_model(trained: Trained, model_folder
     assert "female 0.9, male 0.1" in out
 
 
+def test_evaluate_measures_against_the_target_that_the_steering_states(
+    trained: Trained, model_folder: Path, tmp_path: Path, call: Any
+) -> None:
+    backbone = Backbone.load(str(model_folder))
+    facts = {"base_model": str(model_folder), "groups": ("male", "female"), "target": (0.3, 0.7)}
+    Steering.for_model(backbone.model, **facts).save_pretrained(tmp_path / "steering")
+    options = ["--set", trained.config.parent / "letters.jsonl", "--bootstrap", 5, "--scales", "0"]
+    assert "female 0.7, male 0.3" in call("evaluate", tmp_path / "steering", *options).out
+    asked = call("evaluate", tmp_path / "steering", *options, "--target", "female=0.5", "--target", "male=0.5")
+    assert "female 0.5, male 0.5" in asked.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
