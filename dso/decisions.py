@@ -24,7 +24,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dso.errors import UserError
@@ -80,6 +80,11 @@ class Decision:
             raise DecisionError(f"decision {self.id!r}: {reason}")
 
     @property
+    def text(self) -> str:
+        """The prompt's words, of a chat without its roles."""
+        return self.prompt if isinstance(self.prompt, str) else "".join(m["content"] for m in self.prompt)
+
+    @property
     def ambiguous(self) -> bool:
         return self.kind == "ambiguous"
 
@@ -131,8 +136,7 @@ def _faults(decision: Decision) -> Iterator[str]:
         yield "the context is empty"
     if decision.kind not in KINDS:
         yield f"kind is {decision.kind!r}, expected one of {', '.join(KINDS)}"
-    text = decision.prompt if isinstance(decision.prompt, str) else "".join(m["content"] for m in decision.prompt)
-    if not text.strip():
+    if not decision.text.strip():
         yield "the prompt is empty"
     if len(decision.candidates) < 2:
         yield f"{len(decision.candidates)} candidate(s), a decision needs at least 2"
@@ -326,8 +330,3 @@ def check_target(target: Mapping[str, float] | None, groups: Sequence[str]) -> t
             f"the target's shares must be >= 0 and sum to 1, found {dict(target)} (sum {sum(values):g})"
         )
     return values
-
-
-def relabel(decisions: Iterable[Decision], split: str) -> tuple[Decision, ...]:
-    """The same decisions under another split label."""
-    return tuple(replace(d, split=split) for d in decisions)

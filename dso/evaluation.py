@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dso.backbone import Backbone
 from dso.decisions import DecisionSet
-from dso.scoring import Scores
+from dso.scoring import Scores, kl_divergence
 from dso.steering import Handle
 
 CHUNK = 240
@@ -94,7 +94,7 @@ class Evaluator:
                 for place, (handle, scale) in enumerate(settings):
                     scores = base if handle is None or scale == 0 else self._scores(chunk, handle, scale)
                     policy = scores.policy(self.length_normalised).exp()
-                    kl = _kl_divergence(scores.next_token, base.next_token)
+                    kl = kl_divergence(scores.next_token, base.next_token)
                     collected[place].append((policy, scores.answer_mass(), kl))
         finally:
             for handle, scale in before.items():
@@ -126,8 +126,3 @@ class Evaluator:
         if self.progress is not None:
             self.progress(len(chunk))
         return scores
-
-
-def _kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(N,) KL(p || q); a token that both rule out (log-probability -inf) counts nothing."""
-    return torch.where(log_p == -torch.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)

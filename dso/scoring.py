@@ -46,6 +46,14 @@ class Scores:
         return self.log_probs.exp().sum(-1)
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(N,) KL(p || q) in nats of rows of log-probabilities (N, V); what p rules out (-inf) adds nothing."""
+    difference = (log_p - log_q).masked_fill(
+        log_p == -torch.inf, 0.0
+    )  # -inf less -inf is no number, nor is its gradient
+    return (log_p.exp() * difference).sum(-1)
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """Token ids of a prompt and of its candidates."""

@@ -84,5 +84,4 @@ def _block_key(decision: Decision) -> tuple[str, ...]:
     if decision.ambiguous:
         return decision.template, decision.unit
     # The same facts and another question: the facts are computed once if both are in one batch.
-    text = decision.prompt if isinstance(decision.prompt, str) else "".join(m["content"] for m in decision.prompt)
-    return decision.template, decision.unit, text[:BEGINNING]
+    return decision.template, decision.unit, decision.text[:BEGINNING]

@@ -16,6 +16,7 @@ from torch import Tensor
 from dso.backbone import Backbone
 from dso.decisions import DecisionSet
 from dso.rewards import group_preference
+from dso.scoring import kl_divergence
 from dso.steering import Handle, Steering
 from envs.basis import group_basis, random_basis
 from envs.sampler import BlockSampler
@@ -168,7 +169,7 @@ class SteeringSearchEnv(gym.Env):
         self.set_coefficients(coefficients)
         with self._steered():
             scores = task.backbone.score(task.pick(self._handles), next_token=True)
-        kl = float((scores.next_token.exp() * (scores.next_token - reference)).sum(-1).mean())
+        kl = float(kl_divergence(scores.next_token, reference).mean())
         policy = scores.policy().exp()
         index = torch.as_tensor(self._handles, device=task.groups.device)
         groups, contexts, answers = task.groups[index][:, : policy.shape[1]], task.contexts[index], task.answers[index]

@@ -218,8 +218,11 @@ def test_a_missing_file_is_named(folder, name):
 
 
 def test_a_missing_card_does_no_harm(folder):
+    whole = Steering.from_pretrained(folder)
     (folder / CARD).unlink()
-    Steering.from_pretrained(folder)
+    bare = Steering.from_pretrained(folder)
+    assert bare.config == whole.config
+    assert all(torch.equal(value, whole.tensors()[key]) for key, value in bare.tensors().items())
 
 
 def test_tensors_of_another_steering_are_refused(folder, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import tensor
 
-from trainers.constraints import FixedKL, KLBudget, kl_divergence, soft_threshold, sparsity, step_sizes
+from dso.scoring import kl_divergence
+from trainers.constraints import FixedKL, KLBudget, soft_threshold, sparsity, step_sizes
 
 # KL
 

@@ -15,7 +15,6 @@ from dso.decisions import (
     DecisionSet,
     check_target,
     read_jsonl,
-    relabel,
 )
 
 GOOD = {
@@ -158,7 +157,7 @@ def test_groups_leave_out_abstain_and_keep_the_order_given() -> None:
 
 
 def test_select_keeps_groups_and_names_the_splits_there_are() -> None:
-    whole = DecisionSet((make("a"), make("b", split="test", context="pilot"), *relabel([make("c")], "validation")))
+    whole = DecisionSet((make("a"), make("b", split="test", context="pilot"), make("c", split="validation")))
     assert whole.splits == ("train", "test", "validation") and whole.contexts == ("nurse", "pilot")
     assert [d.id for d in whole.select(split="test")] == ["b"]
     assert [d.id for d in whole.select(lambda d: d.context == "nurse", kind="ambiguous")] == ["a", "c"]

@@ -19,11 +19,6 @@ import torch
 from torch import Tensor
 
 
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(N,) KL(p || q) in nats of rows of log-probabilities (N, V)."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
 class FixedKL:
     """A KL penalty with a coefficient that never changes, as published; it holds no budget."""
 

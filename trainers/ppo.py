@@ -25,9 +25,10 @@ from torch import Tensor
 
 from dso.errors import UserError
 from dso.rewards import expected_reward
+from dso.scoring import kl_divergence
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask
-from trainers.constraints import FixedKL, KLBudget, kl_divergence, soft_threshold, sparsity, step_sizes
+from trainers.constraints import FixedKL, KLBudget, soft_threshold, sparsity, step_sizes
 from trainers.fisher import fisher_diagonal, whitened_step, whitening
 from trainers.policy import Outcome, SteeringPolicy, choose
 from trainers.vec import DecisionVecEnv
