@@ -94,7 +94,7 @@ def score(
     width = max(len(e.candidates) for e in encoded)
     parts: list[Scores] = []
     seen: list[int] = []
-    for batch, packed in _batches(encoded, packing, max_tokens, row_limit):
+    for batch, packed in passes(encoded, packing, max_tokens, row_limit):
         seen += batch
         parts.append(_score_batch(model, [encoded[index] for index in batch], width, packed, next_token, hidden))
     order = torch.tensor(seen, device=parts[0].log_probs.device).argsort()
@@ -105,7 +105,22 @@ def score(
     return Scores(**joined)
 
 
-def _batches(
+def token_logits(model, encoded: Sequence[Encoded], packed: bool) -> tuple[list[list[int]], Tensor]:
+    """One forward pass of :func:`passes`, for what has to be read token by token.
+
+    Args:
+        model: the model, or what a launcher wrapped it in.
+
+    Returns:
+        for each candidate of each decision the rows of the logits that predict its tokens, and the logits (M, V).
+    """
+    sequences = [sequence for e in encoded for sequence in e.sequences()]
+    starts = [len(e.prompt) - 1 for e in encoded for _ in e.candidates]
+    reads, logits, _ = (_run_packed if packed else _run_padded)(model, sequences, starts)
+    return reads, logits
+
+
+def passes(
     encoded: Sequence[Encoded], packing: bool, max_tokens: int, row_limit: int | None
 ) -> Iterator[tuple[list[int], bool]]:
     """The indices of each forward pass, and whether they are packed in it."""
@@ -177,12 +192,12 @@ def _run_packed(
         positions that are read, and the output layer's input (M, d) there.
     """
     row = pack(sequences)
-    mask = row.attention_mask
-    if model.config.get_text_config()._attn_implementation == "eager":  # which adds its mask to the attention scores
-        mask = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    mask, inner = row.attention_mask, _unwrapped(model)
+    if inner.config.get_text_config()._attn_implementation == "eager":  # which adds its mask to the attention scores
+        mask = torch.zeros(mask.shape, dtype=inner.dtype).masked_fill(~mask, torch.finfo(inner.dtype).min)
     keep = sorted({node for path, start in zip(row.paths, starts, strict=True) for node in path[start:]})
     place = {node: number for number, node in enumerate(keep)}
-    device = model.get_input_embeddings().weight.device
+    device = _unwrapped(model).get_input_embeddings().weight.device
     logits, states = _forward(
         model,
         torch.tensor(keep, device=device),
@@ -202,7 +217,7 @@ def _run_padded(
     input_ids = torch.tensor([[*s, *([0] * (longest - len(s)))] for s in sequences])
     attention_mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
     keep = sorted({column for s, start in zip(sequences, starts, strict=True) for column in range(start, len(s))})
-    device = model.get_input_embeddings().weight.device
+    device = _unwrapped(model).get_input_embeddings().weight.device
     logits, states = _forward(
         model,
         torch.tensor(keep, device=device),
@@ -222,7 +237,7 @@ def _run_padded(
 def _forward(model, keep: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (B, len(keep), V) and the output layer's input (B, len(keep), d) at the kept positions."""
     caught: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    hook = _unwrapped(model).get_output_embeddings().register_forward_pre_hook(lambda _, args: caught.append(args[0]))
     try:
         logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
     finally:
@@ -231,3 +246,8 @@ def _forward(model, keep: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
     if logits.shape[1] != len(keep):  # an architecture that knows no logits_to_keep
         logits, states = logits[:, keep], states[:, keep]
     return logits, states
+
+
+def _unwrapped(model):
+    """The model itself, where a launcher wrapped it to exchange gradients."""
+    return getattr(model, "module", model)
