@@ -17,6 +17,8 @@ from dso.rewards import ABSENT, ABSTAINS, candidate_rewards, equiprobability_rew
 from dso.steering import Handle
 from envs.preference import BlockedPreference
 
+ESTIMATES = ("context", "blocked", "controlled")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardConfig:
@@ -24,8 +26,9 @@ class RewardConfig:
 
     Attributes:
         form, width, dead_zone, abstain: of the equiprobability reward.
-        estimate: ``context`` (a running mean of each context by itself) or ``blocked`` (names and templates cancel
-            within blocks, :mod:`envs.preference`).
+        estimate: ``context`` (a running mean of each context by itself), ``blocked`` (names and templates cancel
+            within blocks, :mod:`envs.preference`) or ``controlled`` (``blocked`` with the base model's decisions as
+            control variates, for which all ambiguous decisions pass through it once).
         decay: weight of the past in a running preference, 0 (the batch alone) to below 1; of ``blocked`` in the part
             that all contexts have in common.
         context_decay: of ``blocked``, in a context's own part.
@@ -52,8 +55,8 @@ class RewardConfig:
             raise ValueError(f"reward form is {self.form!r}, expected sign or smooth")
         if self.width <= 0 or self.dead_zone < 0:
             raise ValueError(f"reward width {self.width} must be > 0 and dead_zone {self.dead_zone} >= 0")
-        if self.estimate not in ("context", "blocked"):
-            raise ValueError(f"preference estimate is {self.estimate!r}, expected context or blocked")
+        if self.estimate not in ESTIMATES:
+            raise ValueError(f"preference estimate is {self.estimate!r}, expected one of {', '.join(ESTIMATES)}")
         if not 0 <= self.context_decay < 1 or not 0 <= self.unit_weight <= 1 or not 0 <= self.local_weight <= 1:
             raise ValueError(
                 f"context_decay {self.context_decay} must be in [0, 1), local_weight {self.local_weight} and "
@@ -95,6 +98,7 @@ class DecisionTask:
         self.n_contexts = len(decisions.contexts)
         self.blocks = _block_index(decisions).to(device)
         self._reference: dict[int | str, Tensor] = {}
+        self._base_policy: dict[int, Tensor] = {}
         self._together = {key: group for group in self._portions() for key in group}
         self.forget()
 
@@ -103,6 +107,7 @@ class DecisionTask:
         self._running = self.target.expand(self.n_contexts, -1).clone()
         self._seen = torch.zeros(self.n_contexts, device=self.target.device)
         self._blocked = BlockedPreference(self.n_contexts, self.target, self.reward.decay, self.reward.context_decay)
+        self._started = self.reward.estimate != "controlled"  # else the base model's layout is fitted first
 
     @property
     def n_candidates(self) -> int:
@@ -120,10 +125,22 @@ class DecisionTask:
         rounded, and a run that was resumed, which asks in another order, has to go on bit for bit.
         """
 
-        def compute(new: list[int]) -> Tensor:
-            return self.backbone.score(self.pick(new), next_token=True).next_token
+        return self._cached([int(h) for h in handles], self._score_base)
 
-        return self._cached([int(h) for h in handles], compute)
+    def base_policy(self, handles: Sequence[int]) -> Tensor:
+        """(N, K) probabilities of the base model over the candidates, from the pass that :meth:`reference` is of."""
+        keys = [int(h) for h in handles]
+        if missing := [key for key in keys if key not in self._base_policy]:
+            self._cached(missing, self._score_base)
+        rows = [self._base_policy[key] for key in keys]
+        return torch.stack(rows).to(self.backbone.device) if rows else self.target.new_zeros(0, self.n_candidates)
+
+    def _score_base(self, handles: list[int]) -> Tensor:
+        scores = self.backbone.score(self.pick(handles), next_token=True)
+        policy = scores.policy().exp().cpu()
+        policy = torch.nn.functional.pad(policy, (0, self.n_candidates - policy.shape[1]))
+        self._base_policy.update(zip(handles, policy, strict=True))
+        return scores.next_token
 
     def anchor_reference(self, texts: Sequence[str]) -> Tensor:
         """(N, V) the same after anchor texts."""
@@ -169,7 +186,7 @@ class DecisionTask:
     @property
     def preference(self) -> Tensor:
         """(C, G) running group preference of each context; the target where nothing was seen."""
-        return self._blocked.preference if self.reward.estimate == "blocked" else self._running
+        return self._running if self.reward.estimate == "context" else self._blocked.preference
 
     @torch.no_grad()
     def observe(self, handles: Sequence[int], policy: Tensor) -> Tensor:
@@ -184,20 +201,21 @@ class DecisionTask:
             (N, K) the reward of every candidate.
         """
         index = torch.as_tensor(np.asarray(handles), device=self.groups.device)
-        groups, contexts, answers = self.groups[index], self.contexts[index], self.answers[index]
+        groups, answers = self.groups[index], self.answers[index]
         needed = int((groups != ABSENT).sum(1).max())
         if policy.shape[0] != len(index) or not needed <= policy.shape[1] <= self.n_candidates:
             wanted = f"{(len(index), self.n_candidates)}: a row a decision, a column a candidate"
             raise ValueError(f"the policy has shape {tuple(policy.shape)}, expected {wanted}")
         groups = groups[:, : policy.shape[1]]
         free = answers < 0
-        observe = self._observe_blocks if self.reward.estimate == "blocked" else self._observe_contexts
+        observe = self._observe_contexts if self.reward.estimate == "context" else self._observe_blocks
         fair = self.target.new_zeros(len(index), len(self.target))
-        fair[free] = observe(policy[free].float(), groups[free], contexts[free], self.blocks[index][free])
+        fair[free] = observe(policy[free].float(), index[free])
         return candidate_rewards(fair, groups, answers, self.reward.abstain)
 
-    def _observe_contexts(self, policy: Tensor, groups: Tensor, contexts: Tensor, blocks: Tensor) -> Tensor:
+    def _observe_contexts(self, policy: Tensor, index: Tensor) -> Tensor:
         """(N, G) the reward of each group in each decision, after a batch has updated the running means."""
+        contexts, groups = self.contexts[index], self.groups[index][:, : policy.shape[1]]
         batch, mass = group_preference(policy, groups, contexts, self.n_contexts, self.target)
         batch = torch.where(mass[:, None] > 0, batch, self._running)  # where all abstain, nothing new is known
         # A context's first estimate replaces the target it starts from; later ones are blended in.
@@ -206,17 +224,34 @@ class DecisionTask:
         self._seen += mass
         return self._fair(torch.lerp(self._running, batch, self.reward.batch_weight))[contexts]
 
-    def _observe_blocks(self, policy: Tensor, groups: Tensor, contexts: Tensor, blocks: Tensor) -> Tensor:
+    def _observe_blocks(self, policy: Tensor, index: Tensor) -> Tensor:
         """The same by :class:`envs.preference.BlockedPreference`."""
-        pairs, cell = (blocks * self.n_contexts + contexts).unique(return_inverse=True)
-        shares, mass = group_preference(policy, groups, cell, len(pairs), self.target)
+        if not self._started:
+            self._start_from_base()
+        shares, mass, block, context, cell = self._cells(policy, index)
+        base = self._cells(self.base_policy(index.tolist()), index)[0] if self.reward.estimate == "controlled" else None
         met = mass > 0
-        block = (pairs[met] // self.n_contexts).unique(return_inverse=True)[1]
+        if base is not None:
+            base = base[met]
         local = shares.clone()
-        local[met] = self._blocked.update(shares[met], block, pairs[met] % self.n_contexts)
-        preference = torch.lerp(self._blocked.preference[contexts], local[cell], self.reward.local_weight)
-        context, unit = self._fair(preference), self._fair(shares)[cell]
-        return torch.lerp(context, unit, self.reward.unit_weight)
+        local[met] = self._blocked.update(shares[met], block[met].unique(return_inverse=True)[1], context[met], base)
+        preference = torch.lerp(self._blocked.preference[context], local, self.reward.local_weight)[cell]
+        return torch.lerp(self._fair(preference), self._fair(shares)[cell], self.reward.unit_weight)
+
+    def _start_from_base(self) -> None:
+        index = (self.answers < 0).nonzero()[:, 0]
+        shares, mass, block, context, _ = self._cells(self.base_policy(index.tolist()), index)
+        met = mass > 0
+        self._blocked.start_from(shares[met], block[met].unique(return_inverse=True)[1], context[met])
+        self._started = True
+
+    def _cells(self, policy: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Group shares (M, G) of the cells that N decisions fall into, their mass, block and context (M,); each
+        decision's cell (N,)."""
+        pairs, cell = (self.blocks[index] * self.n_contexts + self.contexts[index]).unique(return_inverse=True)
+        groups = self.groups[index][:, : policy.shape[1]]
+        shares, mass = group_preference(policy, groups, cell, len(pairs), self.target)
+        return shares, mass, pairs // self.n_contexts, pairs % self.n_contexts, cell
 
     def _fair(self, preference: Tensor) -> Tensor:
         config = self.reward
@@ -226,6 +261,8 @@ class DecisionTask:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running preferences, for checkpoints."""
+        if not self._started:
+            self._start_from_base()
         blocked = {f"blocked.{key}": value for key, value in self._blocked.state_dict().items()}
         return {"running": self._running.clone(), "seen": self._seen.clone(), **blocked}
 
@@ -235,6 +272,7 @@ class DecisionTask:
         self._blocked.load_state_dict(
             {k.removeprefix("blocked."): v for k, v in state.items() if k.startswith("blocked.")}
         )
+        self._started = True
 
 
 def _block_index(decisions: DecisionSet) -> Tensor:

@@ -133,7 +133,7 @@ class TrainSection:
     )
     fisher_damping: float = 0.1  # share of the mean Fisher information that every coordinate has at least
     adam_eps: float = 0.03  # near the gradients' own size, so that coordinates without a clear gradient stay put
-    preference: Literal["blocked", "context"] = "blocked"  # how group preferences are estimated (envs/preference.py)
+    preference: Literal["controlled", "blocked", "context"] = "blocked"  # estimate of it (envs/preference.py)
     preference_decay: float = 0.9  # of the running preference
     context_decay: float = 0.85  # of a context's own part in it, with blocked
     hard_preference: bool = False  # preferences from sampled answers, as published
@@ -147,6 +147,7 @@ class TrainSection:
     length_normalised: bool = False  # candidates' log-probabilities by their number of tokens
     seed: int = 0
     threads: int | None = None  # torch's own choice
+    deterministic: bool = False  # refuse operations that would keep a resumed run from being the same bit for bit
 
     def __post_init__(self) -> None:
         _at_least(1, steps=self.steps, ambiguous=self.ambiguous, ppo_epochs=self.ppo_epochs, threads=self.threads)
@@ -231,12 +232,35 @@ class RunSection:
 
     folder: str = "runs"
     name: str | None = None  # the config's
-    tracking: Literal["none"] = "none"
+    tracking: Literal["none", "tensorboard", "wandb"] = "none"
+    save_every: int = 10  # steps; how much a run that is killed has to do again
 
     def __post_init__(self) -> None:
+        _at_least(1, save_every=self.save_every)
         _filled(folder=self.folder, name=self.name)
         plain = self.name is None or (self.name not in (".", "..") and not {*self.name} & {*"/\\\0"})
         require(plain, "name", f"must be a name, not a path, found {self.name!r}; the place is run.folder")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class WandbSection:
+    """Weights & Biases, with ``run.tracking: wandb``."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # online with a key, offline without one
+    project: str = "dso"
+    entity: str | None = None  # the key's own
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    timeout: float = 30.0  # seconds that the server has to let a run begin, and again at the end for the rest
+
+    def __post_init__(self) -> None:
+        _filled(project=self.project, entity=self.entity, group=self.group)
+        nameable = len(self.project) <= 128 and not {*self.project} & {*"/\\#?%:"}
+        require(nameable, "project", f"must be up to 128 characters without / \\ # ? % :, found {self.project!r}")
+        _different(tags=self.tags)
+        for place, tag in enumerate(self.tags):
+            require(0 < len(tag) <= 64, f"tags[{place}]", f"must have 1 to 64 characters, found {len(tag)}")
+        _at_least(1, timeout=self.timeout)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -250,6 +274,7 @@ class TrainConfig:
     constraints: ConstraintsSection = field(default_factory=ConstraintsSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     run: RunSection = field(default_factory=RunSection)
+    wandb: WandbSection = field(default_factory=WandbSection)
 
 
 def known_configs() -> tuple[str, ...]:

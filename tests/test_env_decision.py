@@ -18,6 +18,7 @@ from torch import Tensor
 import envs  # noqa: F401 - registers the environments
 from dso.backbone import Backbone
 from dso.decisions import ABSTAIN, Candidate, Decision, DecisionSet
+from dso.rewards import group_preference
 from dso.steering import Steering
 from envs.decision import DecisionEnv, DecisionVectorEnv, TokenObservation
 from envs.task import DecisionTask, RewardConfig
@@ -426,7 +427,22 @@ def test_unambiguous_decisions_and_abstention_move_no_preference(backbone: Backb
     assert task.preference[0].tolist() == pytest.approx([0.8, 0.1, 0.1])
 
 
-@pytest.mark.parametrize("estimate", ["context", "blocked"])
+def test_a_controlled_estimate_starts_at_the_base_model_s_own_preferences(
+    backbone: Backbone, train: DecisionSet
+) -> None:
+    task = DecisionTask(backbone, train, reward=RewardConfig(estimate="controlled", local_weight=0.0, unit_weight=0.0))
+    free = [h for h in range(len(train)) if train[h].ambiguous]
+    base = task.base_policy(free)
+    torch.testing.assert_close(base, backbone.score(task.pick(free)).policy().exp().detach(), atol=1e-5, rtol=0)
+    task.observe(free[:4], base[:4])  # the base model decides as it does: nothing new
+    shares = group_preference(base, task.groups[free], task.contexts[free], task.n_contexts, task.target)[0]
+    torch.testing.assert_close(task.preference, shares, atol=1e-5, rtol=0)  # every block has all contexts
+    told = [h for h in range(len(train)) if not train[h].ambiguous][:2]
+    task.observe(told, torch.full((2, 2), 0.5))  # a batch without ambiguous decisions changes nothing either
+    torch.testing.assert_close(task.preference, shares, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("estimate", ["context", "blocked", "controlled"])
 def test_the_preferences_of_a_task_go_on_from_their_state(
     backbone: Backbone, train: DecisionSet, estimate: str
 ) -> None:

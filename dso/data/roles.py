@@ -59,7 +59,7 @@ _EVALUATION = {
     "test-contexts": ("test", "test", False),
 }
 SPLITS = ("train", *_EVALUATION)
-_UNITS = {"validation": 22, "test": 106, "test-names": 64, "test-templates": 96, "test-contexts": 96}
+_UNITS = {"validation": 32, "test": 106, "test-names": 64, "test-templates": 96, "test-contexts": 96}
 _UNAMBIGUOUS = {"validation": 128, "test": 320, "test-names": 320, "test-templates": 320, "test-contexts": 320}
 
 Unit = tuple[str, ...]
@@ -88,7 +88,7 @@ def build(
         attribute: ``gender`` (female, male) or ``gender x race`` (black female, black male, white female,
             white male).
         splits: the splits to build.
-        units: how many units an evaluation split has, by split; the default is 22 for ``validation``, 106 for
+        units: how many units an evaluation split has, by split; the default is 32 for ``validation``, 106 for
             ``test``, 64 for ``test-names`` and 96 for the others, or as many as there are names.
         unambiguous: how many unambiguous decisions an evaluation split has, by split; the default is 128 for
             ``validation`` and 320 for the others. Rounded down to whole factorials (8 for two groups, 64 for four).

@@ -22,7 +22,7 @@ from dso.files import write_text
 from dso.report import ScalePoint
 from dso.steering import Steering
 from launch.commands import quieten
-from launch.config import load_config
+from launch.config import TrainConfig, load_config, resolved_yaml
 from launch.measure import scale_point
 from launch.train import learn_only
 
@@ -122,8 +122,6 @@ def _train_all(
                 continue
             folder = RUNS / f"{Path(config_name).stem}-{variant.name}-s{seed}"
             done.append((variant.name, seed, folder))
-            if (folder / "steering").exists():
-                continue
             settings = [
                 f"run.folder={RUNS}",
                 f"run.name={folder.name}",
@@ -131,14 +129,25 @@ def _train_all(
                 *variant.overrides,
                 *arguments.overrides,
             ]
+            config = load_config(config_name, settings)
+            if _finished(folder, config):
+                continue
             started = time.monotonic()
-            learn_only(load_config(config_name, settings), name=folder.name)
+            learn_only(config, name=folder.name)
             cost = {
                 "seconds": time.monotonic() - started,
                 "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             }
             write_text(folder / "cost.json", json.dumps(cost))
     return done
+
+
+def _finished(folder: Path, config: TrainConfig) -> bool:
+    """Whether a run of this very config is there to its end; one of another config is done again."""
+    try:
+        return (folder / "steering").exists() and (folder / "config.yaml").read_text() == resolved_yaml(config)
+    except OSError:
+        return False
 
 
 def _measure_all(folders: Sequence[tuple[str, int, Path]], data: DecisionSet, label: str, results: Path) -> None:
