@@ -23,7 +23,7 @@ FALCON = {
 }  # fmt: skip
 GPT2 = {
     "vocab_size": 258, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.3,
-    "bos_token_id": None, "eos_token_id": 1,
+    "bos_token_id": None, "eos_token_id": 1, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
 }  # fmt: skip
 GEMMA = LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16}
 ARCHITECTURES: dict[str, tuple[str, dict]] = {
@@ -32,6 +32,10 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "Mixtral": ("MixtralConfig", LLAMA | {"num_local_experts": 4}),
     "Qwen2": ("Qwen2Config", LLAMA),
     "Qwen3": ("Qwen3Config", LLAMA | {"head_dim": 8}),
+    "Qwen3-MoE": (
+        "Qwen3MoeConfig",
+        LLAMA | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    ),
     "Gemma2": ("Gemma2Config", GEMMA | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0}),
     "Gemma3": ("Gemma3TextConfig", GEMMA),
     "Phi3": ("Phi3Config", LLAMA),
@@ -53,11 +57,12 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "OPT": (
         "OPTConfig",
         {k: LLAMA[k] for k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
-        | {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 128, "init_std": 0.3}
+        | {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 128, "init_std": 0.3, "dropout": 0.0}
         | {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None},
     ),
     "Falcon": ("FalconConfig", FALCON | {"alibi": False}),
     "Falcon-ALiBi": ("FalconConfig", FALCON | {"alibi": True}),
+    "Falcon-40B": ("FalconConfig", FALCON | {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 1}),
     "Bloom": ("BloomConfig", BLOOM),
     "MPT": ("MptConfig", {"vocab_size": 258, "d_model": 16, "n_layers": 2, "n_heads": 2, "initializer_range": 0.3}),
     "Mamba": (

@@ -61,8 +61,8 @@ def test_decisions_beyond_the_window_leave_the_packed_rows(architecture, monkeyp
     assert (wrong.log_probs - wanted.log_probs).nan_to_num(0, 0, 0).abs().max() > 0.05
 
     packed_rows, padded_rows = [], []
-    monkeypatch.setattr(scoring, "_run_packed", spy(scoring._run_packed, packed_rows))
-    monkeypatch.setattr(scoring, "_run_padded", spy(scoring._run_padded, padded_rows))
+    monkeypatch.setattr(scoring, "run_packed", spy(scoring.run_packed, packed_rows))
+    monkeypatch.setattr(scoring, "run_padded", spy(scoring.run_padded, padded_rows))
     found = score(model, encoded, packing=True, max_tokens=500, row_limit=16, next_token=True, hidden=True)
     assert_same(found, wanted)
     # Prompts of 5 and 4 tokens are packed; that of 14 has a tree of 14 + 0 + 1 + 2 = 17.
