@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from dso.decisions import Decision, DecisionError
 from dso.embedded import EMBEDDED, ModelNotFound, embedded_folder
 from dso.errors import UserError
-from dso.scoring import Encoded, Scores, score
+from dso.scoring import Encoded, Scores, passes, score
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A packed row's mask replaces the one that the model would have cut off at these distances.
@@ -178,6 +178,10 @@ class Backbone:
             next_token=next_token,
             hidden=hidden,
         )
+
+    def passes(self, encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], bool]]:
+        """How encoded decisions are divided into forward passes (see :func:`dso.scoring.passes`)."""
+        return passes(encoded, self.packing, self.max_tokens, self._row_limit)
 
     def next_token(self, texts: Sequence[str]) -> Tensor:
         """(N, V) float32 log-probabilities of the token after each text."""

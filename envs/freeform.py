@@ -1,0 +1,89 @@
+"""The rewards of :mod:`envs.task` for written answers, in the form of TRL's reward functions.
+
+TRL calls ``f(prompts, completions, completion_ids, **columns)`` with the completions of one process and wants a number
+for each, or None where the function has nothing to say. The column ``handle`` of its data set is the decision's index.
+
+What a completion is worth depends on how the answers of *all* processes were shared among the groups in its context.
+So whom each completion names is gathered from all processes, and every one of them updates its own running preferences
+with the same answers in the same order: nothing else has to be exchanged, and they stay equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dso.matching import Matcher
+from envs.task import DecisionTask
+
+Completion = str | Sequence[dict[str, str]]
+
+
+class AnswerRewards:
+    """Pays written answers as candidates are paid.
+
+    An answer that names nobody shows no preference. It is paid what abstaining is where nothing is right, and as a
+    wrong one where something is.
+
+    Args:
+        task: decisions, target, preference estimate and reward.
+        matcher: reads whom a completion names.
+        gather: (N, 2) int64 of this process -> those of all processes by rank; None for a process by itself.
+
+    Raises:
+        DecisionError: if a candidate could never be named.
+    """
+
+    def __init__(self, task: DecisionTask, matcher: Matcher, gather: Callable[[Tensor], Tensor] | None = None):
+        matcher.check(task.decisions)
+        self.task = task
+        self.matcher = matcher
+        self.gather = gather or (lambda pairs: pairs)
+        self.abstention = 0.0  # share of the last batch's answers that named nobody, in all processes
+
+    def equiprobability(
+        self, prompts: Sequence[Any], completions: Sequence[Completion], *, handle: Sequence[int], **_: Any
+    ) -> list[float | None]:
+        """The equiprobability reward of answers to ambiguous decisions; takes note of what was answered."""
+        own = self._read(completions, handle)
+        everyone = self.gather(own)
+        self.abstention = float((everyone[:, 1] < 0).float().mean())
+        free = self.task.answers[everyone[:, 0]] < 0
+        if not bool(free.any()):
+            return [None] * len(own)
+        handles, chosen = everyone[free].unbind(1)
+        choice = torch.nn.functional.one_hot(chosen.clamp(min=0), self.task.n_candidates).float()
+        rewards = self.task.observe(handles.tolist(), choice * (chosen >= 0)[:, None])
+        # All answers to a decision see one table of rewards, so any row of it will do.
+        table = dict(zip(handles.tolist(), rewards.tolist(), strict=True))
+        return [
+            None if number not in table else self.task.reward.abstain if index < 0 else table[number][index]
+            for number, index in own.tolist()
+        ]
+
+    def correctness(
+        self, prompts: Sequence[Any], completions: Sequence[Completion], *, handle: Sequence[int], **_: Any
+    ) -> list[float | None]:
+        """+1 for the right answer to an unambiguous decision, -1 for another."""
+        found = self._read(completions, handle)
+        right = self.task.answers[found[:, 0]].tolist()
+        return [
+            None if answer < 0 else 1.0 if index == answer else -1.0
+            for (_, index), answer in zip(found.tolist(), right, strict=True)
+        ]
+
+    def _read(self, completions: Sequence[Completion], handles: Sequence[int]) -> Tensor:
+        """(N, 2) int64: the decision, and the candidate that its answer names, -1 for none."""
+        rows = []
+        for number, completion in zip(handles, completions, strict=True):
+            index = self.matcher.match(_text(completion), self.task.decisions[number])
+            rows.append((number, -1 if index is None else index))
+        return torch.tensor(rows, device=self.task.groups.device)
+
+
+def _text(completion: Completion) -> str:
+    """What was said, of a conversation the last message."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
