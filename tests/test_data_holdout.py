@@ -48,6 +48,57 @@ def test_every_split_of_a_full_grid_has_the_size_of_its_cell(caplog: pytest.LogC
     assert f"{1000 - len(done)} of 1000 decisions left out" in caplog.text
 
 
+def pairs(units: int, contexts: int = 4) -> DecisionSet:
+    """Units of two decisions of one context each, ambiguous and, in other units, unambiguous."""
+    return DecisionSet(
+        tuple(
+            Decision(
+                id=f"{kind}-{u}-{version}",
+                context=f"c{u % contexts}",
+                kind=kind,
+                prompt="p",
+                candidates=PAIR,
+                unit=f"{kind}{u}",
+                answer=None if kind == "ambiguous" else 0,
+            )
+            for kind, u, version in product(("ambiguous", "unambiguous"), range(units), (0, 1))
+        )
+    )
+
+
+def test_a_split_keeps_so_many_decisions_of_each_kind_in_whole_units_evenly_over_contexts() -> None:
+    done = hold_out(pairs(50), units=0.2, keep={"train": 24, "test": 5})
+    train, test = done.select(split="train"), done.select(split="test")
+    for kind in ("ambiguous", "unambiguous"):
+        drawn = train.select(kind=kind)
+        per_context = [len(drawn.select(lambda d, c=context: d.context == c)) for context in drawn.contexts]
+        assert per_context == [6, 6, 6, 6]
+        assert len(test.select(kind=kind)) == 4  # a fifth would tear a unit
+    assert {sum(d.unit == unit for d in train) for unit in {d.unit for d in train}} == {2}
+    assert len(done.select(split="validation")) == len(hold_out(pairs(50), units=0.2).select(split="validation"))
+    again = hold_out(pairs(50), units=0.2, keep={"train": 24, "test": 5})
+    assert [d.id for d in again] == [d.id for d in done]
+    assert {d.id for d in hold_out(pairs(50), units=0.2, keep={"train": 24}, seed=1)} != {d.id for d in done}
+
+
+def test_keeping_more_than_there_are_keeps_all() -> None:
+    whole = hold_out(pairs(50), units=0.2)
+    assert [d.id for d in hold_out(pairs(50), units=0.2, keep={"train": 10**6})] == [d.id for d in whole]
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"tran": 5}, "keep names the split 'tran'; there are test, train, validation"),
+        ({"train": 0}, "keep of 'train' is 0, expected a whole number of at least 1"),
+        ({"train": 1}, "keep of 'train' is 1, but its smallest unit has 2"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(keep: dict[str, int], message: str) -> None:
+    with pytest.raises(DecisionError, match=message):
+        hold_out(pairs(50), units=0.2, keep=keep)
+
+
 def test_nothing_leaks() -> None:
     done = hold_out(grid(), contexts=0.2, seed=5)
     parts = {split: done.select(split=split) for split in done.splits}

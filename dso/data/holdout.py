@@ -14,7 +14,8 @@ split               unit          template      context
 ``test-contexts``   test          test          held out
 ==================  ============  ============  ==========
 
-Any other combination (a validation unit with a training template, say) would leak and is left out.
+Any other combination (a validation unit with a training template, say) would leak and is left out. A split can be cut
+down to so many decisions of each kind (``keep``); published recipes train on a few hundred.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from dso.decisions import Decision, DecisionError, DecisionSet
@@ -46,6 +47,7 @@ def hold_out(
     units: float = 0.2,
     templates: float = 0.2,
     validation: float = 0.1,
+    keep: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> DecisionSet:
     """Label the decisions with splits; the labels they had are replaced.
@@ -56,14 +58,16 @@ def hold_out(
         units: share of the units that is kept for the test; 0 does not divide them.
         templates: share of the templates that is kept for the test; 0 does not divide them, nor is a single one.
         validation: share of the units and of the templates (where divided) that is kept for validation.
-        seed: of the division.
+        keep: split -> how many ambiguous decisions it keeps at most, and as many unambiguous ones: whole units, drawn
+            at random, as evenly over the contexts as there are.
+        seed: of the division and the draw.
 
     Returns:
         The set without the combinations that would leak; their number is logged.
 
     Raises:
-        DecisionError: on a share outside [0, 1), if nothing is divided, or if no decision is left for ``train`` or
-            for any test split.
+        DecisionError: on a share outside [0, 1), if nothing is divided, if no decision is left for ``train`` or for
+            any test split, or if ``keep`` names an unknown split or leaves one without any decision.
     """
     for name, share in {"contexts": contexts, "units": units, "templates": templates, "validation": validation}.items():
         if not 0 <= share < 1:
@@ -96,7 +100,48 @@ def hold_out(
             "%s: %d of %d decisions left out: they mix parts of different splits",
             decisions.name, len(decisions) - len(kept), len(decisions),
         )  # fmt: skip
-    return DecisionSet(tuple(kept), decisions.groups, decisions.name)
+    return DecisionSet(tuple(_cut(kept, keep or {}, seed)), decisions.groups, decisions.name)
+
+
+def _cut(decisions: list[Decision], keep: Mapping[str, int], seed: int) -> list[Decision]:
+    """At most ``keep[split]`` decisions of each kind in a split."""
+    splits = sorted({decision.split for decision in decisions})
+    for split, most in keep.items():
+        if split not in splits:
+            raise DecisionError(f"hold_out: keep names the split {split!r}; there are {', '.join(splits)}")
+        if not isinstance(most, int) or most < 1:
+            raise DecisionError(f"hold_out: keep of {split!r} is {most!r}, expected a whole number of at least 1")
+    units: dict[tuple[str, str], dict[str, list[Decision]]] = {}  # (split, kind) -> unit -> its decisions
+    for decision in decisions:
+        units.setdefault((decision.split, decision.kind), {}).setdefault(_unit(decision), []).append(decision)
+    chosen: set[str] = set()
+    for (split, kind), members in units.items():
+        most = keep.get(split, len(decisions))
+        drawn = _draw(random.Random(f"{seed} {split} {kind}"), members, most)
+        if not drawn:
+            smallest = min(map(len, members.values()))
+            raise DecisionError(f"hold_out: keep of {split!r} is {most}, but its smallest unit has {smallest}")
+        chosen.update(decision.id for decision in drawn)
+    return [decision for decision in decisions if decision.id in chosen]
+
+
+def _draw(rng: random.Random, units: Mapping[str, list[Decision]], most: int) -> list[Decision]:
+    """Whole units of together at most so many decisions, from each context in turn."""
+    by_context: dict[str, list[list[Decision]]] = {}
+    for members in units.values():
+        by_context.setdefault(members[0].context, []).append(members)
+    for queue in by_context.values():
+        rng.shuffle(queue)
+    queues = list(by_context.values())
+    rng.shuffle(queues)  # the last round may not reach all contexts
+    drawn: list[Decision] = []
+    while queues:
+        for queue in queues:
+            members = queue.pop()
+            if len(drawn) + len(members) <= most:
+                drawn += members
+        queues = [queue for queue in queues if queue]
+    return drawn
 
 
 def _unit(decision: Decision) -> str:
