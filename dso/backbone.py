@@ -1,44 +1,45 @@
-"""The frozen model behind every decision: loading, tokenising, scoring, generating.
+"""The frozen model behind every decision: tokenising, scoring, generating.
 
 Whether an architecture takes packed prefix trees (:mod:`dso.packing`) is not looked up but measured when the
 model is loaded: both layouts must give the same log-probabilities, else padded rows are used. Packed rows are never
-longer than a sliding window or a position table, so that what was measured holds for every row.
+longer than a sliding window or a position table, so that what was measured holds for every row. Prompts with images
+(:mod:`dso.vision`) are padded rows always.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from dso.decisions import Decision, DecisionError
-from dso.embedded import EMBEDDED, ModelNotFound, embedded_folder
+from dso.decisions import IMAGE_SLOT, Decision, DecisionError
 from dso.errors import UserError
+from dso.images import ImageFile, find_images
+from dso.loading import DTYPES, load_parts
+from dso.prompts import Prompt, render_text
 from dso.scoring import Encoded, Scores, passes, score
+from dso.vision import IMAGE_MEMORY, ImageInputs, Vision
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A packed row's mask replaces the one that the model would have cut off at these distances.
 WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "local_attention")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-LOADER_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
 
 
 class Backbone:
-    """A frozen causal language model with its tokenizer.
+    """A frozen causal language model, or vision-language model, with its tokenizer or processor.
 
     Args:
-        model: a transformers causal LM; its parameters are frozen and it is put into eval mode.
+        model: a transformers model; its parameters are frozen and it is put into eval mode.
         tokenizer: its tokenizer.
         name: what checkpoints and tables call it.
         revision: the Hub revision it was loaded at, if any.
         max_tokens: tokens of one packed row, or of one padded batch.
         packing: whether to pack; None asks the model by comparing both layouts.
+        processor: of a vision-language model; None for a text model, which takes no images.
+        image_memory: bytes of processed images that are kept.
     """
 
     def __init__(
@@ -49,12 +50,15 @@ class Backbone:
         revision: str | None = None,
         max_tokens: int = 512,
         packing: bool | None = None,
+        processor: Any = None,
+        image_memory: int = IMAGE_MEMORY,
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
         self.revision = revision
         self.max_tokens = max_tokens
+        self.vision = Vision(processor, model, name, image_memory) if processor is not None else None
         self._encoded: dict[str, Encoded] = {}
         config = model.config.get_text_config()
         self._context = _positive(config, "max_position_embeddings")
@@ -77,22 +81,11 @@ class Backbone:
         Raises:
             ModelNotFound: if there is no such model, or it is damaged; the message says what was looked for.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         if dtype not in DTYPES:
             raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        source = _source(name, revision)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=DTYPES[dtype], trust_remote_code=False, output_loading_info=True
-            )
-        except LOADER_ERRORS as error:
-            raise ModelNotFound(f"model {name!r} could not be loaded: {_first_line(error)}") from error
-        if missing := sorted(info["missing_keys"]):
-            raise ModelNotFound(f"model {name!r} lacks {len(missing)} of its weights, {missing[0]!r} among them")
+        model, tokenizer, processor = load_parts(name, revision, DTYPES[dtype])
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device), tokenizer, name, revision, **options)
+        return cls(model.to(device), tokenizer, name, revision, processor=processor, **options)
 
     @property
     def device(self) -> torch.device:
@@ -102,20 +95,41 @@ class Backbone:
         """Token ids of the decision; the candidates are tokenised in their place behind the prompt.
 
         Raises:
-            DecisionError: if two candidates have the same tokens, chat messages meet a tokenizer without a chat
-                template, the decision is longer than the model's context, or has images.
+            DecisionError: if two candidates have the same tokens, chat messages meet a tokenizer or processor without a
+                chat template, the decision is longer than the model's context, or its images cannot be used.
         """
-        key = json.dumps([decision.prompt, [c.text for c in decision.candidates]])
-        if decision.images:
-            raise DecisionError(f"decision {decision.id!r} has images, but {self.name!r} is loaded as a text model")
-        if key not in self._encoded:
-            text, special = self._rendered(decision)
-            prompt = self._tokens(text, special)
-            candidates = tuple(self._continuation(text, special, prompt, c.text) for c in decision.candidates)
-            if fault := self._fault(prompt, candidates):
-                raise DecisionError(f"decision {decision.id!r}: {fault}")
-            self._encoded[key] = Encoded(prompt, candidates)
-        return self._encoded[key]
+        try:
+            files = self._files(decision.images)
+            named = [[c.text for c in decision.candidates], *map(astuple, files)]
+            key = json.dumps([decision.prompt, *named])
+            if key not in self._encoded:
+                self._encoded[key] = self._encode(decision, files)
+            return self._encoded[key]
+        except DecisionError:
+            raise
+        except UserError as error:
+            raise DecisionError(f"decision {decision.id!r}: {error}") from error
+
+    def _encode(self, decision: Decision, files: tuple[ImageFile, ...]) -> Encoded:
+        text, special = self._render(decision.prompt)
+        prompt = self._tokens(text, special)
+        candidates = tuple(self._continuation(text, special, prompt, c.text) for c in decision.candidates)
+        images = None
+        if self.vision is not None and files:
+            answer = max(map(len, candidates)) - 1
+            whole, images = self.vision.read(text, special, files, answer)
+            if whole[-1] != prompt[-1]:  # the processor ends prompts in its own way (PaliGemma's line feed)
+                candidates = tuple(self._alone(c.text) for c in decision.candidates)
+                images = self.vision.read(text, special, files, max(map(len, candidates)) - 1)[1]
+            prompt, images = whole, replace(images, load=_for_decision(decision.id, images))
+        if fault := self._fault(prompt, candidates):
+            raise UserError(fault)
+        return Encoded(prompt, candidates, images)
+
+    def _files(self, images: Sequence[str]) -> tuple[ImageFile, ...]:
+        if images and self.vision is None:
+            raise UserError(f"it has images, but {self.name!r} is a text model; load a vision-language model")
+        return find_images(images)
 
     def _fault(self, prompt: tuple[int, ...], candidates: tuple[tuple[int, ...], ...]) -> str | None:
         if not prompt or not all(candidates):
@@ -128,31 +142,15 @@ class Backbone:
         return None
 
     def prompt_text(self, decision: Decision) -> str:
-        """The prompt as the model will see it, chat template applied."""
-        return self._rendered(decision)[0]
-
-    def _rendered(self, decision: Decision) -> tuple[str, bool]:
+        """The prompt as the model will see it, chat template applied; an image is one slot."""
         try:
-            return self._render(decision.prompt)
+            return self._render(decision.prompt)[0]
         except UserError as error:
             raise DecisionError(f"decision {decision.id!r}: {error}") from error
 
-    def _render(self, prompt: str | Sequence[dict[str, str]]) -> tuple[str, bool]:
+    def _render(self, prompt: Prompt) -> tuple[str, bool]:
         """The prompt's text, and whether the tokenizer has to add its special tokens."""
-        if isinstance(prompt, str):
-            return prompt, True
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise UserError(f"the prompt is a chat, but the tokenizer of {self.name!r} has no chat template")
-        from jinja2 import TemplateError
-
-        prefilled = prompt[-1]["role"] == "assistant"
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(prompt), tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled
-            )
-        except (TemplateError, ValueError) as error:
-            raise UserError(f"the chat template of {self.name!r} refuses the prompt: {_first_line(error)}") from error
-        return text, False  # the template writes the special tokens itself
+        return self.vision.render(prompt) if self.vision else render_text(prompt, self.tokenizer, self.name)
 
     def _tokens(self, text: str, special: bool) -> tuple[int, ...]:
         ids = tuple(self.tokenizer(text, add_special_tokens=special).input_ids)
@@ -165,6 +163,9 @@ class Backbone:
         if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
             return whole[len(prompt) :]
         # The tokenizer merges across the boundary: the candidate alone is the only split that keeps the prompt.
+        return self._alone(candidate)
+
+    def _alone(self, candidate: str) -> tuple[int, ...]:
         return tuple(self.tokenizer(candidate, add_special_tokens=False).input_ids)
 
     def score(self, decisions: Sequence[Decision], *, next_token: bool = False, hidden: bool = False) -> Scores:
@@ -202,15 +203,34 @@ class Backbone:
         ).next_token
 
     @torch.no_grad()
-    def generate(self, prompt: str | Sequence[dict[str, str]], *, max_new_tokens: int = 64, **options: Any) -> str:
-        """Continue a text or answer a chat, with the model as it is now; options go to transformers' generate."""
-        ids = torch.tensor([self._tokens(*self._render(prompt))], device=self.device)
-        if not ids.numel():
+    def generate(
+        self, prompt: Prompt, *, images: Sequence[str] = (), max_new_tokens: int = 64, **options: Any
+    ) -> str:
+        """Continue a text or answer a chat, with the model as it is now; options go to transformers' generate.
+
+        Args:
+            images: paths, one for each ``<image>`` in the prompt. Image tokens are never generated.
+        """
+        words = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+        if (slots := words.count(IMAGE_SLOT)) != len(images):
+            raise UserError(f"the prompt has {slots} slot(s) {IMAGE_SLOT} for {len(images)} image(s)")
+        files, (text, special) = self._files(images), self._render(prompt)
+        inputs: dict[str, Tensor] = {}
+        if self.vision is not None and files:
+            tokens, seen = self.vision.read(text, special, files, 0)
+            inputs = seen.tokens | seen.load()
+        else:
+            tokens = self._tokens(text, special)
+        if not tokens:
             raise UserError("the prompt is empty")
+        if self.vision is not None:
+            options["suppress_tokens"] = sorted({*options.get("suppress_tokens", ()), *self.vision.forbidden})
+        ids = torch.tensor([tokens], device=self.device)
         output = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
+            **{k: v.to(self.device, self.model.dtype if v.is_floating_point() else None) for k, v in inputs.items()},
             **{"do_sample": False, **options},
         )
         return self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
@@ -255,28 +275,13 @@ def _positive(config: Any, name: str) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _source(name: str, revision: str | None) -> str:
-    """What the loaders are given: a folder, or the id of a model that the Hub or its local cache has."""
-    if name in EMBEDDED:
-        return str(embedded_folder(name))
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return str(folder)
-    if folder.is_dir():
-        raise ModelNotFound(f"model {name!r}: no config.json in that folder")
-    if not HUB_ID.fullmatch(name):
-        known = ", ".join(EMBEDDED)
-        raise ModelNotFound(f"model {name!r}: no such folder, not embedded ({known}), and no Hub id (owner/name)")
-    from huggingface_hub import snapshot_download
+def _for_decision(name: str, images: ImageInputs) -> Callable[[], dict[str, Tensor]]:
+    """The images' tensors; an error names the decision."""
 
-    try:  # asked once and early: the loaders go on asking for a minute where there is no network
-        snapshot_download(name, revision=revision, allow_patterns=["config.json"])
-    except (OSError, ValueError) as error:
-        raise ModelNotFound(
-            f"model {name!r}: no such folder, and not to be had from the Hub: {_first_line(error)}"
-        ) from error
-    return name
+    def load() -> dict[str, Tensor]:
+        try:
+            return images.load()
+        except UserError as error:
+            raise DecisionError(f"decision {name!r}: {error}") from error
 
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return load

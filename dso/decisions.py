@@ -12,8 +12,9 @@ One decision is one line of a JSON Lines file::
      "answer": null, "template": "t01", "split": "train", "images": [], "unit": "Mary/John",
      "stereotype": "female"}
 
-``candidates[i].text`` is the exact continuation of the prompt, leading blank included. The last two keys
-are optional: ``unit`` names the people of the decision (decisions of one unit differ in the order of the
+``candidates[i].text`` is the exact continuation of the prompt, leading blank included. ``images`` are paths, of which
+relative ones start at the file's folder; each has its slot, ``<image>``, in the prompt, in the same order. The last two
+keys are optional: ``unit`` names the people of the decision (decisions of one unit differ in the order of the
 people, in context or in template, and are resampled together by the intervals of
 :mod:`dso.metrics`), ``stereotype`` is the group that the context is stereotyped with.
 """
@@ -22,15 +23,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dso.errors import UserError
 from dso.files import write_text
 
 ABSTAIN = "abstain"
+IMAGE_SLOT = "<image>"
 KINDS = ("ambiguous", "unambiguous")
 ROLES = ("system", "user", "assistant")
 REQUIRED = ("id", "context", "kind", "prompt", "candidates", "answer", "template", "split")
@@ -60,7 +63,8 @@ class Decision:
 
     Raises:
         DecisionError: on an empty prompt, fewer than two candidates, two candidates with the same text,
-            an unknown kind, or an answer that does not fit the kind.
+            an unknown kind, an answer that does not fit the kind, or another number of images than of slots for
+            them in the prompt.
     """
 
     id: str
@@ -138,6 +142,11 @@ def _faults(decision: Decision) -> Iterator[str]:
         yield f"kind is {decision.kind!r}, expected one of {', '.join(KINDS)}"
     if not decision.text.strip():
         yield "the prompt is empty"
+    if (slots := decision.text.count(IMAGE_SLOT)) != len(decision.images):
+        yield (
+            f"the prompt has {slots} slot(s) for {len(decision.images)} image(s); write {IMAGE_SLOT} once for each "
+            "image, where it belongs"
+        )
     if len(decision.candidates) < 2:
         yield f"{len(decision.candidates)} candidate(s), a decision needs at least 2"
     for candidate in decision.candidates:
@@ -269,8 +278,15 @@ class DecisionSet(Sequence[Decision]):
         return DecisionSet(tuple(chosen), self.groups, self.name)
 
     def write_jsonl(self, path: str | Path) -> None:
-        """Write one decision a line, to a temporary name first."""
-        write_text(path, "".join(json.dumps(d.to_json(), ensure_ascii=False) + "\n" for d in self.decisions))
+        """Write one decision a line, to a temporary name first; images below the file's folder by relative paths."""
+        folder = Path(path).absolute().parent
+        records = [d.to_json() | {"images": [_below(folder, image) for image in d.images]} for d in self.decisions]
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def _below(folder: Path, image: str) -> str:
+    whole = Path(os.path.abspath(image))
+    return whole.relative_to(folder).as_posix() if whole.is_relative_to(folder) else str(whole)
 
 
 def read_jsonl(path: str | Path, groups: Iterable[str] = ()) -> DecisionSet:
@@ -291,6 +307,8 @@ def read_jsonl(path: str | Path, groups: Iterable[str] = ()) -> DecisionSet:
             continue
         try:
             decision = Decision.from_json(json.loads(line.decode("utf-8")))
+            if decision.images:
+                decision = replace(decision, images=tuple(os.path.abspath(path.parent / i) for i in decision.images))
             if decision.id in seen:
                 raise DecisionError(f"duplicate id {decision.id!r}, first used on line {seen[decision.id]}")
             if len(known) > 1:

@@ -7,11 +7,15 @@ positions that are read, and the output layer's input (M, d) there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dso.packing import pack
+
+if TYPE_CHECKING:
+    from dso.scoring import Encoded
 
 
 def run_packed(
@@ -51,13 +55,77 @@ def run_padded(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
     )
+    return _pick(logits, states, keep, list(enumerate(sequences)), starts)
+
+
+def run_with_images(model, encoded: Sequence[Encoded]) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Prompts with images as right-padded rows; the candidates of a prompt share its row as far as they can.
+
+    Inputs with a value for each token are padded with zeros, like the mask; so are images where their tensors differ in
+    size, which is how every processor fills up a batch.
+    """
+    rows: list[tuple[int, ...]] = []
+    places, merged = [], []
+    for e in encoded:
+        own = distinct_rows(e)
+        for sequence in e.sequences():
+            number = next(n for n, row in enumerate(own) if row[: len(sequence)] == sequence)
+            places.append((len(rows) + number, sequence))
+        rows += own
+        merged += [(e.images, len(row)) for row in own]
+    starts = [len(e.prompt) - 1 for e in encoded for _ in e.candidates]
+    keep = sorted({c for (_, s), start in zip(places, starts, strict=True) for c in range(start, len(s))})
+    inner = _unwrapped(model)
+    device = inner.get_input_embeddings().weight.device
+    inputs = {
+        "input_ids": _stack([torch.tensor([row]) for row in rows]),
+        "attention_mask": _stack([torch.ones(1, len(row), dtype=torch.long) for row in rows]),
+    }
+    for name in merged[0][0].tokens:
+        inputs[name] = _stack([images.tokens[name][:, :length] for images, length in merged])
+    loaded = [images.load() for images, _ in merged]
+    for name in loaded[0]:
+        inputs[name] = _stack([tensors[name] for tensors in loaded])
+    inputs = {k: v.to(device, inner.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    logits, states = _forward(model, torch.tensor(keep, device=device), **inputs)
+    return _pick(logits, states, keep, places, starts)
+
+
+def distinct_rows(encoded: Encoded) -> list[tuple[int, ...]]:
+    """The sequences of a decision that no other one begins with: what a causal model has to run."""
+    rows: list[tuple[int, ...]] = []
+    for sequence in sorted(encoded.sequences(), key=len, reverse=True):
+        if not any(row[: len(sequence)] == sequence for row in rows):
+            rows.append(sequence)
+    return rows
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors joined along their first dimension, the others filled up with zeros."""
+    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
+        ends = [number for size in reversed(missing) for number in (0, size)]
+        padded.append(torch.nn.functional.pad(tensor, ends) if any(ends) else tensor)
+    return torch.cat(padded)
+
+
+def _pick(
+    logits: Tensor,
+    states: Tensor,
+    keep: Sequence[int],
+    places: Sequence[tuple[int, Sequence[int]]],
+    starts: Sequence[int],
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Of logits (B, len(keep), V) what each sequence reads: those of its row in the batch, from its start on."""
     place = {column: number for number, column in enumerate(keep)}
     wanted: list[tuple[int, int]] = []
     reads = []
-    for number, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+    for (row, sequence), start in zip(places, starts, strict=True):
         reads.append(list(range(len(wanted), len(wanted) + len(sequence) - start)))
-        wanted += [(number, place[column]) for column in range(start, len(sequence))]
-    rows, columns = torch.tensor(wanted, device=device).unbind(1)
+        wanted += [(row, place[column]) for column in range(start, len(sequence))]
+    rows, columns = torch.tensor(wanted, device=logits.device).unbind(1)
     return reads, logits[rows, columns], states[rows, columns]
 
 

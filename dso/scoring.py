@@ -12,13 +12,17 @@ for decisions that are longer than a sliding window, which that mask does not kn
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dso.forward import run_packed, run_padded
+from dso.forward import distinct_rows, run_packed, run_padded, run_with_images
 from dso.packing import fill_rows, tree_size
+
+if TYPE_CHECKING:
+    from dso.vision import ImageInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +61,11 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a prompt and of its candidates."""
+    """Token ids of a prompt and of its candidates, and what its images bring (:class:`dso.vision.ImageInputs`)."""
 
     prompt: tuple[int, ...]
     candidates: tuple[tuple[int, ...], ...]
+    images: ImageInputs | None = field(default=None, compare=False)
 
     def sequences(self) -> list[tuple[int, ...]]:
         """What has to be run: the prompt with every candidate but its last token, which predicts nothing."""
@@ -122,16 +127,21 @@ def token_logits(model, encoded: Sequence[Encoded], packed: bool) -> tuple[list[
 def passes(
     encoded: Sequence[Encoded], packing: bool, max_tokens: int, row_limit: int | None
 ) -> Iterator[tuple[list[int], bool]]:
-    """The indices of each forward pass, and whether they are packed in it."""
+    """The indices of each forward pass, and whether they are packed in it; images have passes of their own."""
     sequences = [e.sequences() for e in encoded]
-    fits = [packing and (row_limit is None or tree_size(s) <= row_limit) for s in sequences]
+    with_images = {index: distinct_rows(e) for index, e in enumerate(encoded) if e.images is not None}
+    fits = [
+        packing and index not in with_images and (row_limit is None or tree_size(s) <= row_limit)
+        for index, s in enumerate(sequences)
+    ]
     packed = [index for index, fit in enumerate(fits) if fit]
     size = max_tokens if row_limit is None else min(max_tokens, row_limit)
     for row in fill_rows([sequences[index] for index in packed], size):
         yield [packed[number] for number in row], True
-    padded = [index for index, fit in enumerate(fits) if not fit]
-    for batch in _padded_batches({index: sequences[index] for index in padded}, max_tokens):
-        yield batch, False
+    padded = {index: sequences[index] for index, fit in enumerate(fits) if not fit and index not in with_images}
+    for items in (padded, with_images):
+        for batch in _padded_batches(items, max_tokens):
+            yield batch, False
 
 
 def _padded_batches(items: Mapping[int, Sequence[Sequence[int]]], max_tokens: int) -> Iterator[list[int]]:
@@ -180,6 +190,8 @@ def _score_batch(
 
 def _run(model, encoded: Sequence[Encoded], packed: bool) -> tuple[list[list[int]], Tensor, Tensor]:
     """One forward pass over decisions that :func:`passes` put together; returns as :func:`dso.forward.run_packed`."""
+    if encoded[0].images is not None:
+        return run_with_images(model, encoded)
     sequences = [sequence for e in encoded for sequence in e.sequences()]
     starts = [len(e.prompt) - 1 for e in encoded for _ in e.candidates]
     return (run_packed if packed else run_padded)(model, sequences, starts)

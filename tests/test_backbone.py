@@ -245,8 +245,12 @@ def test_a_decision_longer_than_the_context_is_refused():
 
 
 def test_images_need_a_model_that_sees(backbone):
-    with pytest.raises(DecisionError, match="'d1' has images, but 'tiny' is loaded as a text model"):
-        backbone.encode(decide("Who?", " A", " B", images=("a.png",)))
+    with pytest.raises(DecisionError, match="'d1': it has images, but 'tiny' is a text model; load a vision-lang"):
+        backbone.encode(decide("<image> Who?", " A", " B", images=("a.png",)))
+    with pytest.raises(UserError, match="'tiny' is a text model"):
+        backbone.generate("<image> Who?", images=("a.png",))
+    with pytest.raises(UserError, match=r"1 slot\(s\) <image> for 0 image"):
+        backbone.generate("<image> Who?")
 
 
 # ---------------------------------------------------------------- loading

@@ -42,14 +42,19 @@ def candidates(*pairs: tuple[str, str]) -> list[dict[str, str]]:
 
 def test_a_written_set_reads_back_equal(tmp_path: Path) -> None:
     full = GOOD | {"id": "d2", "kind": "unambiguous", "answer": 1, "unit": "Mary/John", "stereotype": "female"}
-    full |= {"images": ["a.png"], "prompt": CHAT, "split": "test"}
+    chat = [CHAT[0] | {"content": "<image>" + CHAT[0]["content"]}, *CHAT[1:]]
+    full |= {"images": ["faces/a.png"], "prompt": chat, "split": "test"}
     decisions = read_jsonl(write(tmp_path / "set.jsonl", GOOD, full))
     assert len(decisions) == 2 and decisions.groups == ("female", "male") and decisions.name == "set"
-    assert decisions[1].prompt == tuple(CHAT) and decisions[1].images == ("a.png",) and not decisions[1].ambiguous
+    assert decisions[1].prompt == tuple(chat) and not decisions[1].ambiguous
+    assert decisions[1].images == (str(tmp_path / "faces" / "a.png"),)
     decisions.write_jsonl(tmp_path / "again.jsonl")
     again = read_jsonl(tmp_path / "again.jsonl")
     assert again.decisions == decisions.decisions
     assert json.loads((tmp_path / "again.jsonl").read_text().splitlines()[1]) == full
+    (tmp_path / "other").mkdir()
+    decisions.write_jsonl(tmp_path / "other" / "set.jsonl")
+    assert read_jsonl(tmp_path / "other" / "set.jsonl").decisions == decisions.decisions
 
 
 def test_blank_lines_count_as_lines_but_hold_nothing(tmp_path: Path) -> None:
@@ -92,6 +97,9 @@ def test_blank_lines_count_as_lines_but_hold_nothing(tmp_path: Path) -> None:
         ({"id": 7}, "id must be a string, found 7"),
         ({"context": ""}, "the context is empty"),
         ({"images": "a.png"}, "images must be a list of paths"),
+        ({"images": ["a.png"]}, r"0 slot\(s\) for 1 image\(s\); write <image> once for each image"),
+        ({"prompt": "<image> Who?"}, r"1 slot\(s\) for 0 image\(s\)"),
+        ({"prompt": "<image> Who?", "images": ["a.png", "b.png"]}, r"1 slot\(s\) for 2 image\(s\)"),
         ({"stereotype": 1}, "stereotype must be a group or null, found 1"),
         ({"colour": "red"}, "unknown key.*colour"),
     ],
