@@ -100,7 +100,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path) ->
     assert refusal(write(tmp_path, "trian: {}")).endswith("trian: unknown key; did you mean train?")
     elsewhere = refusal(write(tmp_path, "train: {kl_budget: 0.1}"))
     assert elsewhere.endswith("train.kl_budget: unknown key; did you mean constraints.kl_budget?")
-    assert refusal(write(tmp_path, "run: {zzz: 1}")).endswith("unknown key; known are folder, name, tracking")
+    assert refusal(write(tmp_path, "run: {zzz: 1}")).endswith("unknown key; known are folder, name, tracking, save_every")
     assert refusal(write(tmp_path, "1: {}")).endswith("keys must be strings, found 1 (an integer)")
 
 
@@ -134,7 +134,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path) ->
             "train.estimator: expected one of expected, reinforce, ppo, found 'reinfroce' (a string); "
             "did you mean reinforce?",
         ),
-        ("run: {tracking: 3}", "run.tracking: expected one of none, found 3 (an integer)"),
+        ("run: {tracking: 3}", "run.tracking: expected one of none, tensorboard, wandb, found 3 (an integer)"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_refused(text: str, reason: str, tmp_path: Path) -> None:
