@@ -48,7 +48,7 @@ def open_session(config: TrainConfig) -> Session:
     """
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    decisions = _decisions(config)
+    decisions = open_decisions(config)
     anchors = _anchors(config.constraints.anchors)
     backbone = load_backbone(config)
     seed_everything(config.train.seed)
@@ -71,8 +71,12 @@ def open_session(config: TrainConfig) -> Session:
     return Session(config, backbone, decisions, steering, handle, _trainer(config, task, steering))
 
 
-def _decisions(config: TrainConfig) -> DecisionSet:
-    """The decision set of a config, with something of each kind in each split that the run will ask for."""
+def open_decisions(config: TrainConfig) -> DecisionSet:
+    """The decision set of a config, with something of each kind in each split that the run will ask for.
+
+    Raises:
+        UserError: if there is no such set, or not that much in it.
+    """
     data = config.data
     decisions = load_decisions(data.set, **data.options)
     if data.groups is not None:
