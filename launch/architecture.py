@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dso.embedded import EMBEDDED, ModelNotFound
-from dso.loading import DTYPES, HUB_ID, LOADER_ERRORS
+from dso.embedded import EMBEDDED, ModelNotFound, cache_folder
+from dso.loading import DTYPES, HUB_ID, LOADER_ERRORS, sees
 
 SHAPES = files("launch") / "shapes"
 
@@ -96,22 +96,27 @@ def _find(name: str, revision: str | None) -> tuple[Any, str]:
         return folder / "config.json", str(folder / "config.json")
     if folder.is_dir():
         raise ModelNotFound(f"model {name!r}: no config.json in that folder")
-    if name not in EMBEDDED and not HUB_ID.fullmatch(name):
+    if name in EMBEDDED:
+        converted = sorted(cache_folder().glob(f"{name}-*/config.json"))
+        return (converted[0], "converted before") if converted else _shipped(name)
+    if not HUB_ID.fullmatch(name):
         known = ", ".join(EMBEDDED)
         raise ModelNotFound(f"model {name!r}: no such folder, not embedded ({known}), and no Hub id (owner/name)")
     if cached := _cached(name, revision):
         return cached, "config.json in the Hub's local cache"
     if name in shipped_shapes():
-        return SHAPES / f"{name.replace('/', '--')}.json", "shapes shipped with dso"
+        return _shipped(name)
     raise ModelNotFound(
         f"model {name!r}: its shapes are not known here (no such folder, nothing in the Hub's local cache, none "
         f"shipped); fetch its config once with: hf download {name} config.json"
     )
 
 
+def _shipped(name: str) -> tuple[Any, str]:
+    return SHAPES / f"{name.replace('/', '--')}.json", "shapes shipped with dso"
+
+
 def _cached(name: str, revision: str | None) -> Path | None:
-    if name in EMBEDDED:
-        return None
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, "config.json", revision=revision)
@@ -127,7 +132,6 @@ def _config(path: Any) -> Any:
 
 def _auto_class(config: Any) -> Any:
     """What loads the whole model: a language model, or one that also sees."""
-    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    sees = hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
