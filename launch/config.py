@@ -227,24 +227,8 @@ class EvaluationSection:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
-class RunSection:
-    """Where a run is kept, and who else hears of it."""
-
-    folder: str = "runs"
-    name: str | None = None  # the config's
-    tracking: Literal["none", "tensorboard", "wandb"] = "none"
-    save_every: int = 10  # steps; how much a run that is killed has to do again
-
-    def __post_init__(self) -> None:
-        _at_least(1, save_every=self.save_every)
-        _filled(folder=self.folder, name=self.name)
-        plain = self.name is None or (self.name not in (".", "..") and not {*self.name} & {*"/\\\0"})
-        require(plain, "name", f"must be a name, not a path, found {self.name!r}; the place is run.folder")
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
 class WandbSection:
-    """Weights & Biases, with ``run.tracking: wandb``."""
+    """Weights & Biases, for ``tracking: wandb``."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # online with a key, offline without one
     project: str = "dso"
@@ -264,6 +248,23 @@ class WandbSection:
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
+class RunSection:
+    """Where a run is kept, and who else hears of it."""
+
+    folder: str = "runs"
+    name: str | None = None  # the config's
+    tracking: Literal["none", "tensorboard", "wandb"] = "none"
+    wandb: WandbSection = field(default_factory=WandbSection)
+    save_every: int = 10  # steps; how much a run that is killed has to do again
+
+    def __post_init__(self) -> None:
+        _at_least(1, save_every=self.save_every)
+        _filled(folder=self.folder, name=self.name)
+        plain = self.name is None or (self.name not in (".", "..") and not {*self.name} & {*"/\\\0"})
+        require(plain, "name", f"must be a name, not a path, found {self.name!r}; the place is run.folder")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
 class TrainConfig:
     """Everything that a training run is told."""
 
@@ -274,7 +275,6 @@ class TrainConfig:
     constraints: ConstraintsSection = field(default_factory=ConstraintsSection)
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     run: RunSection = field(default_factory=RunSection)
-    wandb: WandbSection = field(default_factory=WandbSection)
 
 
 def known_configs() -> tuple[str, ...]:
