@@ -4,7 +4,7 @@ The model is run on the meta device by the code that training runs (:func:`dso.s
 attached, then the policy and the KL term), and what autograd saves for the backward pass is counted: every storage
 once, parameters not. That is exact for the layers as they are written. Two things differ from a real device and are set
 right here: attention, which has no fused kernel on the meta device (:class:`FusedAttention`), and the length of the
-run, for one forward pass stands for all of a batch (bytes grow with tokens).
+run, for the first decisions stand for all of a large batch (bytes grow with tokens).
 
 With gradient checkpointing a layer keeps its input only and is run again in the backward pass, one layer at a time:
 what is kept is everything outside of the layers, each layer's input, and one layer whole.
@@ -26,6 +26,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dso.operators import SteeringOperator
 from dso.packing import tree_size
 from dso.scoring import Encoded, Scores, kl_divergence, score
+
+ENOUGH = 2048  # tokens: what is run at most, unless one forward pass takes more
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +95,13 @@ def activations(
     Args:
         model: on the meta device, frozen.
         operators: site -> operator, on the meta device.
-        encoded: the batch. Decisions are run until they fill a forward pass; their bytes are scaled to the batch.
+        encoded: the batch. Its first decisions are run, and their bytes are scaled to the batch.
         max_tokens: of one forward pass.
         inputs: further arguments of the model's forward for given token ids, as what a vision tower hands over.
     """
     sizes = [tree_size(e.sequences()) for e in encoded]
     count, tokens = 1, sizes[0]
-    while count < len(encoded) and tokens + sizes[count] <= max_tokens:
+    while count < len(encoded) and tokens + sizes[count] <= max(max_tokens, ENOUGH):
         tokens += sizes[count]
         count += 1
     share = tokens / sum(sizes)
@@ -108,7 +110,7 @@ def activations(
         if inputs:
             stack.callback(model.register_forward_pre_hook(_adding(inputs), with_kwargs=True).remove)
         stack.enter_context(FusedAttention())
-        scores = score(model, encoded[:count], packing=True, max_tokens=max(max_tokens, tokens), next_token=True)
+        scores = score(model, encoded[:count], packing=True, max_tokens=max_tokens, next_token=True)
         _loss(scores)
     inside = [bytes_ for layer, bytes_ in counter.saved.items() if layer is not None]
     kept, outside, largest = sum(counter.saved.values()), counter.saved[None], max(inside, default=0)
