@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,37 @@ class BlockSampler:
         """Go on where :meth:`state_dict` was taken."""
         self._rng.bit_generator.state = state["rng"]
         self._queues = {kind: list(queue) for kind, queue in state["queues"].items()}
+
+
+def divide(blocks: Sequence[int], parts: int) -> list[np.ndarray]:
+    """Positions of a batch in parts of much the same size that keep blocks whole, as their beginnings are shared.
+
+    Blocks are halved only if there are fewer than parts. The same batch is always divided alike.
+
+    Args:
+        blocks: (N,) which block each decision of the batch is of.
+        parts: number of parts.
+
+    Returns:
+        for each part its positions, rising; none is empty.
+
+    Raises:
+        ValueError: if there are fewer decisions than parts.
+    """
+    if len(blocks) < parts:
+        raise ValueError(f"{len(blocks)} decisions cannot be divided into {parts} parts")
+    members: dict[int, list[int]] = {}
+    for position, block in enumerate(blocks):
+        members.setdefault(int(block), []).append(position)
+    pieces = list(members.values())
+    while len(pieces) < parts:
+        largest = max(pieces, key=len)
+        pieces.remove(largest)
+        pieces += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+    divided: list[list[int]] = [[] for _ in range(parts)]
+    for piece in sorted(pieces, key=lambda piece: (-len(piece), piece)):
+        min(divided, key=len).extend(piece)
+    return [np.array(sorted(part), dtype=np.int64) for part in divided]
 
 
 def _blocks(decisions: DecisionSet, kind: str) -> list[list[int]]:

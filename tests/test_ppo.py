@@ -17,9 +17,11 @@ from torch import Tensor
 from training import bias, learn, letters_set, make_trainer, mean_kl, operators, preferences
 
 from dso.decisions import ABSTAIN
-from envs.task import RewardConfig
+from envs.task import DecisionTask, RewardConfig
 from trainers.constraints import FixedKL, KLBudget, sparsity
-from trainers.ppo import ESTIMATORS, SteeringPPO, TrainingDiverged
+from trainers.lesson import ESTIMATORS, Lesson
+from trainers.optimizer import Whitened
+from trainers.ppo import SteeringPPO, TrainingDiverged
 from trainers.vec import DecisionVecEnv
 
 EVERY = pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -186,15 +188,19 @@ def test_both_kinds_count_by_their_own_mean() -> None:
 
 
 def test_clipping_by_hand() -> None:
-    trainer = make_trainer(estimator="ppo", clip_range=0.2)
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1], requires_grad=True)
+    nothing, actions = torch.zeros(5), torch.tensor([0, 1, 0, 1, 1])
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
-    gain = trainer._clipped(ratio.log(), torch.zeros(5), advantages)
+    lesson = Lesson(np.arange(5), nothing > 0, actions, nothing, advantages, nothing)
+    log_policy = torch.zeros(5, 2).scatter(1, actions[:, None], ratio.log()[:, None])  # the other one's plays no part
+    rows = torch.arange(5)
+    gain = lesson.gain("ppo", rows, log_policy, clip=0.2)
     assert gain.tolist() == pytest.approx([1.2, -1.5, 0.5, -0.8, 2.2])
     gain.sum().backward()
     # Only what would move further away is stopped: too likely and good, too unlikely and bad.
     assert ratio.grad.tolist() == pytest.approx([0.0, -1.0, 1.0, 0.0, 2.0])
-    assert trainer.logger.name_to_value["train/clip_fraction"] == pytest.approx(4 / 5)
+    assert lesson.clipped(rows, log_policy, clip=0.2).tolist() == [1, 1, 1, 1, 0]
+    assert lesson.clipped(rows[3:], log_policy[3:], clip=0.2).tolist() == [1, 0]
 
 
 def test_ppo_takes_a_step_a_minibatch_and_epoch() -> None:
@@ -229,8 +235,7 @@ def test_anchors_count_like_decisions() -> None:
 def test_the_value_head_learns_what_decisions_earn() -> None:
     """With the operators held still the rewards of stated facts are fixed: the head has to find them."""
     trainer = make_trainer(letters_set(), ambiguous=0, unambiguous=8, baseline="value", learning_rate=0.05, vf_coef=0.5)
-    for group in trainer.policy.optimizer.param_groups:
-        group["params"] = list(trainer.policy.value_head.parameters())
+    trainer.policy.optimizer.param_groups[0]["params"] = []
     handles = np.arange(16, 24)
     with torch.no_grad():
         pi = trainer.policy.decide(handles).log_policy.exp()
@@ -383,10 +388,14 @@ def test_a_fixed_price_buys_less_kl_the_higher_it_is() -> None:
 # Sparsity
 
 
+class WhitenedDescent(Whitened, torch.optim.SGD):
+    """Gradient descent whose rate is the same for all."""
+
+
 @pytest.mark.parametrize("adam", [False, True])
 def test_the_proximal_step_by_hand(adam: bool) -> None:
     """x = -rate g, then |x| shrinks by rate lambda; rate is lr for plain descent, lr / |g| in Adam's first step."""
-    policy: dict[str, Any] = {"optimizer_class": torch.optim.SGD, "optimizer_kwargs": {}}
+    policy: dict[str, Any] = {"optimizer_class": WhitenedDescent, "optimizer_kwargs": {"momentum": 0.0}}
     if adam:
         policy = {"optimizer_kwargs": {"eps": 1e-8}}
     trainer = make_trainer(estimator="expected", learning_rate=0.1, sparsity=0.02, baseline="value", policy=policy)
@@ -523,8 +532,8 @@ def test_archives_hold_no_backbone_and_restore_the_rest(tmp_path: Path) -> None:
         weights = torch.load(io.BytesIO(archive.read("policy.pth")), weights_only=True)
         facts = json.loads(archive.read("data"))
     assert weights.keys() == trainer.policy.state_dict().keys()
-    assert sum(sizes.values()) < 4 * learned + 40_000 < backbone  # step sizes, two moments; the rest is names
-    assert not {"policy_kwargs", "env", "_rollout", "kl"} & facts.keys()
+    assert sum(sizes.values()) < 5 * learned + 40_000 < backbone  # step sizes twice, two moments; the rest is names
+    assert not {"policy_kwargs", "env", "_kept", "kl", "learner", "updater", "world"} & facts.keys()
     other = make_trainer(width=64, baseline="value", learning_rate=0.01)
     other.set_parameters(str(tmp_path / "last.zip"))
     restored = other.policy.state_dict()
@@ -570,10 +579,90 @@ def test_settings_without_effect_are_refused(options: dict[str, Any], message: s
         make_trainer(**options)
 
 
+def test_an_optimizer_that_knows_no_step_sizes_is_refused() -> None:
+    with pytest.raises(ValueError, match="optimizer_class is .*SGD.*expected one with trainers.optimizer.Whitened"):
+        make_trainer(policy={"optimizer_class": torch.optim.SGD})
+
+
+def test_more_parts_than_decisions_are_refused() -> None:
+    with pytest.raises(ValueError, match="a step of 16 decisions cannot be divided among 1 processes x 17 parts"):
+        make_trainer(accumulation=17)
+    with pytest.raises(ValueError, match="a step of 1 decisions cannot be divided"):
+        make_trainer(estimator="ppo", batch_size=5, accumulation=2)  # 5 + 5 + 5 + 1
+
+
+# Numbers that are not finite
+
+
 @EVERY
 def test_numbers_that_are_no_longer_finite_end_training_with_a_message(estimator: str) -> None:
-    trainer = make_trainer(estimator=estimator, n_epochs=1, learning_rate=1e30)
-    with pytest.raises(
-        TrainingDiverged, match="step [12]: the (policy|gradient) is not finite; lower the learning rate"
-    ):
+    trainer = make_trainer(estimator=estimator, n_epochs=1, learning_rate=1e30, max_skipped=3)
+    with pytest.raises(TrainingDiverged, match="3 steps in a row were skipped, as .* not finite; lower the learning"):
+        learn(trainer, 8)
+    assert trainer.guard_state() == {"skipped": 3, "in_a_row": 3}
+
+
+@EVERY
+def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_taken(estimator: str) -> None:
+    trainer = make_trainer(estimator=estimator, n_epochs=1, learning_rate=0.01, kl=KLBudget(0.05), max_skipped=2)
+    plain = make_trainer(estimator=estimator, n_epochs=1, learning_rate=0.01, kl=KLBudget(0.05))
+    learn(trainer, 2)
+    before, price, moments = operators(trainer), trainer.kl.state_dict(), trainer.optimizer_state()
+    task = trainer.task
+    task.reference = lambda handles: DecisionTask.reference(task, handles) * torch.nan  # type: ignore[method-assign]
+    learn(trainer, 1)
+    assert trainer.measured["loss"] != trainer.measured["loss"]
+    assert (trainer.skipped_steps, trainer.skipped_in_a_row, trainer.steps_done) == (1, 1, 3)
+    assert trainer.logger.name_to_value["train/skipped_steps"] == 1
+    assert all(torch.equal(value, before[key]) for key, value in operators(trainer).items())
+    assert all(torch.equal(value, moments[key]) for key, value in trainer.optimizer_state().items())
+    assert trainer.kl.state_dict() == price
+    del task.reference
+    learn(trainer, 1)
+    assert (trainer.skipped_steps, trainer.skipped_in_a_row) == (1, 0)
+    assert any(not torch.equal(value, before[key]) for key, value in operators(trainer).items())
+    learn(plain, 4)
+    assert trainer.steps_done == plain.steps_done
+
+
+def test_a_batch_that_cannot_be_decided_is_passed_over() -> None:
+    trainer = make_trainer(learning_rate=0.01, max_skipped=2, ambiguous=4)
+    learn(trainer, 2)
+    before, seen = operators(trainer), {key: value.clone() for key, value in trainer.task.state_dict().items()}
+    trainer.policy.steering.load_tensors({key: value * torch.nan for key, value in before.items()})
+    spy = Spy()
+    learn(trainer, 1, spy)
+    assert spy.events == ["start", "rollout", "step", "end"]
+    assert (trainer.steps_done, trainer.skipped_steps) == (3, 1)
+    assert all(torch.equal(value, seen[key]) for key, value in trainer.task.state_dict().items())
+    trainer.policy.steering.load_tensors(before)
+    learn(trainer, 1)
+    assert trainer.skipped_in_a_row == 0
+    trainer.load_guard_state({"skipped": 7, "in_a_row": 1})
+    trainer.policy.steering.load_tensors({key: value * torch.nan for key, value in before.items()})
+    with pytest.raises(TrainingDiverged, match="step 5: 2 steps in a row were skipped, as the policy is not finite"):
+        learn(trainer, 1)
+    assert trainer.skipped_steps == 8
+
+
+# In parts
+
+
+@EVERY
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_add_up_to_the_whole(estimator: str, parts: int) -> None:
+    """Float32 sums in another order: operators agree to 1e-5 of a step of 0.01 each."""
+    found = []
+    for accumulation in (1, parts):
+        options = {"anchors": ("It rains.", "Two and two"), "anchors_a_step": 2, "unambiguous": 4, "ambiguous": 12}
+        policy = {"optimizer_kwargs": {"eps": 1e-3}}  # small gradients' signs would be noise
+        trainer = make_trainer(
+            estimator=estimator, n_epochs=2, batch_size=8, baseline="value", learning_rate=0.01, kl=FixedKL(0.5),
+            sparsity=0.001, accumulation=accumulation, policy=policy, **options,
+        )  # fmt: skip
         learn(trainer, 3)
+        found.append((operators(trainer), dict(trainer.measured), trainer.policy.value_head.weight.detach().clone()))
+    for key, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][key], value, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=0, atol=1e-5)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-3, abs=1e-5)

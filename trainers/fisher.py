@@ -14,19 +14,56 @@ equal size in every x: learning rates keep their meaning. F is estimated once, a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def fisher_diagonal(log_probs: Callable[[], Iterable[Tensor]], parameters: Sequence[Tensor]) -> list[Tensor]:
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which of a batch's prompts are at hand, where a batch is divided among processes that share a seed.
+
+    Attributes:
+        rows: (n,) their places in the batch.
+        count: N, prompts of the whole batch.
+        add: adds up a tensor over the processes.
+    """
+
+    rows: Tensor
+    count: int
+    add: Callable[[Tensor], Tensor]
+
+    def draw(self, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """(n,) tokens and signs: for each prompt those that :func:`draw` gives it in the whole batch."""
+        # What torch.multinomial does for one draw a row (exponential races), with noise for all rows.
+        noise = log_probs.new_empty(self.count, log_probs.shape[1]).exponential_()
+        probabilities = torch.distributions.Categorical(logits=log_probs).probs
+        tokens = (probabilities / noise[self.rows]).argmax(-1)
+        return tokens, _signs(self.count, log_probs.device)[self.rows]
+
+
+def draw(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """A token from each of N distributions (N, V), and random signs."""
+    tokens = torch.distributions.Categorical(logits=log_probs).sample()
+    return tokens, _signs(len(log_probs), log_probs.device)
+
+
+def _signs(count: int, device: torch.device) -> Tensor:
+    return torch.randint(0, 2, (count,), device=device) * 2 - 1
+
+
+def fisher_diagonal(
+    log_probs: Callable[[], Iterable[Tensor | tuple[Tensor, Share]]], parameters: Sequence[Tensor]
+) -> list[Tensor]:
     """Estimate the diagonal of F.
 
     Each batch of N prompts gives one draw: with tokens y_n from the model and random signs e_n, the squared gradient of
     ``sum_n e_n log p(y_n | x_n) / sqrt(N)`` has the mean of the squared gradients of the N prompts as its expectation.
 
     Args:
-        log_probs: yields (N, V) log-probabilities with gradient, a batch at a time.
+        log_probs: yields (N, V) log-probabilities with gradient, a batch at a time; or (n, V) with the
+            :class:`Share` of a batch that they are.
         parameters: the coefficients.
 
     Returns:
@@ -35,13 +72,17 @@ def fisher_diagonal(log_probs: Callable[[], Iterable[Tensor]], parameters: Seque
     total = [torch.zeros_like(p) for p in parameters]
     draws = 0
     for batch in log_probs():
-        tokens = torch.distributions.Categorical(logits=batch.detach()).sample()
-        signs = torch.randint(0, 2, tokens.shape, device=batch.device) * 2 - 1
-        drawn = (signs * batch.gather(1, tokens[:, None])[:, 0]).sum() / len(batch) ** 0.5
+        table, share = batch if isinstance(batch, tuple) else (batch, None)
+        tokens, signs = draw(table.detach()) if share is None else share.draw(table.detach())
+        count = len(table) if share is None else share.count
+        drawn = (signs * table.gather(1, tokens[:, None])[:, 0]).sum() / count**0.5
         gradients = torch.autograd.grad(drawn, list(parameters), allow_unused=True)
-        for place, gradient in enumerate(gradients):
-            if gradient is not None:
-                total[place] += gradient.square()
+        found = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
+        if share is not None:
+            whole = share.add(torch.cat([g.flatten() for g in found]))
+            found = [part.view(p.shape) for part, p in zip(whole.split([p.numel() for p in found]), found, strict=True)]
+        for place, gradient in enumerate(found):
+            total[place] += gradient.square()
         draws += 1
     if not draws:
         raise ValueError("no batches to estimate the Fisher information from")

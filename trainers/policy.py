@@ -15,6 +15,7 @@ from torch.distributions import Categorical
 
 from dso.steering import Steering
 from envs.task import DecisionTask
+from trainers.optimizer import SteeringAdam, Whitened
 
 BASELINES = ("context", "value", "none")
 
@@ -45,6 +46,8 @@ class SteeringPolicy(ActorCriticPolicy):
         baseline: ``context`` (running mean reward of the decision's context), ``value`` (a linear head on the output
             layer's input) or ``none``.
         length_normalised: divide candidates' log-probabilities by their token counts.
+        optimizer_class, optimizer_kwargs: a :class:`trainers.optimizer.Whitened` optimiser and what it takes; Adam with
+            SB3's epsilon, 1e-5, by default.
     """
 
     def __init__(
@@ -58,12 +61,17 @@ class SteeringPolicy(ActorCriticPolicy):
         baseline: str = "context",
         length_normalised: bool = False,
         use_sde: bool = False,
+        optimizer_class: type[Whitened] = SteeringAdam,
+        optimizer_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         if baseline not in BASELINES:
             raise ValueError(f"baseline is {baseline!r}, expected one of {', '.join(BASELINES)}")
+        if not issubclass(optimizer_class, Whitened):
+            raise ValueError(f"optimizer_class is {optimizer_class}, expected one with trainers.optimizer.Whitened")
         self._wiring = (task, steering, baseline)  # read by _build, before nn.Module accepts submodules
         self.length_normalised = length_normalised
+        kwargs |= {"optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs or {"eps": 1e-5}}
         super().__init__(observation_space, action_space, lr_schedule, net_arch=[], use_sde=use_sde, **kwargs)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -77,8 +85,9 @@ class SteeringPolicy(ActorCriticPolicy):
         rows = task.n_contexts if self.baseline == "context" else 0
         self.register_buffer("context_values", torch.zeros(rows, 2))  # ambiguous, unambiguous
         self.register_buffer("whitening", torch.ones(sum(p.numel() for p in self.steering.parameters())))
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        self.optimizer = self.optimizer_class(parameters, lr=lr_schedule(1), **self.optimizer_kwargs)
+        # The steering is a group of its own, as a penalty is on it alone.
+        groups = [{"params": list(module.parameters())} for module in (self.steering, self.value_head) if module]
+        self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def step_sizes(self) -> list[Tensor]:
         """For each tensor of the steering how far a unit step of the optimiser goes (:mod:`trainers.fisher`)."""
@@ -105,7 +114,7 @@ class SteeringPolicy(ActorCriticPolicy):
 
     def _values(self, index: Tensor, hidden: Tensor | None) -> Tensor:
         if self.value_head is not None:
-            return self.value_head(hidden.to(self.value_head.weight.dtype))[:, 0]
+            return self.value_head(hidden.float())[:, 0]
         if self.baseline == "context":
             index = index.to(self.context_values.device)
             return self.context_values[self.task.contexts[index], (self.task.answers[index] >= 0).long()]

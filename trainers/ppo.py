@@ -1,13 +1,12 @@
 """SteeringPPO: Stable-Baselines3's PPO over a steered model, with three policy-gradient estimators.
 
-Each rollout is one batch of one-step episodes. With pi the policy over the K candidates, r their rewards, v a baseline:
+Each rollout is one batch of one-step episodes. ``expected`` and ``reinforce`` (:mod:`trainers.lesson`) act and learn in
+one forward pass, whose graph is kept from the rollout; ``ppo``, and each of them in more parts than one, rolls out
+first, like the base class. Same rewards, same constraints, same optimiser step (:mod:`trainers.update`).
 
-    expected     sum_k pi_k r_k                                      exact: no sampling variance
-    reinforce    log pi(k) (r_k - v),  k ~ pi                        DSO (arXiv 2512.15926, section 3)
-    ppo          min(q A, clip(q, 1 -+ eps) A), q = pi(k) / pi_old(k), A = r_k - v     Schulman et al. 2017
-
-The first two act and learn in one forward pass, whose graph is kept from the rollout; ``ppo`` rolls out first, like
-the base class. Same rewards, same constraints, same optimiser step.
+Several processes (:mod:`trainers.distributed`) all draw the same batch; each passes its own share of it through the
+model and learns of the others' answers. Rollouts, rewards, baselines and the price of KL are therefore the same in all
+of them, and in one process; what is divided are the passes, and what is added up are gradients.
 """
 
 from __future__ import annotations
@@ -25,15 +24,17 @@ from torch import Tensor
 
 from dso.errors import UserError
 from dso.rewards import expected_reward
-from dso.scoring import kl_divergence
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask
-from trainers.constraints import FixedKL, KLBudget, soft_threshold, sparsity, step_sizes
-from trainers.fisher import fisher_diagonal, whitened_step, whitening
-from trainers.policy import Outcome, SteeringPolicy, choose
+from trainers.constraints import FixedKL, KLBudget, sparsity
+from trainers.distributed import World
+from trainers.fisher import whitening
+from trainers.learner import Learner
+from trainers.lesson import ESTIMATORS, Lesson
+from trainers.policy import SteeringPolicy, choose
+from trainers.update import Passed, Updater
 from trainers.vec import DecisionVecEnv
 
-ESTIMATORS = ("expected", "reinforce", "ppo")
 # What PPO takes and this step does not use: refused, as a setting that is silently ignored misleads.
 UNUSED = {
     "n_steps": 1,
@@ -46,7 +47,7 @@ UNUSED = {
 
 
 class TrainingDiverged(UserError):
-    """Training that cannot go on, as its numbers are no longer finite."""
+    """Training that cannot go on, as its numbers are no longer finite; raised in all processes alike."""
 
 
 class SteeringPPO(PPO):
@@ -62,10 +63,13 @@ class SteeringPPO(PPO):
         sparsity: lambda of the L1 penalty on the operators, beside a reward of at most 1.
         anchors: anchor texts of the task whose KL counts in each step.
         hard_preference: let the reward see sampled answers, not probabilities (as published; not with ``expected``).
+        accumulation: parts that each process learns its share of a step in, one after the other.
+        max_skipped: steps in a row that may be skipped as their numbers are not finite.
+        world, deepspeed: the processes, and DeepSpeed's configuration where there are several.
         kwargs: what PPO takes but for those in ``UNUSED``; ``batch_size`` is the whole batch unless given.
 
     Raises:
-        ValueError: on an unknown estimator, or a setting that would have no effect.
+        ValueError: on an unknown estimator, a setting that would have no effect, or fewer decisions than parts.
     """
 
     policy: SteeringPolicy
@@ -81,6 +85,10 @@ class SteeringPPO(PPO):
         sparsity: float = 0.0,
         anchors: int = 0,
         hard_preference: bool = False,
+        accumulation: int = 1,
+        max_skipped: int = 5,
+        world: World | None = None,
+        deepspeed: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
         if estimator not in ESTIMATORS:
@@ -91,19 +99,41 @@ class SteeringPPO(PPO):
             raise ValueError(f"{unused[0]} is {kwargs[unused[0]]!r}, but SteeringPPO does not use it; leave it away")
         self.estimator = estimator
         self.kl = kl or KLBudget(0.1)
-        self.unambiguous_weight = unambiguous_weight
-        self.sparsity = sparsity
         self.anchors = min(anchors, len(env.inner.task.anchors))
         self.hard_preference = hard_preference
+        self.max_skipped = max_skipped
+        self.world = world or World()
+        self.skipped_steps = self.skipped_in_a_row = 0
         self.stop_requested = False  # set by whoever wants training to end before the next step
         self.measured: dict[str, float] = {}  # what the last optimiser step recorded
-        self._handles = np.zeros(0, dtype=np.int64)
-        self._rollout: tuple[Outcome, Tensor, Tensor] | None = None
+        self._lesson: Lesson | None = None
+        self._kept: Passed | None = None
         self._due: int | None = None
         task = env.inner.task
         policy_kwargs = {"task": task, **policy_kwargs}
         defaults: dict[str, Any] = {**UNUSED, "batch_size": env.num_envs, "device": task.backbone.device}
         super().__init__(SteeringPolicy, env, policy_kwargs=policy_kwargs, **{**defaults, **kwargs})
+        fewest = env.num_envs % self.batch_size or self.batch_size if estimator == "ppo" else env.num_envs
+        if fewest < self.world.size * accumulation:
+            shares = f"{self.world.size} processes x {accumulation} parts"
+            raise ValueError(f"a step of {fewest} decisions cannot be divided among {shares}")
+        self.policy.optimizer.param_groups[0]["penalty"] = sparsity
+        self.learner = self._make_learner(accumulation, deepspeed)
+        self.updater = Updater(
+            self.policy,
+            self.learner,
+            estimator=estimator,
+            unambiguous_weight=unambiguous_weight,
+            value_weight=self.vf_coef,
+            anchors=self.anchors,
+        )
+
+    def _make_learner(self, parts: int, deepspeed: dict[str, Any] | None) -> Learner:
+        if deepspeed is None:
+            return Learner(self.policy, self.max_grad_norm, parts)
+        from trainers.engine import EngineLearner  # nothing of it is imported in one process
+
+        return EngineLearner(self.policy, self.max_grad_norm, parts, self.world, deepspeed)
 
     @property
     def task(self) -> DecisionTask:
@@ -111,26 +141,31 @@ class SteeringPPO(PPO):
         return self.policy.task
 
     @property
+    def sparsity(self) -> float:
+        """lambda of the L1 penalty."""
+        return self.policy.optimizer.param_groups[0]["penalty"]
+
+    @property
     def steps_done(self) -> int:
-        """Batches that were decided and learned from."""
+        """Batches that were decided and learned from, or skipped."""
         return self.num_timesteps // self.env.num_envs
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """Decide one batch; where acting and learning share a pass, its graph is kept for :meth:`train`."""
+        self.stop_requested = self.world.agree(self.stop_requested)
         if self.stop_requested:
             return False
-        shared = self.estimator != "ppo"
         rollout_buffer.reset()
         callback.on_rollout_start()
         handles, starts = self._last_obs, self._last_episode_starts
-        with torch.set_grad_enabled(shared):
-            outcome = self.policy.decide(handles, next_token=shared)
-        if outcome.log_policy.isnan().any():
-            raise TrainingDiverged(f"step {self.steps_done + 1}: the policy is not finite; lower the learning rate")
-        chosen = choose(outcome.log_policy)
-        stated = outcome.log_policy.detach().exp()
+        anchors = self.updater.draw_anchors()
+        log_policy, values = self._decide(handles, anchors)
+        if log_policy.isnan().any():
+            return self._pass_over(env, callback)
+        chosen = choose(log_policy)
+        stated = log_policy.exp()
         if self.hard_preference:
             stated = torch.nn.functional.one_hot(chosen, stated.shape[1]).to(stated.dtype)
         table = env.state_policy(stated)
@@ -142,14 +177,49 @@ class SteeringPPO(PPO):
         if not callback.on_step():
             return False
         self._update_info_buffer(infos, dones)
-        log_probs = outcome.log_policy.detach().gather(1, chosen[:, None])[:, 0]
-        values = outcome.values.detach()
+        log_probs = log_policy.gather(1, chosen[:, None])[:, 0]
         rollout_buffer.add(handles, actions.reshape(-1, 1), rewards, starts, values, log_probs)
         rollout_buffer.compute_returns_and_advantage(last_values=torch.zeros_like(values), dones=dones)
         self.policy.update_baseline(handles, (stated * table).sum(-1))
-        self._rollout = (outcome, table, chosen) if shared else None
-        self._handles = handles
+        if self.estimator == "expected":
+            returns = expected_reward(log_policy.masked_fill(log_policy.isneginf(), -1e9), table)
+        else:
+            returns = table.gather(1, chosen[:, None])[:, 0]
+        ambiguous = self._ambiguous(handles)
+        self._lesson = Lesson(handles, ambiguous, chosen, returns, returns - values, log_probs, anchors, table)
         callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _decide(self, handles: np.ndarray, anchors: list[str]) -> tuple[Tensor, Tensor]:
+        """log pi (N, K) and baselines (N,) of a batch, without gradient; each process passes its share."""
+        shares = self.updater.shares(handles)
+        if self.estimator != "ppo" and len(shares) == 1:
+            self._kept = self.updater.pass_through(handles, shares[0], anchors)
+            rows, outcome = shares[0], self._kept.outcome
+        else:
+            rows = torch.cat(shares).sort().values
+            with torch.no_grad():
+                outcome = self.learner.pass_through(lambda: self.policy.decide(handles[rows.numpy()]))
+        log_policy, values = outcome.log_policy.detach(), outcome.values.detach()
+        if self.world.size == 1:
+            return log_policy, values
+        table = log_policy.new_zeros(len(handles), self.task.n_candidates + 1)
+        table[rows, :-1] = -torch.inf
+        table[rows, : log_policy.shape[1]] = log_policy
+        table[rows, -1] = values
+        table = self.world.all_sum(table)
+        return table[:, :-1], table[:, -1]
+
+    def _pass_over(self, env: VecEnv, callback: BaseCallback) -> bool:
+        """Leave a batch that cannot be decided; :meth:`train` counts it."""
+        self._lesson = self._kept = None
+        self.num_timesteps += env.num_envs
+        self._last_obs = env.pass_over()
+        rewards, dones, infos = np.full(env.num_envs, np.nan), np.ones(env.num_envs, dtype=bool), [{}] * env.num_envs
+        callback.update_locals({"rewards": rewards, "dones": dones, "infos": infos})
+        if not callback.on_step():
+            return False
         callback.on_rollout_end()
         return True
 
@@ -161,61 +231,70 @@ class SteeringPPO(PPO):
         """One optimiser step on the kept pass, or PPO's epochs over the rollout buffer."""
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        if self.estimator == "ppo":
-            for _ in range(self.n_epochs):
-                for batch in self.rollout_buffer.get(self.batch_size):
-                    handles = batch.observations.long().view(-1).cpu().numpy()
-                    outcome = self.policy.decide(handles, next_token=True)
-                    chosen = outcome.log_policy.gather(1, batch.actions.long().view(-1, 1))[:, 0]
-                    gain = self._clipped(chosen, batch.old_log_prob, batch.advantages)
-                    self._learn(handles, outcome, gain, batch.returns)
-        else:
-            outcome, table, actions = self._rollout
-            self._rollout = None  # the graph is used once
-            if self.estimator == "expected":
-                gain = expected_reward(outcome.log_policy.masked_fill(outcome.log_policy.isneginf(), -1e9), table)
-                returns = gain.detach()
+        if self._lesson is None:
+            self._skip("the policy is")
+        for lesson in self._lessons():
+            kept, self._kept = self._kept, None  # the graph is used once
+            price, clip = self.kl.coefficient, self.clip_range(self._current_progress_remaining)
+            measured, taken = self.updater.step(lesson, price, clip, kept)
+            self._record(measured, price)
+            if taken:
+                self.kl.update(measured["kl"])
+                self.skipped_in_a_row = 0
             else:
-                returns = table.gather(1, actions[:, None])[:, 0]
-                gain = outcome.log_policy.gather(1, actions[:, None])[:, 0] * (returns - outcome.values.detach())
-            self._learn(self._handles, outcome, gain, returns)
+                self._skip("the loss or its gradient is")
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/skipped_steps", self.skipped_steps)
         if self._due is not None:
             super().dump_logs(self._due)
             self._due = None
 
-    def _clipped(self, log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> Tensor:
-        ratio = (log_prob - old_log_prob).exp()
-        clip = self.clip_range(self._current_progress_remaining)
-        self.logger.record("train/clip_fraction", float(((ratio - 1).abs() > clip).float().mean()))
-        return torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    def _lessons(self) -> Iterator[Lesson]:
+        """What is learned of a rollout: the batch, or PPO's minibatches."""
+        if self._lesson is None:
+            return
+        if self.estimator != "ppo":
+            yield self._lesson
+            return
+        for _ in range(self.n_epochs):
+            for batch in self.rollout_buffer.get(self.batch_size):
+                handles = batch.observations.long().view(-1).cpu().numpy()
+                actions = batch.actions.long().view(-1)
+                told = batch.returns, batch.advantages, batch.old_log_prob
+                yield Lesson(handles, self._ambiguous(handles), actions, *told, self.updater.draw_anchors())
 
-    def _learn(self, handles: np.ndarray, outcome: Outcome, gain: Tensor, returns: Tensor) -> None:
-        """One step up the weighted gain under the constraints.
+    def _ambiguous(self, handles: np.ndarray) -> Tensor:
+        return self.task.answers[torch.as_tensor(handles, device=self.task.answers.device)] < 0
 
-        Args:
-            gain: (N,) surrogate reward of each decision, with gradient.
-            returns: (N,) rewards, for the value head.
+    def _skip(self, what: str) -> None:
+        """Count a step that was skipped.
+
+        Raises:
+            TrainingDiverged: if too many were in a row.
         """
-        ambiguous = self.task.answers[torch.as_tensor(handles, device=gain.device)] < 0
-        objective = _mean(gain, ambiguous) + self.unambiguous_weight * _mean(gain, ~ambiguous)
-        divergence = self._divergence(handles, outcome).mean()
-        loss = -objective + self.kl.coefficient * divergence
-        if outcome.values.requires_grad:
-            loss = loss + self.vf_coef * torch.nn.functional.mse_loss(outcome.values, returns)
-        optimizer = self.policy.optimizer
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise TrainingDiverged(f"step {self.steps_done}: the gradient is not finite; lower the learning rate")
-        whitened_step(optimizer, list(self.policy.steering.parameters()), self.policy.step_sizes())
-        if self.sparsity:
-            self._shrink()
-        kl = float(divergence.detach())
-        self._record(objective, loss, kl, norm, outcome)
-        self.kl.update(kl)
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= self.max_skipped:
+            steps = "a step was" if self.max_skipped == 1 else f"{self.skipped_in_a_row} steps in a row were"
+            reason = f"step {self.steps_done}: {steps} skipped, as {what} not finite"
+            raise TrainingDiverged(f"{reason}; lower the learning rate")
+
+    def guard_state(self) -> dict[str, int]:
+        """The counts of skipped steps, for checkpoints."""
+        return {"skipped": self.skipped_steps, "in_a_row": self.skipped_in_a_row}
+
+    def load_guard_state(self, state: dict[str, int]) -> None:
+        """Restore :meth:`guard_state`."""
+        self.skipped_steps, self.skipped_in_a_row = state["skipped"], state["in_a_row"]
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """See :meth:`trainers.learner.Learner.optimizer_state`; to be called in every process."""
+        return self.learner.optimizer_state()
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Restore :meth:`optimizer_state` in every process, after the policy's own tensors."""
+        self.learner.load_optimizer_state(state)
 
     def whiten(self, batches: int, damping: float = 0.03) -> None:
         """Measure steps in KL from here on (:mod:`trainers.fisher`), by a few batches of the training decisions.
@@ -224,41 +303,14 @@ class SteeringPPO(PPO):
             batches: draws of the estimate, each one forward and backward pass over a batch.
             damping: lower bound of a coordinate's share of the mean Fisher information.
         """
-        inner = self.env.inner
-        sampler = BlockSampler(self.task.decisions, *inner.sampler.counts, seed=self.seed or 0)
+        sampler = BlockSampler(self.task.decisions, *self.env.inner.sampler.counts, seed=self.seed or 0)
+        self.policy.set_step_sizes(whitening(self.updater.fisher(sampler, batches), damping))
+        self.learner.take_over()
 
-        def log_probs() -> Iterator[Tensor]:
-            for _ in range(batches):
-                yield self.policy.decide(sampler.draw(), next_token=True).next_token
-
-        parameters = list(self.policy.steering.parameters())
-        self.policy.set_step_sizes(whitening(fisher_diagonal(log_probs, parameters), damping))
-
-    def _shrink(self) -> None:
-        """The proximal step of the L1 penalty, on the operators only."""
-        sizes = {id(p): d for p, d in zip(self.policy.steering.parameters(), self.policy.step_sizes(), strict=True)}
-        for parameter, rate in step_sizes(self.policy.optimizer):
-            if id(parameter) in sizes:
-                soft_threshold([parameter], rate * sizes[id(parameter)].square() * self.sparsity)
-
-    def _divergence(self, handles: np.ndarray, outcome: Outcome) -> Tensor:
-        """KL to the base model at the answer positions, and at the end of anchor texts drawn for this step."""
-        divergence = kl_divergence(outcome.next_token, self.task.reference(handles))
-        if not self.anchors:
-            return divergence
-        drawn = [self.task.anchors[i] for i in torch.randperm(len(self.task.anchors))[: self.anchors]]
-        anchored = kl_divergence(self.task.backbone.next_token(drawn), self.task.anchor_reference(drawn))
-        return torch.cat([divergence, anchored])
-
-    def _record(self, objective: Tensor, loss: Tensor, kl: float, norm: Tensor, outcome: Outcome) -> None:
-        self.measured = {
-            "objective": float(objective.detach()),
-            "loss": float(loss.detach()),
-            "kl": kl,
-            "kl_coefficient": self.kl.coefficient,
-            "gradient_norm": float(norm),
+    def _record(self, measured: dict[str, float], price: float) -> None:
+        self.measured = measured | {
+            "kl_coefficient": price,
             "running_bias": float((self.task.preference - self.task.target).abs().sum(-1).mean()),
-            "answer_mass": float(outcome.answer_mass.mean()),
             "sparsity": sparsity(self.policy.steering.parameters()),
         }
         for name, value in self.measured.items():
@@ -273,9 +325,5 @@ class SteeringPPO(PPO):
 
     def _excluded_save_params(self) -> list[str]:
         """The backbone and everything that holds it stay out of SB3's own archives."""
-        return [*super()._excluded_save_params(), "_rollout", "_handles", "policy_kwargs", "kl"]
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean over the marked decisions, 0 if there are none."""
-    return (values * where).sum() / where.sum().clamp(min=1)
+        held = ["_kept", "_lesson", "policy_kwargs", "kl", "learner", "updater", "world"]
+        return [*super()._excluded_save_params(), *held]

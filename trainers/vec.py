@@ -28,6 +28,10 @@ class DecisionVecEnv(VecEnv):
         """See :meth:`envs.decision.DecisionVectorEnv.state_policy`."""
         return self.inner.state_policy(policy)
 
+    def pass_over(self) -> np.ndarray:
+        """The next batch's handles; this one is not decided, so nothing is noted of it."""
+        return self.inner.reset()[0]
+
     def reset(self) -> np.ndarray:
         seed = self._seeds[0]
         self._reset_seeds()

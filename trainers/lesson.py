@@ -1,0 +1,70 @@
+"""What one optimiser step learns from, and the three policy gradients as functions of it.
+
+With pi the policy over the K candidates, r their rewards, v a baseline:
+
+    expected     sum_k pi_k r_k                                      exact: no sampling variance
+    reinforce    log pi(k) (r_k - v),  k ~ pi                        DSO (arXiv 2512.15926, section 3)
+    ppo          min(q A, clip(q, 1 -+ eps) A), q = pi(k) / pi_old(k), A = r_k - v     Schulman et al. 2017
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dso.rewards import expected_reward
+
+ESTIMATORS = ("expected", "reinforce", "ppo")
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """N decisions of all processes, with what was found of them when they were decided.
+
+    Attributes:
+        handles: (N,) the decisions.
+        ambiguous: (N,) bool.
+        actions: (N,) candidates that were chosen.
+        returns: (N,) their rewards.
+        advantages: (N,) returns less the baseline.
+        log_probs: (N,) log pi of the actions.
+        anchors: texts whose KL to the base model counts too.
+        rewards: (N, K) every candidate's, or None where the estimator does not need them.
+    """
+
+    handles: np.ndarray
+    ambiguous: Tensor
+    actions: Tensor
+    returns: Tensor
+    advantages: Tensor
+    log_probs: Tensor
+    anchors: Sequence[str] = ()
+    rewards: Tensor | None = None
+
+    def gain(self, estimator: str, rows: Tensor, log_policy: Tensor, clip: float) -> Tensor:
+        """(n,) what a step goes up, for the decisions at ``rows`` (n,) with ``log_policy`` (n, k) as it is now."""
+        if estimator == "expected":
+            rewards = self.rewards[rows, : log_policy.shape[1]]
+            return expected_reward(log_policy.masked_fill(log_policy.isneginf(), -1e9), rewards)
+        chosen = log_policy.gather(1, self.actions[rows, None])[:, 0]
+        if estimator == "reinforce":
+            return chosen * self.advantages[rows]
+        ratio = (chosen - self.log_probs[rows]).exp()
+        return torch.min(ratio * self.advantages[rows], ratio.clamp(1 - clip, 1 + clip) * self.advantages[rows])
+
+    def clipped(self, rows: Tensor, log_policy: Tensor, clip: float) -> Tensor:
+        """(n,) whether the ratio to the policy that decided is beyond the clip range."""
+        chosen = log_policy.detach().gather(1, self.actions[rows, None])[:, 0]
+        return (((chosen - self.log_probs[rows]).exp() - 1).abs() > clip).float()
+
+    def objective(self, gain: Tensor, rows: Tensor, unambiguous_weight: float) -> Tensor:
+        """The rows' part of the mean gain of ambiguous decisions plus the weighted mean of the others."""
+        ambiguous, everyone = self.ambiguous[rows], self.ambiguous.sum()
+        others = len(self.ambiguous) - everyone
+        return (gain * ambiguous).sum() / everyone.clamp(min=1) + unambiguous_weight * (
+            (gain * ~ambiguous).sum() / others.clamp(min=1)
+        )

@@ -1,0 +1,158 @@
+"""One optimiser step on a batch: passes through the model, the loss under the constraints, gradients, the step.
+
+Each process passes its own share of the batch, in one part or in several (gradient accumulation). A decision's weight
+in the loss is that in the whole batch, so that gradients add up over parts and processes to those of one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dso.scoring import kl_divergence
+from envs.sampler import BlockSampler, divide
+from trainers.fisher import Share, fisher_diagonal
+from trainers.learner import Learner
+from trainers.lesson import Lesson
+from trainers.policy import Outcome, SteeringPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """A share of a batch after its pass through the model.
+
+    Attributes:
+        rows: (n,) positions in the batch.
+        outcome: of these n decisions.
+        reference: (n, V) log-probabilities of the base model.
+        anchored: (a,) KL to the base model of those that were passed here.
+    """
+
+    rows: Tensor
+    outcome: Outcome
+    reference: Tensor
+    anchored: Tensor
+
+
+class Updater:
+    """Takes the steps of a policy.
+
+    Args:
+        policy, learner: what is learned, and by whom.
+        estimator: see :mod:`trainers.lesson`.
+        unambiguous_weight: weight of the unambiguous decisions' mean gain beside the ambiguous ones'.
+        value_weight: weight of the value head's squared error.
+        anchors: anchor texts of the task whose KL counts in each step.
+    """
+
+    def __init__(
+        self,
+        policy: SteeringPolicy,
+        learner: Learner,
+        *,
+        estimator: str,
+        unambiguous_weight: float,
+        value_weight: float,
+        anchors: int,
+    ):
+        self.policy = policy
+        self.learner = learner
+        self.task = policy.task
+        self.estimator = estimator
+        self.unambiguous_weight = unambiguous_weight
+        self.value_weight = value_weight
+        self.anchors = anchors
+
+    def shares(self, handles: np.ndarray) -> list[Tensor]:
+        """The positions (n,) of this process's decisions in a batch, by the parts that they are learned from in."""
+        world, parts = self.learner.world, self.learner.parts
+        blocks = self.task.blocks.cpu()[torch.as_tensor(handles)].tolist()
+        divided = divide(blocks, world.size * parts)
+        # The largest pieces come first: neighbours go to different processes.
+        return [torch.as_tensor(divided[part * world.size + world.rank]) for part in range(parts)]
+
+    def draw_anchors(self) -> list[str]:
+        """The anchor texts of a step, the same in every process."""
+        if not self.anchors:
+            return []
+        return [self.task.anchors[i] for i in torch.randperm(len(self.task.anchors))[: self.anchors]]
+
+    def pass_through(self, handles: np.ndarray, rows: Tensor, anchors: Sequence[str], part: int = 0) -> Passed:
+        """Pass the decisions at ``rows`` of a batch with gradient, and with the first part some of the anchor texts."""
+        own = handles[rows.numpy()]
+        # Every process passes some text, as under ZeRO-3 all of them have to take part.
+        mine = anchors[self.learner.world.rank :: self.learner.world.size]
+        texts = list(mine or anchors[:1]) if part == 0 else []
+        reference = self.learner.pass_through(lambda: self.task.reference(own))
+        base = self.learner.pass_through(lambda: self.task.anchor_reference(texts)) if texts else None
+
+        def work() -> tuple[Tensor, ...]:
+            outcome = self.policy.decide(own, next_token=True)
+            steered = (self.task.backbone.next_token(texts),) if texts else ()
+            return (outcome.log_policy, outcome.next_token, outcome.values, outcome.answer_mass, *steered)
+
+        *parts, last = self.learner.forward(work)
+        outcome = Outcome(*parts) if texts else Outcome(*parts, last)
+        anchored = kl_divergence(last, base) * bool(mine) if texts else outcome.log_policy.new_zeros(0)
+        return Passed(rows.to(reference.device), outcome, reference, anchored)
+
+    def fisher(self, sampler: BlockSampler, batches: int) -> list[Tensor]:
+        """The diagonal Fisher information of the steering's tensors over a few batches (:mod:`trainers.fisher`)."""
+        world = self.learner.world
+
+        def log_probs() -> Iterator[tuple[Tensor, Share] | Tensor]:
+            for _ in range(batches):
+                handles = sampler.draw()
+                rows = torch.cat(self.shares(handles)).sort().values
+                own = handles[rows.numpy()]
+                table = self.learner.pass_through(lambda own=own: self.policy.decide(own, next_token=True).next_token)
+                share = Share(rows.to(table.device), len(handles), world.all_sum)
+                yield table if world.size == 1 else (table, share)
+
+        return fisher_diagonal(log_probs, list(self.policy.steering.parameters()))
+
+    def step(
+        self, lesson: Lesson, price: float, clip: float, kept: Passed | None = None
+    ) -> tuple[dict[str, float], bool]:
+        """Take one step up the weighted gain under the constraints.
+
+        Args:
+            lesson: what to learn from.
+            price: beta, of one nat.
+            clip: eps of ``ppo``.
+            kept: this process's whole share, where it was passed before.
+
+        Returns:
+            what was measured over the whole batch, and whether the step was taken: it is not, in any process, where
+            the loss or the gradient is not finite.
+        """
+        shares = [kept.rows] if kept else self.shares(lesson.handles)
+        totals = torch.zeros(5, dtype=torch.float64)
+        for part, rows in enumerate(shares):
+            passed = kept or self.pass_through(lesson.handles, rows, lesson.anchors, part)
+            loss, seen = self._loss(lesson, passed, price, clip)
+            self.learner.backward(loss, first=part == 0, last=part == len(shares) - 1)
+            totals += seen.double().cpu()
+        loss, objective, kl, mass, clipped = self.learner.world.all_sum(totals).tolist()
+        norm, taken = self.learner.step(usable=bool(np.isfinite(loss)))
+        measured = {"objective": objective, "loss": loss, "kl": kl, "gradient_norm": norm, "answer_mass": mass}
+        return measured | ({"clip_fraction": clipped} if self.estimator == "ppo" else {}), taken
+
+    def _loss(self, lesson: Lesson, passed: Passed, price: float, clip: float) -> tuple[Tensor, Tensor]:
+        """A part's share of the batch's loss; and of loss, objective, KL, answer mass and clip fraction, (5,)."""
+        outcome, rows, count = passed.outcome, passed.rows, len(lesson.handles)
+        gain = lesson.gain(self.estimator, rows, outcome.log_policy, clip)
+        objective = lesson.objective(gain, rows, self.unambiguous_weight)
+        divergence = torch.cat([kl_divergence(outcome.next_token, passed.reference), passed.anchored])
+        kl = divergence.sum() / (count + len(lesson.anchors))
+        loss = -objective + price * kl
+        if outcome.values.requires_grad:
+            error = (outcome.values - lesson.returns[rows]).square().sum() / count
+            loss = loss + self.value_weight * error
+        mass = outcome.answer_mass.sum() / count
+        clipped = lesson.clipped(rows, outcome.log_policy, clip).sum() / count
+        return loss, torch.stack([loss, objective, kl, mass, clipped]).detach()
