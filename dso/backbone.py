@@ -64,7 +64,9 @@ class Backbone:
         self._context = _positive(config, "max_position_embeddings")
         limits = [_positive(config, name) for name in (*WINDOWS, "max_position_embeddings")]
         self._row_limit = min((limit for limit in limits if limit), default=None)
-        self.packing = packing if packing is not None else self._packing_is_exact()
+        if packing is None:
+            packing = (self.vision is None or self.vision.takes_text) and self._packing_is_exact()
+        self.packing = packing
 
     @classmethod
     def load(
@@ -129,6 +131,8 @@ class Backbone:
     def _files(self, images: Sequence[str]) -> tuple[ImageFile, ...]:
         if images and self.vision is None:
             raise UserError(f"it has images, but {self.name!r} is a text model; load a vision-language model")
+        if not images and self.vision is not None and not self.vision.takes_text:
+            raise UserError(f"it has no image, but {self.name!r} takes prompts with images only")
         return find_images(images)
 
     def _fault(self, prompt: tuple[int, ...], candidates: tuple[tuple[int, ...], ...]) -> str | None:
@@ -184,9 +188,14 @@ class Backbone:
         """How encoded decisions are divided into forward passes (see :func:`dso.scoring.passes`)."""
         return passes(encoded, self.packing, self.max_tokens, self._row_limit)
 
+    def fits(self, tokens: int) -> bool:
+        """Whether a packed row may have so many tokens."""
+        return self._row_limit is None or tokens <= self._row_limit
+
     def next_token(self, texts: Sequence[str]) -> Tensor:
         """(N, V) float32 log-probabilities of the token after each text."""
         candidates = ((0,),)  # one is needed, its score is not
+        self._files(())
         encoded = []
         for text in texts:
             prompt = self._tokens(text, True)
@@ -203,9 +212,7 @@ class Backbone:
         ).next_token
 
     @torch.no_grad()
-    def generate(
-        self, prompt: Prompt, *, images: Sequence[str] = (), max_new_tokens: int = 64, **options: Any
-    ) -> str:
+    def generate(self, prompt: Prompt, *, images: Sequence[str] = (), max_new_tokens: int = 64, **options: Any) -> str:
         """Continue a text or answer a chat, with the model as it is now; options go to transformers' generate.
 
         Args:

@@ -23,19 +23,10 @@ def run_packed(
 ) -> tuple[list[list[int]], Tensor, Tensor]:
     """The sequences merged into one prefix tree (:mod:`dso.packing`)."""
     row = pack(sequences)
-    mask, inner = row.attention_mask, _unwrapped(model)
-    if inner.config.get_text_config()._attn_implementation == "eager":  # which adds its mask to the attention scores
-        mask = torch.zeros(mask.shape, dtype=inner.dtype).masked_fill(~mask, torch.finfo(inner.dtype).min)
+    inputs = row.inputs(_unwrapped(model))
     keep = sorted({node for path, start in zip(row.paths, starts, strict=True) for node in path[start:]})
     place = {node: number for number, node in enumerate(keep)}
-    device = _unwrapped(model).get_input_embeddings().weight.device
-    logits, states = _forward(
-        model,
-        torch.tensor(keep, device=device),
-        input_ids=row.input_ids.to(device),
-        position_ids=row.position_ids.to(device),
-        attention_mask=mask.to(device),
-    )
+    logits, states = _forward(model, torch.tensor(keep, device=inputs["input_ids"].device), **inputs)
     reads = [[place[node] for node in path[start:]] for path, start in zip(row.paths, starts, strict=True)]
     return reads, logits[0], states[0]
 
@@ -61,8 +52,8 @@ def run_padded(
 def run_with_images(model, encoded: Sequence[Encoded]) -> tuple[list[list[int]], Tensor, Tensor]:
     """Prompts with images as right-padded rows; the candidates of a prompt share its row as far as they can.
 
-    Inputs with a value for each token are padded with zeros, like the mask; so are images where their tensors differ in
-    size, which is how every processor fills up a batch.
+    Inputs with a value for each token are padded with zeros, like the mask. Images are not: the prompts of one pass
+    have image tensors of equal shapes, as some models (Mllama) notice how a batch is filled up.
     """
     rows: list[tuple[int, ...]] = []
     places, merged = [], []
@@ -78,14 +69,13 @@ def run_with_images(model, encoded: Sequence[Encoded]) -> tuple[list[list[int]],
     inner = _unwrapped(model)
     device = inner.get_input_embeddings().weight.device
     inputs = {
-        "input_ids": _stack([torch.tensor([row]) for row in rows]),
-        "attention_mask": _stack([torch.ones(1, len(row), dtype=torch.long) for row in rows]),
+        "input_ids": _pad([torch.tensor([row]) for row in rows]),
+        "attention_mask": _pad([torch.ones(1, len(row), dtype=torch.long) for row in rows]),
     }
     for name in merged[0][0].tokens:
-        inputs[name] = _stack([images.tokens[name][:, :length] for images, length in merged])
+        inputs[name] = _pad([images.tokens[name][:, :length] for images, length in merged])
     loaded = [images.load() for images, _ in merged]
-    for name in loaded[0]:
-        inputs[name] = _stack([tensors[name] for tensors in loaded])
+    inputs |= {name: torch.cat([tensors[name] for tensors in loaded]) for name in loaded[0]}
     inputs = {k: v.to(device, inner.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     logits, states = _forward(model, torch.tensor(keep, device=device), **inputs)
     return _pick(logits, states, keep, places, starts)
@@ -100,15 +90,12 @@ def distinct_rows(encoded: Encoded) -> list[tuple[int, ...]]:
     return rows
 
 
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors joined along their first dimension, the others filled up with zeros."""
-    sizes = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    padded = []
-    for tensor in tensors:
-        missing = [size - own for size, own in zip(sizes, tensor.shape[1:], strict=True)]
-        ends = [number for size in reversed(missing) for number in (0, size)]
-        padded.append(torch.nn.functional.pad(tensor, ends) if any(ends) else tensor)
-    return torch.cat(padded)
+def _pad(rows: Sequence[Tensor]) -> Tensor:
+    """Tensors (1, length, ...) as one (B, longest, ...), filled up with zeros behind."""
+    longest = max(row.shape[1] for row in rows)
+    return torch.cat(
+        [torch.nn.functional.pad(row, [0, 0] * (row.ndim - 2) + [0, longest - row.shape[1]]) for row in rows]
+    )
 
 
 def _pick(

@@ -129,7 +129,11 @@ def passes(
 ) -> Iterator[tuple[list[int], bool]]:
     """The indices of each forward pass, and whether they are packed in it; images have passes of their own."""
     sequences = [e.sequences() for e in encoded]
-    with_images = {index: distinct_rows(e) for index, e in enumerate(encoded) if e.images is not None}
+    with_images: dict[int, list[tuple[int, ...]]] = {}
+    alike: dict[object, dict[int, list[tuple[int, ...]]]] = {}
+    for index, e in enumerate(encoded):
+        if e.images is not None:
+            with_images[index] = alike.setdefault(e.images.shapes, {})[index] = distinct_rows(e)
     fits = [
         packing and index not in with_images and (row_limit is None or tree_size(s) <= row_limit)
         for index, s in enumerate(sequences)
@@ -139,7 +143,7 @@ def passes(
     for row in fill_rows([sequences[index] for index in packed], size):
         yield [packed[number] for number in row], True
     padded = {index: sequences[index] for index, fit in enumerate(fits) if not fit and index not in with_images}
-    for items in (padded, with_images):
+    for items in (padded, *alike.values()):
         for batch in _padded_batches(items, max_tokens):
             yield batch, False
 

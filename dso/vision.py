@@ -35,11 +35,13 @@ class ImageInputs:
 
     Attributes:
         tokens: inputs (1, T + n, ...) with a value for each token of the prompt and of n tokens of an answer.
-        load: gives the images' tensors; they are merged over prompts along the first dimension.
+        load: gives the images' tensors.
+        shapes: of those tensors, without their first dimension, along which prompts of equal shapes are joined.
     """
 
     tokens: dict[str, Tensor]
     load: Callable[[], dict[str, Tensor]]
+    shapes: tuple[tuple[str, torch.Size], ...]
 
 
 class _Replayed:
@@ -93,6 +95,7 @@ class Vision:
             raise UserError(f"the processor of {name!r} has no token for an image; this model is not supported")
         self._slot = self._around(model.config)
         self.forbidden = self._forbidden(processor)
+        self.takes_text = self._takes_text()
 
     def _around(self, config: Any) -> str:
         """The image token between the start and end tokens that the config may name."""
@@ -115,6 +118,14 @@ class Vision:
         size = self._model.get_output_embeddings().weight.shape[0]
         return sorted(i for i in ids if isinstance(i, int) and 0 <= i < size and i != self.tokenizer.eos_token_id)
 
+    def _takes_text(self) -> bool:
+        """Whether the processor takes a prompt without images; if not, the model knows no such prompt."""
+        try:
+            self._processor(text=["a"], return_tensors="pt")
+        except ValueError:
+            return False
+        return True
+
     def render(self, prompt: Prompt) -> tuple[str, bool]:
         """The prompt's text with this model's image slots, and whether special tokens have to be added."""
         return render_images(prompt, self.tokenizer, self._template, self._token, self._slot, self._name)
@@ -132,6 +143,7 @@ class Vision:
             UserError: if the processor refuses the images, or continues an input in no known way.
         """
         inputs, images = self._process(text, special, files)
+        shapes = tuple((name, value.shape[1:]) for name, value in sorted(images.items()))
         ids = tuple(inputs.pop("input_ids")[0].tolist())
         eos = self.tokenizer.eos_token
         if special and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(eos):
@@ -142,7 +154,7 @@ class Vision:
             entry = self.memory.get(files)
             return entry["inputs"] if entry is not None else self._process(text, special, files)[1]
 
-        return ids, ImageInputs(self._continued(tokens, len(ids) + answer), load)
+        return ids, ImageInputs(self._continued(tokens, len(ids) + answer), load, shapes)
 
     def _process(
         self, text: str, special: bool, files: tuple[ImageFile, ...]

@@ -47,3 +47,33 @@ TEXT_SITES = {
     "MPT": twice(["transformer.blocks.{}.norm_1", "transformer.blocks.{}.norm_2"], "transformer.norm_f"),
     "Mamba": ["backbone.layers.0.norm", "backbone.layers.1.norm", "backbone.norm_f"],
 }
+
+LANGUAGE = twice(
+    ["model.language_model.layers.{}.input_layernorm", "model.language_model.layers.{}.post_attention_layernorm"],
+    "model.language_model.norm",
+)
+TEXT_MODEL = [name.replace("language_model", "text_model") for name in LANGUAGE]
+# Not among them: norms of the vision tower, of what joins it to the language model, and per-head query and key norms.
+VISION_SITES = {
+    "LLaVA": LANGUAGE,
+    "LLaVA-OneVision": LANGUAGE,
+    "Qwen2-VL": LANGUAGE,
+    "Qwen2.5-VL": LANGUAGE,
+    "Qwen3-VL": LANGUAGE,
+    "Gemma3-VL": [
+        name.replace("model.", "model.language_model.", 1) for name in twice(SANDWICH, "model.norm")
+    ],
+    "Mllama": [
+        "model.language_model.layers.0.input_layernorm",
+        "model.language_model.layers.0.post_attention_layernorm",
+        "model.language_model.layers.1.input_layernorm",  # a layer of cross attention
+        "model.language_model.layers.1.post_attention_layernorm",
+        "model.language_model.layers.2.input_layernorm",
+        "model.language_model.layers.2.post_attention_layernorm",
+        "model.language_model.norm",
+    ],
+    "Idefics3": TEXT_MODEL,
+    "SmolVLM": TEXT_MODEL,
+    "InternVL": LANGUAGE,
+    "PaliGemma": LANGUAGE,
+}

@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 from dso.errors import UserError
 from dso.sites import resolve_sites
 
+
 @pytest.mark.parametrize("architecture", EXPECTED)
 def test_default_sites(architecture):
     model = tiny(architecture)
