@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +15,15 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger
 from training import learn, make_trainer, operators
 
-from trainers.callbacks import JsonLines, OrderlyStop, Progress, Selection, Validation
+from trainers.callbacks import Checkpoints, Progress, Selection, Validation
+from trainers.jsonlines import JsonLines
 
 BASE = Validation(step=0, bias=0.4, soft_bias=0.45, floor=0.1, accuracy=0.8, kl=0.0, answer_mass=1.0)
 
 
 def row(step: int, **values: float) -> Validation:
     """Better than the base and inside everything, but for ``values``."""
-    return replace(BASE, **{"step": step, "bias": 0.1, "kl": 0.05, **values})
+    return replace(BASE, **{"step": step, "soft_bias": 0.1, "kl": 0.05, **values})
 
 
 def selection(kl_budget: float | None = 0.1, **options: Any) -> Selection:
@@ -45,8 +42,8 @@ def kept(*rows: Validation, kl_budget: float | None = 0.1) -> int:
 
 
 def test_the_smallest_bias_inside_is_kept_whenever_it_comes() -> None:
-    assert kept(row(1, bias=0.3), row(2, bias=0.05), row(3, bias=0.2)) == 2
-    assert kept(row(1, bias=0.3), row(2, bias=0.2), row(3, bias=0.1)) == 3
+    assert kept(row(1, soft_bias=0.3), row(2, soft_bias=0.05), row(3, soft_bias=0.2)) == 2
+    assert kept(row(1, soft_bias=0.3), row(2, soft_bias=0.2), row(3, soft_bias=0.1)) == 3
 
 
 @pytest.mark.parametrize(
@@ -59,8 +56,8 @@ def test_the_smallest_bias_inside_is_kept_whenever_it_comes() -> None:
     ],
 )
 def test_a_candidate_outside_is_never_kept(outside: dict[str, float]) -> None:
-    assert kept(row(1, bias=0.0, **outside)) == 0
-    assert kept(row(1, bias=0.3), row(2, bias=0.0, **outside), row(3, bias=0.2)) == 3
+    assert kept(row(1, soft_bias=0.0, **outside)) == 0
+    assert kept(row(1, soft_bias=0.3), row(2, soft_bias=0.0, **outside), row(3, soft_bias=0.2)) == 3
 
 
 @pytest.mark.parametrize("edge", [{"kl": 0.1}, {"answer_mass": 0.9}, {"accuracy": 0.79}, {"accuracy": 1.0}])
@@ -69,11 +66,15 @@ def test_the_edges_are_inside(edge: dict[str, float]) -> None:
 
 
 def test_where_only_the_base_is_inside_it_is_kept() -> None:
-    assert kept(row(1, kl=0.2), row(2, answer_mass=0.5), row(3, bias=0.5)) == 0
+    assert kept(row(1, kl=0.2), row(2, answer_mass=0.5), row(3, soft_bias=0.5)) == 0
 
 
 def test_of_equal_bias_the_smaller_kl_wins_and_then_the_earlier() -> None:
-    assert kept(row(1, bias=0.0, kl=0.08), row(2, bias=0.0, kl=0.03), row(3, bias=0.0, kl=0.03)) == 2
+    assert kept(row(1, soft_bias=0.0, kl=0.08), row(2, soft_bias=0.0, kl=0.03), row(3, soft_bias=0.0, kl=0.03)) == 2
+
+
+def test_the_bias_that_counts_is_the_one_as_measured() -> None:
+    assert kept(row(1, soft_bias=0.3, bias=0.0), row(2, soft_bias=0.2, bias=0.1)) == 2
 
 
 def test_without_a_budget_any_kl_will_do() -> None:
@@ -94,8 +95,8 @@ def test_random_sequences_against_a_plain_search(seed: int) -> None:
     rows = [BASE] + [
         Validation(
             step=step,
-            bias=float(rng.choice([0.0, 0.1, 0.2, 0.5])),
-            soft_bias=0.0,
+            bias=0.0,
+            soft_bias=float(rng.choice([0.0, 0.1, 0.2, 0.5])),
             floor=0.0,
             accuracy=float(rng.uniform(0.75, 0.85)),
             kl=float(rng.choice([0.02, 0.09, 0.15])),
@@ -104,7 +105,7 @@ def test_random_sequences_against_a_plain_search(seed: int) -> None:
         for step in range(1, 40)
     ]
     inside = [r for r in rows if r.kl <= 0.1 and r.answer_mass >= 0.9 and r.accuracy >= 0.79]
-    assert kept(*rows[1:]) == min(inside, key=lambda r: (r.bias, r.kl, r.step)).step
+    assert kept(*rows[1:]) == min(inside, key=lambda r: (r.soft_bias, r.kl, r.step)).step
 
 
 # Selection in a run
@@ -117,7 +118,7 @@ def test_measured_at_the_start_every_so_often_and_at_the_end() -> None:
     def measure(step: int) -> Validation:
         steps.append(step)
         tensors[step] = operators(trainer)
-        return row(step, bias={0: 0.4, 3: 0.1, 6: 0.2, 7: 0.3}[step], kl=0.0)
+        return row(step, soft_bias={0: 0.4, 3: 0.1, 6: 0.2, 7: 0.3}[step], kl=0.0)
 
     chosen = Selection(
         measure, every=3, steps=7, kl_budget=0.1, on_measured=lambda r, better: told.append((r.step, better))
@@ -159,22 +160,6 @@ def test_measurements_are_records_of_their_own(tmp_path: Path) -> None:
     ]
     assert rows[0]["eval/accuracy"] is None  # JSON has no nan
     assert rows[0]["eval/kl"] == 0.05
-
-
-# Records
-
-
-def test_going_on_drops_the_records_that_will_come_again(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    for step in (4, 8, 12):
-        lines = JsonLines(path)
-        lines.write({"b": torch.tensor(1.5), "a": np.float32(0.5), "n": math.inf}, {}, step)
-        lines.close()
-    path.write_text(path.read_text() + '{"step": 16, "a":')  # killed here
-    JsonLines(path, until=8).close()
-    assert path.read_text() == "".join(f'{{"step": {step}, "a": 0.5, "b": 1.5, "n": null}}\n' for step in (4, 8))
-    JsonLines(tmp_path / "new.jsonl", until=8).close()
-    assert (tmp_path / "new.jsonl").read_text() == ""
 
 
 # Progress
@@ -225,58 +210,36 @@ def test_on_a_terminal_there_is_a_bar_with_the_time_left(monkeypatch: pytest.Mon
     assert "running_bias=" in last
 
 
-# An orderly stop
+# Saving
 
 
-@pytest.fixture
-def usual_signals() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, also where the tests were started in the background, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+class Saves(Checkpoints):
+    """Notes the steps at which the state is saved."""
+
+    def __init__(self, every: int) -> None:
+        self.steps: list[int] = []
+        super().__init__(lambda: self.steps.append(self.model.steps_done), every)
 
 
-@pytest.mark.usefixtures("usual_signals")
-def test_the_first_signal_stops_after_the_step_and_the_second_one_at_once() -> None:
+def test_saved_every_few_steps_and_where_something_is_due() -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
-    said: list[str] = []
-    before = signal.getsignal(signal.SIGINT)
-    with OrderlyStop(trainer, said.append), pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        assert trainer.stop_requested
-        assert "Ctrl-C again" in said[0]
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    saves = Saves(3)
+    chosen = Selection(row, every=4, steps=9, kl_budget=0.1, on_measured=lambda *_: setattr(saves, "due", True))
+    learn(trainer, 9, CallbackList([chosen, saves]))
+    assert saves.steps == [0, 3, 4, 6, 8, 9]  # 0, 4, 8 and the last were measured
+    learn(trainer, 1, CallbackList([saves]))
+    assert saves.steps[6:] == [9]
 
 
-def test_a_run_that_is_asked_to_stop_ends_at_a_whole_step() -> None:
+def test_nothing_is_saved_over_while_steps_are_skipped() -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
+    saves = Saves(1)
 
-    class Interrupt(Progress):
-        def _on_step(self) -> bool:
-            if self.n_calls == 2:
-                os.kill(os.getpid(), signal.SIGINT)
-            return True
+    class Skips(Progress):
+        def _on_rollout_start(self) -> None:
+            self.model.skipped_in_a_row = int(self.model.steps_done in (2, 3))
+            saves.due = self.model.steps_done == 3
 
-    with OrderlyStop(trainer):
-        learn(trainer, 9, CallbackList([Interrupt(9, quiet=True)]))
-    assert (trainer.steps_done, trainer._n_updates) == (2, 2)
-
-
-def test_other_threads_are_left_without_it() -> None:
-    trainer = make_trainer(ambiguous=4)
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            with OrderlyStop(trainer):
-                pass
-        except ValueError as error:
-            failed.append(error)
-
-    before = signal.getsignal(signal.SIGINT)
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert not failed
-    assert signal.getsignal(signal.SIGINT) is before
+    learn(trainer, 6, CallbackList([Skips(9, quiet=True), saves]))
+    assert saves.steps == [1, 4, 5]
+    assert not saves.due

@@ -1,24 +1,15 @@
-"""Stable-Baselines3 callbacks of a training run: validation with selection, progress, an orderly stop."""
+"""Stable-Baselines3 callbacks of a training run: validation with selection, progress, saving."""
 
 from __future__ import annotations
 
-import json
-import math
-import signal
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter
 from torch import Tensor
 from tqdm import tqdm
-
-from dso.files import write_text
-from trainers.ppo import SteeringPPO
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +38,10 @@ class Validation:
 class Selection(BaseCallback):
     """Measure the validation split as training goes on and keep the best operators inside the constraints.
 
-    The untrained steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of
-    two with the same bias the one with the smaller KL is better, of two alike the earlier one.
+    Best is the least soft bias as measured: the same people are asked each time, so what they differ in is in all
+    measurements, and taking the floor off (which leaves 0 for several) would only hide which is the least. The untrained
+    steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two with the same
+    bias the one with the smaller KL is better, of two alike the earlier one.
 
     Args:
         measure: step -> :class:`Validation`, with the operators as they are.
@@ -130,7 +123,7 @@ class Selection(BaseCallback):
     def offer(self, row: Validation) -> bool:
         """Add a measurement to the history; whether it is the best so far, which it then is."""
         self.history.append(row)
-        better = self.inside(row) and (self.best is None or (row.bias, row.kl) < (self.best.bias, self.best.kl))
+        better = self.inside(row) and (self.best is None or (row.soft_bias, row.kl) < (self.best.soft_bias, self.best.kl))
         if better:
             self.best = row
         return better
@@ -175,7 +168,6 @@ class Progress(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._show()
-        self.bar.close()
 
     def _show(self) -> None:
         """Show the steps that were learned from since the last time."""
@@ -189,76 +181,46 @@ class Progress(BaseCallback):
             self.say(f"step {step}/{self.steps}  " + "  ".join(f"{name} {value}" for name, value in said.items()))
         self._shown = step
 
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()
+
     def say(self, line: str) -> None:
         """Print a line without tearing the bar."""
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)
 
 
-class OrderlyStop:
-    """Within the block the first Ctrl-C ends training before the next step; a second one acts as usual.
+class Checkpoints(BaseCallback):
+    """Save what the run needs to go on, at the start of a step: every few steps, and wherever something was measured.
 
-    In other threads than the main one, which get no signals, it does nothing.
-
-    Args:
-        model: what is being trained.
-        say: told that the first Ctrl-C was heard.
-    """
-
-    def __init__(self, model: SteeringPPO, say: Callable[[str], None] | None = None) -> None:
-        self.model = model
-        self._say = say
-        self._before: Any = None
-
-    def __enter__(self) -> OrderlyStop:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _ask(self, *_: object) -> None:
-        self.model.stop_requested = True
-        signal.signal(signal.SIGINT, self._before)
-        if self._say is not None:
-            self._say("stopping after this step; Ctrl-C again stops at once")
-
-
-class JsonLines(KVWriter):
-    """SB3 logger output: one JSON object a record, appended, so that a run that goes on adds to its file.
-
-    ``step`` is SB3's: decisions seen, not optimiser steps.
+    Not while steps are being skipped: what is on the disk stays the last that was good.
 
     Args:
-        path: of the file.
-        until: where the run goes on from; later records, which will be written again, are dropped. None keeps all.
+        save: does it.
+        every: steps.
     """
 
-    def __init__(self, path: str | Path, until: int | None = None):
-        path = Path(path)
-        if until is not None and path.exists():
-            write_text(path, "".join(line for line in path.read_text("utf-8").splitlines(True) if _step(line) <= until))
-        self._file = path.open("a", encoding="utf-8")  # noqa: SIM115  (closed by close)
+    def __init__(self, save: Callable[[], None], every: int):
+        super().__init__()
+        self.save = save
+        self.every = every
+        self.due = False  # set by whoever has something to keep
 
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        record = {"step": step} | {key: _plain(value) for key, value in sorted(key_values.items())}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+    def _on_rollout_start(self) -> None:
+        step = self.model.steps_done
+        if self.due or (step and step % self.every == 0):
+            self._keep()
 
-    def close(self) -> None:
-        self._file.close()
+    def _on_training_end(self) -> None:
+        if self.due:
+            self._keep()
 
+    def _on_step(self) -> bool:
+        return True
 
-def _step(line: str) -> float:
-    """The step of a record, infinity for one that was not written to its end."""
-    try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, LookupError, TypeError):
-        return math.inf
-
-
-def _plain(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    def _keep(self) -> None:
+        if not self.model.skipped_in_a_row:
+            self.save()
+            self.due = False
