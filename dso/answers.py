@@ -23,7 +23,7 @@ from dso.decisions import ABSTAIN, Candidate, DecisionSet
 from dso.evaluation import Measurement
 from dso.matching import Matcher
 from dso.metrics import Estimate, accuracy
-from dso.sampling import end_tokens, sample, token_kl
+from dso.sampling import sample, token_kl
 from dso.steering import Handle
 
 NOBODY = "(none of them)"
@@ -118,14 +118,7 @@ class AnswerEvaluator:
     def _answer(self, rows: list[int], written: list[list[list[int]]], kl: np.ndarray) -> None:
         """Fill in the answers and the KL of some decisions."""
         prompts = [self._prompts[row] for row in rows for _ in range(self.samples)]
-        answers = sample(
-            self.backbone.model,
-            prompts,
-            max_new_tokens=self.max_new_tokens,
-            stop=end_tokens(self.backbone),
-            temperature=self.temperature,
-            shared=self.backbone.packing,
-        )
+        answers = sample(self.backbone, prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
         for place, row in enumerate(rows):
             written[row] = answers[place * self.samples : (place + 1) * self.samples]
         if self.handle is not None and self.handle.scale:

@@ -32,6 +32,15 @@ class PackedRow:
     attention_mask: torch.Tensor
     paths: tuple[tuple[int, ...], ...]
 
+    def inputs(self, model) -> dict[str, torch.Tensor]:
+        """What a model takes for the row, on its device."""
+        mask = self.attention_mask
+        if model.config.get_text_config()._attn_implementation == "eager":  # it adds its mask to the attention scores
+            mask = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+        device = model.get_input_embeddings().weight.device
+        tensors = {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": mask}
+        return {name: tensor.to(device) for name, tensor in tensors.items()}
+
 
 def pack(sequences: Sequence[Sequence[int]]) -> PackedRow:
     """Merge token sequences into one row that holds each common prefix once."""

@@ -1,0 +1,316 @@
+"""GRPO and RLOO on written answers, by TRL's trainers, with a steering as the only thing that is trained.
+
+TRL 1.16 loads a reference model unless ``beta`` is 0 or the model is PEFT's, whose adapter it disables. A steering is
+no adapter of PEFT's, and its reference is the same model at scale 0. So TRL is told that ``beta`` is 0, and afterwards
+``beta`` is set to the price of the constraint and ``ref_model`` to a marker; the one method that computes
+log-probabilities runs the model itself at scale 0 where it is given the marker. The formulas stay TRL's, with A the
+advantage of an answer among those to its prompt, q = pi_0 / pi of a token and dr_grpo's normalisation (Liu et al. 2025,
+arXiv 2503.20783):
+
+    GRPO    sum_t ratio_t A - beta (q_t - log q_t - 1),    A = r - mean r
+    RLOO    ratio A,    A = r' - mean of the others' r',   r' = r - beta sum_t log(1 / q_t)
+
+Rewards are not divided by their standard deviation unless asked for: they vanish at parity, and dividing would blow up
+what is left there.
+
+Three more methods are replaced. Prompts are tokenised by the backbone (answers that are begun, no doubled special
+tokens); answers are sampled by :mod:`dso.sampling`, which evaluation uses too; and the answers to one prompt share its
+forward pass.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from datasets import Dataset
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+from trl.models import unwrap_model_for_generation
+
+from dso.errors import UserError
+from dso.matching import Matcher
+from dso.sampling import sample
+from dso.scoring import Encoded, token_logits
+from dso.steering import Steering
+from envs.freeform import AnswerRewards
+from envs.sampler import BlockSampler
+from envs.task import DecisionTask
+from trainers.constraints import FixedKL, KLBudget, sparsity
+from trainers.fisher import fisher_diagonal, whitening
+from trainers.optimizer import SteeringAdam
+
+MODULE = "dso_steering"  # the steering's name in the model while it is trained
+BASE = object()  # stands for the reference model: the same model at scale 0
+_ARGUMENTS: dict[str, Any] = {
+    "beta": 0.0,
+    "bf16": False,  # the operators are float32; the model has the dtype that it was loaded in
+    "shuffle_dataset": False,  # the sampler's order is what keeps a block together
+    "remove_unused_columns": False,
+    "logging_steps": 1,  # the dual ascent takes what was logged since the last step
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "ddp_broadcast_buffers": False,
+    "ddp_find_unused_parameters": False,
+    "dataloader_pin_memory": False,
+}
+
+
+class SteeredAnswers:
+    """What GRPO and RLOO on a steering share; it comes before TRL's trainer among the bases.
+
+    Args:
+        task: decisions, backbone and rewards; the steering's handle is on its backbone.
+        steering: what is learned.
+        matcher: reads whom an answer names.
+        kl: the constraint on the mean KL of a token, a :class:`KLBudget` or :class:`FixedKL`.
+        rate: the learning rate as a function of the share of training that remains (1 to 0).
+        steps: optimiser steps, each on answers sampled for it.
+        ambiguous, unambiguous: decisions a step, over all processes.
+        unambiguous_weight: weight of the unambiguous decisions' mean reward beside the ambiguous ones'.
+        num_generations: answers a decision.
+        micro_batch: answers of one forward and backward pass in one process; None for all of its answers of a step.
+        betas, eps: of Adam.
+        sparsity: lambda of the L1 penalty on the operators, taken as a proximal step.
+        fisher_batches, fisher_damping: of the whitening (:mod:`trainers.fisher`); 0 batches for none.
+        share_prompts: compute the answers to one prompt in one pass; without it TRL's own chunked head is used, which
+            needs less memory where answers are long and the vocabulary is large.
+        on_step: told of each step and its measurements, by the names that TRL gives them.
+        seed: of batches and sampling.
+        arguments: further fields of TRL's config: ``max_completion_length``, ``temperature``, ``deepspeed``, ...
+
+    Raises:
+        UserError: if the answers of a step cannot be divided among the processes, or the output layer is steered but
+            passed by, as without ``share_prompts``.
+    """
+
+    CONFIG: Any
+    DEFAULTS: dict[str, Any] = {}
+
+    def __init__(
+        self,
+        task: DecisionTask,
+        steering: Steering,
+        matcher: Matcher,
+        kl: KLBudget | FixedKL,
+        rate: Callable[[float], float],
+        *,
+        steps: int,
+        ambiguous: int,
+        unambiguous: int = 0,
+        unambiguous_weight: float = 1.0,
+        num_generations: int = 8,
+        micro_batch: int | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        sparsity: float = 0.0,
+        fisher_batches: int = 0,
+        fisher_damping: float = 0.1,
+        share_prompts: bool = True,
+        on_step: Callable[[int, dict[str, float]], None] | None = None,
+        seed: int = 0,
+        **arguments: Any,
+    ):
+        model = task.backbone.model
+        if any(model.get_submodule(site) is model.get_output_embeddings() for site in steering.config.sites):
+            raise UserError(
+                "the output layer is steered, which written answers cannot train; leave it out of the sites"
+            )
+        self.task, self.steering, self.kl, self.share_prompts = task, steering, kl, share_prompts
+        self.answer_rewards = AnswerRewards(task, matcher)
+        self._seed = seed
+        self._ids = {task.backbone.prompt_text(d): list(task.backbone.encode(d).prompt) for d in task.decisions}
+        sampler = BlockSampler(task.decisions, ambiguous, unambiguous, seed)
+        batch, portions = divide(sampler.size * num_generations, num_generations, micro_batch)
+        args = self.CONFIG(
+            **_ARGUMENTS,
+            max_steps=steps,
+            seed=seed,
+            num_generations=num_generations,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=portions,
+            learning_rate=rate(1.0),
+            reward_weights=_weights(*sampler.counts, unambiguous_weight),
+            use_cpu=task.backbone.device.type == "cpu",
+            **{**self.DEFAULTS, **arguments},
+        )
+        group = {"params": list(steering.parameters()), "penalty": sparsity}
+        optimizer = SteeringAdam([group], lr=rate(1.0), betas=betas, eps=eps)
+        self._prime(optimizer, sampler, fisher_batches, fisher_damping)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(1 - step / steps) / rate(1.0))
+        sampler.seed(seed)
+        model.add_module(MODULE, steering.requires_grad_(True))
+        super().__init__(
+            model=model,
+            reward_funcs=[self.answer_rewards.equiprobability, self.answer_rewards.correctness],
+            args=args,
+            train_dataset=self._rows(sampler, steps),
+            processing_class=task.backbone.tokenizer,
+            callbacks=[_AfterStep(self, on_step)],
+            optimizers=(optimizer, schedule),
+        )
+        self.remove_callback(PrinterCallback)
+        self.answer_rewards.gather = self.accelerator.gather
+        self.beta, self.ref_model = kl.coefficient, BASE
+
+    def release(self) -> None:
+        """Leave the model as it was found, with the steering attached to it."""
+        model = self.task.backbone.model
+        delattr(model, MODULE)
+        model.__dict__.pop("forward", None)  # TRL's, which reads the output layer without calling it
+        model.eval()
+
+    def _rows(self, sampler: BlockSampler, steps: int) -> Dataset:
+        """The decisions of all steps, in the order in which they are asked; prompts are rendered when read."""
+        handles = [int(handle) for _ in range(steps) for handle in sampler.draw()]
+        text, pick = self.task.backbone.prompt_text, self.task.pick
+
+        def render(rows: dict[str, list]) -> dict[str, list]:
+            return {**rows, "prompt": [text(decision) for decision in pick(rows["handle"])]}
+
+        return Dataset.from_dict({"handle": handles}).with_transform(render)
+
+    def _prime(self, optimizer: SteeringAdam, sampler: BlockSampler, batches: int, damping: float) -> None:
+        """Make the optimiser's state, and measure its steps in KL (:mod:`trainers.fisher`) if there are batches."""
+        optimizer.priming = True
+        optimizer.step()
+        optimizer.priming = False
+        if not batches:
+            return
+
+        def log_probs() -> Iterator[Tensor]:
+            for _ in range(batches):
+                yield self.task.backbone.score(self.task.pick(sampler.draw()), next_token=True).next_token
+
+        parameters = list(self.steering.parameters())
+        torch.manual_seed(self._seed)
+        for parameter, size in zip(parameters, whitening(fisher_diagonal(log_probs, parameters), damping), strict=True):
+            optimizer.state[parameter]["size"] = broadcast(size)  # a GPU may round it differently in each process
+
+    # TRL's seams
+
+    def _prepare_inputs(self, batch: Any) -> Any:
+        if not self.args.gradient_checkpointing:  # which layers do in training mode only
+            for child in self.model.children():
+                child.eval()  # dropout off; the model's own flag tells TRL that this is training
+        return super()._prepare_inputs(batch)
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
+        return [self._ids[prompt] for prompt in prompts], None, {}
+
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator):
+            return sample(
+                self.task.backbone,
+                prompt_ids,
+                max_new_tokens=self.max_completion_length,
+                temperature=self.temperature,
+            )
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        rest = (input_ids, attention_mask, logits_to_keep)
+        if model is BASE:
+            with self.task.unsteered():
+                return self._get_per_token_logps_and_entropies(self.model, *rest, *args, **kwargs)
+        if not self.share_prompts:
+            return super()._get_per_token_logps_and_entropies(model, *rest, *args, **kwargs)
+        return *self._shared_logps(model, *rest), None
+
+    def _shared_logps(self, model: Any, input_ids: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """(B, width) log-probabilities of the answers' tokens and entropies, 0 behind an answer's end."""
+        rows: dict[tuple[int, ...], list[int]] = {}
+        answers = []
+        for row, (ids, real) in enumerate(zip(input_ids.tolist(), mask.bool().tolist(), strict=True)):
+            prompt = tuple(token for token, there in zip(ids[:-width], real[:-width], strict=True) if there)
+            answers.append(tuple(token for token, there in zip(ids[-width:], real[-width:], strict=True) if there))
+            rows.setdefault(prompt, []).append(row)
+        members = list(rows.values())
+        encoded = [Encoded(prompt, tuple(answers[row] for row in group)) for prompt, group in rows.items()]
+        log_probs = torch.zeros(len(answers), width, device=input_ids.device)
+        entropies = torch.zeros_like(log_probs)
+        for numbers, packed in self.task.backbone.passes(encoded):
+            reads, logits = token_logits(model, [encoded[number] for number in numbers], packed)
+            table = (logits.float() / self.temperature).log_softmax(-1)
+            at = [(row, place) for number in numbers for row in members[number] for place in range(len(answers[row]))]
+            where = tuple(torch.tensor(at, device=table.device).unbind(1))
+            source = torch.tensor([place for read in reads for place in read], device=table.device)
+            chosen = table[source, input_ids[where[0], where[1] - width]]
+            log_probs = log_probs.index_put(where, chosen)
+            with torch.no_grad():
+                entropy = -(table.exp() * table.masked_fill(table.isneginf(), 0.0)).sum(-1)
+            entropies = entropies.index_put(where, entropy[source])
+        return log_probs, entropies
+
+    def after_step(self) -> None:
+        """Dual ascent on the step's mean KL a token; what TRL does not measure is added to what it logs."""
+        metrics = self._metrics["train"]
+        if kl := metrics["kl"]:
+            self.kl.update(sum(kl) / len(kl))
+            self.beta = self.kl.coefficient
+        task = self.task
+        metrics["kl_coefficient"].append(self.beta)
+        metrics["running_bias"].append(float((task.preference - task.target).abs().sum(-1).mean()))
+        metrics["abstention"].append(self.answer_rewards.abstention)
+        metrics["sparsity"].append(sparsity(self.steering.parameters()))
+
+
+class SteeringGRPO(SteeredAnswers, GRPOTrainer):
+    """GRPO (Shao et al. 2024, arXiv 2402.03300) on a steering; ``scale_rewards="group"`` gives it as published."""
+
+    CONFIG = GRPOConfig
+    DEFAULTS = {"loss_type": "dr_grpo", "scale_rewards": "none"}
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
+        return self._sample(prompt_ids), None
+
+
+class SteeringRLOO(SteeredAnswers, RLOOTrainer):
+    """RLOO (Ahmadian et al. 2024, arXiv 2402.14740) on a steering."""
+
+    CONFIG = RLOOConfig
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
+        return self._sample(prompt_ids)
+
+
+class _AfterStep(TrainerCallback):
+    def __init__(self, trainer: SteeredAnswers, on_step: Callable[[int, dict[str, float]], None] | None):
+        self.trainer = trainer
+        self.on_step = on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.after_step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        if self.on_step is not None and "reward" in logs:  # the last record is of the whole run
+            self.on_step(state.global_step, logs)
+
+
+def divide(answers: int, num_generations: int, micro_batch: int | None) -> tuple[int, int]:
+    """How the answers of a step are divided: those of one pass in one process, and the number of such passes.
+
+    Raises:
+        UserError: if they cannot be divided evenly among the processes, or among passes of ``micro_batch``.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    step = f"a step has {answers} answers ({answers // num_generations} decisions x num_generations {num_generations})"
+    if answers % ranks:
+        raise UserError(f"{step}, which {ranks} processes cannot share evenly; change either number")
+    own = answers // ranks
+    batch = micro_batch or own
+    if own % batch:
+        raise UserError(f"{step}, {own} in each process, which micro_batch {batch} does not divide")
+    return batch, own // batch
+
+
+def _weights(ambiguous: int, unambiguous: int, weight: float) -> list[float]:
+    """Of the two rewards, so that the mean over a step is that of the one kind plus ``weight`` that of the other."""
+    total = ambiguous + unambiguous
+    return [total / ambiguous, weight * total / unambiguous if unambiguous else 0.0]
