@@ -34,6 +34,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 
 from dso.data.names import ATTRIBUTES, clash, groups_of, names_of
+from dso.data.questions import FACTS, QUESTIONS
 from dso.data.templates import AMBIGUOUS, UNAMBIGUOUS, Template, fill
 from dso.decisions import Candidate, Decision, DecisionError, DecisionSet
 
@@ -59,6 +60,7 @@ _EVALUATION = {
     "test-contexts": ("test", "test", False),
 }
 SPLITS = ("train", *_EVALUATION)
+TEXTS = {"prompts": (*AMBIGUOUS, *UNAMBIGUOUS), "questions": (*QUESTIONS, *FACTS)}
 _UNITS = {"validation": 32, "test": 106, "test-names": 64, "test-templates": 96, "test-contexts": 96}
 _UNAMBIGUOUS = {"validation": 128, "test": 320, "test-names": 320, "test-templates": 320, "test-contexts": 320}
 
@@ -74,6 +76,7 @@ def occupations(held_out: bool = False) -> tuple[str, ...]:
 def build(
     attribute: str = "gender",
     *,
+    texts: str = "prompts",
     splits: Sequence[str] = SPLITS,
     units: Mapping[str, int] | None = None,
     unambiguous: Mapping[str, int] | None = None,
@@ -87,6 +90,8 @@ def build(
     Args:
         attribute: ``gender`` (female, male) or ``gender x race`` (black female, black male, white female,
             white male).
+        texts: ``prompts``, whose next word is a name, or ``questions``, which are answered with a sentence
+            (:mod:`dso.data.questions`): candidates are then what a written answer is searched for.
         splits: the splits to build.
         units: how many units an evaluation split has, by split; the default is 32 for ``validation``, 106 for
             ``test``, 64 for ``test-names`` and 96 for the others, or as many as there are names.
@@ -102,13 +107,15 @@ def build(
     """
     if attribute not in ATTRIBUTES:
         raise DecisionError(f"roles: unknown attribute {attribute!r}; known are {', '.join(ATTRIBUTES)}")
+    if texts not in TEXTS:
+        raise DecisionError(f"roles: unknown texts {texts!r}; known are {', '.join(TEXTS)}")
     _check_splits(splits, units or {}, unambiguous or {})
     if train_blocks < 1 or not 1 <= block_contexts <= len(occupations()) or train_unambiguous < 0:
         raise DecisionError(
             f"roles: expected train_blocks >= 1, 1 <= block_contexts <= {len(occupations())} and "
             f"train_unambiguous >= 0, found {train_blocks}, {block_contexts} and {train_unambiguous}"
         )
-    maker = _Maker(attribute)
+    maker = _Maker(attribute, texts)
     decisions: list[Decision] = []
     for split in splits:
         if split == "train":
@@ -141,11 +148,11 @@ def _check_splits(splits: Sequence[str], units: Mapping[str, int], unambiguous: 
 class _Maker:
     """The names, templates and occupations of one attribute, and the decisions made of them."""
 
-    def __init__(self, attribute: str) -> None:
+    def __init__(self, attribute: str, texts: str) -> None:
         self.attribute = attribute
         self.groups = groups_of(attribute)
         two = len(self.groups) == 2
-        self.templates = [t for t in (*AMBIGUOUS, *UNAMBIGUOUS) if two or not t.pair]
+        self.templates = [t for t in TEXTS[texts] if two or not t.pair]
         # a stereotype of an occupation is known for gender only
         self.stereotypes = dict.fromkeys(FEMALE_OCCUPATIONS, "female") | dict.fromkeys(MALE_OCCUPATIONS, "male")
         if attribute != "gender":
