@@ -37,7 +37,7 @@ class Logged:
         history: one mapping a logged row.
         metrics: the definitions, by name or pattern.
         artifacts: by name.
-        stats: names of the system metrics.
+        stats: the first value of each system metric.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Logged:
     history: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, str] = field(default_factory=dict)
     artifacts: dict[str, Any] = field(default_factory=dict)
-    stats: set[str] = field(default_factory=set)
+    stats: dict[str, float] = field(default_factory=dict)
     run: Any = None
     exit_code: int | None = None
 
@@ -98,7 +98,7 @@ def read(path: Path) -> Logged:
         elif kind == "artifact":
             found.artifacts[record.artifact.name] = record.artifact
         elif kind == "stats":
-            found.stats |= {item.key for item in record.stats.item}
+            found.stats = {item.key: json.loads(item.value_json) for item in record.stats.item} | found.stats
         elif kind == "exit":
             found.exit_code = record.exit.exit_code
     return found

@@ -35,8 +35,6 @@ NEEDS = {"wandb": "train", "tensorboard": "tensorboard"}  # the extra that insta
 class Tracker:
     """Tells nobody. To be used as a context, so that the end is told too, whatever it is."""
 
-    wants_samples = False
-
     def outputs(self, decisions: int, metrics: Path | None = None) -> list[KVWriter]:
         """What Stable-Baselines3's logger is to write to as well.
 
@@ -85,8 +83,6 @@ class WandbTracker(Tracker):
         relay: takes the records.
         name: of the training run.
     """
-
-    wants_samples = True
 
     def __init__(self, relay: Relay, name: str):
         self._relay = relay

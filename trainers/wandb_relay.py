@@ -176,7 +176,7 @@ class Relay:
                 return reason
             self._tell_where(before)
             self._relay(worker)
-            answer = worker.answer(LOCAL)
+            answer = worker.answer(self._patience(worker))
             if "told" not in answer:
                 return answer.get("failed", "its process ended early, or hangs")
             answer = worker.answer(self._patience(worker))

@@ -11,6 +11,7 @@ When the other end closes the pipe, or is gone, the run is finished as failed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import netrc
 import os
@@ -43,7 +44,8 @@ def main() -> int:
     import wandb
 
     def answer(**values: Any) -> None:
-        print(json.dumps(values), file=answers)
+        with contextlib.suppress(BrokenPipeError):  # what an orphan was told already is still to be logged
+            print(json.dumps(values), file=answers)
 
     def fail(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, trace)
