@@ -41,9 +41,11 @@ class EngineLearner(Learner):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Else it compiles one in its first run on CPUs, and a run that was killed while it did leaves a lock for ever.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.world = world
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
-        self._whole = _Whole(policy)
+        self._whole = _Whole(policy, _InStep(policy.task.backbone.model, world) if self.stage == 3 else None)
         widest = max(p.numel() for p in policy.parameters())
         self.engine = world.guard(
             lambda: deepspeed.initialize(
@@ -55,16 +57,15 @@ class EngineLearner(Learner):
         super().__init__(policy, max_norm, parts)
 
     def pass_through(self, work: Callable[[], T]) -> T:
-        self._whole.work = work
-        try:
-            return self.world.guard(self._whole)
-        finally:
-            self._whole.work = None
+        return self._run(self._whole, work)
 
     def forward(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        return self._run(self.engine, work)
+
+    def _run(self, through: Callable[[], T], work: Callable[[], T]) -> T:
         self._whole.work = work
         try:
-            return self.world.guard(self.engine)
+            return self.world.guard(through)
         finally:
             self._whole.work = None
 
@@ -166,15 +167,63 @@ class EngineLearner(Learner):
 class _Whole(nn.Module):
     """All parameters under one roof, as the engine wants them; a pass is whatever ``work`` does with them."""
 
-    def __init__(self, policy: SteeringPolicy):
+    def __init__(self, policy: SteeringPolicy, in_step: _InStep | None):
         super().__init__()
         self.backbone = policy.task.backbone.model
         self.steering = policy.steering
         self.value_head = policy.value_head
         self.work: Callable[[], Any] | None = None
+        self._in_step = in_step
 
     def forward(self) -> Any:
-        return self.work()
+        result = self.work()
+        if self._in_step is None:
+            return result
+        nothing = self._in_step.finish()
+        if not nothing.requires_grad:
+            return result
+        # Gradients go back through idle passes too, in every process alike.
+        return (result[0] + nothing, *result[1:]) if isinstance(result, tuple) else result + nothing
+
+
+class _InStep:
+    """Passes through a model whose weights are divided: each takes all processes, as each has to send its part.
+
+    Before a pass every process says that it has one. One that has no more says so, and as long as others have, it makes
+    an idle pass for each of theirs: of one token, or of the last inputs where there was more to them than tokens.
+
+    Args:
+        model: the backbone.
+        world: the processes.
+    """
+
+    PLAIN = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+
+    def __init__(self, model: nn.Module, world: Ranks):
+        self._model = model
+        self._world = world
+        self._idle = False
+        self._last: dict[str, Any] = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def _before(self, model: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
+        if not self._idle:
+            self._last = inputs
+            self._world.most(1)
+
+    def finish(self) -> Tensor:
+        """Idle passes until nobody has another one; a zero that hangs on them."""
+        nothing = torch.zeros(())
+        self._idle = True
+        try:
+            while self._world.most(0):
+                inputs = self._last
+                if set(inputs) <= self.PLAIN:
+                    inputs = {"input_ids": inputs["input_ids"][:, :1].to(self._world.device), "use_cache": False}
+                nothing = nothing + 0.0 * self._model(**inputs).logits[..., 0].float().sum()
+        finally:
+            self._idle = False
+        return nothing
 
 
 def complete(settings: dict[str, Any], size: int, parts: int, max_norm: float, widest: int) -> dict[str, Any]:

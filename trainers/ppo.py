@@ -168,7 +168,7 @@ class SteeringPPO(PPO):
         stated = log_policy.exp()
         if self.hard_preference:
             stated = torch.nn.functional.one_hot(chosen, stated.shape[1]).to(stated.dtype)
-        table = env.state_policy(stated)
+        table = self.learner.pass_through(lambda: env.state_policy(stated))  # which may ask the base model
         actions = chosen.cpu().numpy()
         new_obs, rewards, dones, infos = env.step(actions)
         self.num_timesteps += env.num_envs
