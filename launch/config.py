@@ -133,13 +133,13 @@ class TrainSection:
     )
     fisher_damping: float = 0.1  # share of the mean Fisher information that every coordinate has at least
     adam_eps: float = 0.03  # near the gradients' own size, so that coordinates without a clear gradient stay put
-    preference: Literal["controlled", "blocked", "context"] = "blocked"  # estimate of it (envs/preference.py)
+    preference: Literal["controlled", "blocked", "context"] = "controlled"  # estimate of it (envs/preference.py)
     preference_decay: float = 0.9  # of the running preference
     context_decay: float = 0.85  # of a context's own part in it, with blocked
     hard_preference: bool = False  # preferences from sampled answers, as published
     batch_weight: float = 0.3  # of the batch's own preference against the running one, with context
     local_weight: float = 0.7  # of a block's own evidence on a context against the running one, with blocked
-    unit_weight: float = 0.1  # of the preference among the people at hand against the context's, with blocked
+    unit_weight: float = 0.3  # of the preference among the people at hand against the context's, with blocked
     baseline: Literal["context", "value", "none"] = "context"
     ppo_epochs: int = 4
     clip_range: float = 0.2
@@ -191,7 +191,7 @@ class ConstraintsSection:
     kl_coefficient: float | None = None  # fixed instead
     dual_learning_rate: float = 0.1
     initial_beta: float = 0.5  # price of one nat at the start
-    minimum_beta: float = 0.05  # and the least; above 0 training takes the ways that cost little KL
+    minimum_beta: float = 0.2  # and the least; above 0 training takes the ways that cost little KL
     sparsity: float = 0.0  # lambda of the L1 norm
     anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too
 
