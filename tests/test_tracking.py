@@ -240,21 +240,20 @@ def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 class Run:
     """A relay with ten records, what it said, and the seconds that the records and the end took."""
 
-    def __init__(self, folder: Path, mode: str = "online", pause: float = 0.0, size: int = 1, **changed: object):
+    def __init__(self, folder: Path, mode: str = "online", size: int = 1, code: int = 0):
         self.folder = folder / "run"
         self.folder.mkdir()
         self.said: list[str] = []
         self.warned: list[str] = []
-        setup = {"mode": mode, "folder": str(self.folder), "timeout": 1.0, "init": {}} | changed
+        setup = {"mode": mode, "folder": str(self.folder), "timeout": 1.0}
         self.relay = Relay(setup, self.said.append, self.warned.append)
         started = time.monotonic()
         self.relay.begin([{"log": {"train/global_step": 0}}])
         for step in range(1, 11):
             self.relay.put({"log": {"train/global_step": step, "padding": "x" * size}})
         self.took = time.monotonic() - started
-        time.sleep(pause)
         started = time.monotonic()
-        self.relay.close(7)
+        self.relay.close(code)
         self.closing = time.monotonic() - started
 
     def told(self, mode: str) -> list[dict]:
@@ -269,7 +268,7 @@ def test_a_process_is_told_everything_in_order(worker, tmp_path: Path) -> None:
     worker("honest")
     run = Run(tmp_path)
     assert run.steps("online") == list(range(1, 11))
-    assert run.told("online")[-1] == {"finish": 7}
+    assert run.told("online")[-1] == {"finish": 0}
     assert (run.said[-1], run.warned) == ("W&B: U", [])
     assert run.relay._worker.process.returncode == 0
     run.relay.close(0)  # again: nothing happens
@@ -298,7 +297,7 @@ def test_what_cannot_be_sent_is_kept_offline_with_one_warning(name: str, reason:
     assert run.took < 0.5
     assert run.closing < 1.0 + 0.5 + 2 * 20
     assert run.steps("offline") == list(range(11))
-    assert run.told("offline")[-1] == {"finish": 7}
+    assert run.told("offline")[-1] == {"finish": 0}
     assert len(run.warned) == 1
     assert run.warned[0].startswith(f"W&B: {reason}")
     assert run.warned[0].endswith("the run is kept offline, send it later with: wandb sync F")
@@ -334,6 +333,14 @@ def test_a_finish_that_hangs_is_cut_and_said(worker, tmp_path: Path) -> None:
     assert 1.0 <= run.closing < 20.0
     assert run.warned == ["W&B: not everything was sent in time; what is missing there is here: wandb sync F"]
     assert run.steps("online") == list(range(1, 11))
+    assert not run.told("offline")
+    assert not tracking_processes(run.folder)
+
+
+def test_a_run_that_ended_early_waits_for_nothing_but_the_server(worker, tmp_path: Path) -> None:
+    worker("does not open")
+    run = Run(tmp_path, code=1)
+    assert run.closing < 1.0 + 2.0
     assert not run.told("offline")
     assert not tracking_processes(run.folder)
 

@@ -3,8 +3,8 @@
 Records go into a bounded memory; a thread starts the process (:mod:`trainers.wandb_worker`) and writes them to it. If
 that cannot reach its server, or stops working, a second one keeps everything in an offline run, which starts with what
 the memory still holds. Closing takes at most ``timeout + SLACK + 2 * LOCAL`` seconds, and nearly always a few: a server
-that does not answer is given up after ``timeout``, usually long before training ends. Then what is left is killed;
-W&B's own service ends with the process that started it.
+that does not answer is given up after ``timeout``, usually long before training ends. After an error or on request it
+takes at most ``timeout`` seconds. Then what is left is killed; W&B's own service ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -136,14 +136,17 @@ class Relay:
         with self._news:
             self._code = code
             self._news.notify()
+        # A run that ended early may be killed soon, so it does not begin anew with keeping things offline.
+        online, local = (self.timeout + SLACK + LOCAL, LOCAL) if code == 0 else (self.timeout, 0.0)
         try:
             self._thread.join(PATIENCE)
             if self._thread.is_alive():
-                self._say(f"waiting for W&B, {self.timeout + SLACK + 2 * LOCAL:.0f} seconds at most")
-                self._thread.join(self.timeout + SLACK + LOCAL - PATIENCE)
+                self._say(f"waiting for W&B, {online + local:.0f} seconds at most")
+                self._thread.join(online - PATIENCE)
             if self._thread.is_alive() and not self._is_offline():
+                self._given_up = not local
                 self._stop_worker()
-            self._thread.join(LOCAL)
+            self._thread.join(local)
         finally:
             self._given_up = True
             if self._thread.is_alive():
@@ -172,6 +175,8 @@ class Relay:
             return f"its process could not be started: {error}"
         done = False
         try:
+            if self._given_up:  # meanwhile, and nobody will stop this one
+                return "there was no time left"
             if reason := self._open(worker):
                 return reason
             self._tell_where(before)
