@@ -17,7 +17,7 @@ from dso.decisions import DecisionError, DecisionSet
 from dso.errors import UserError
 from launch.architecture import Architecture, load_architecture
 from launch.config import TrainConfig
-from launch.estimate import Coefficients, Launch, Memory, batch, coefficients, host_references, memory
+from launch.estimate import IMAGES, Coefficients, Launch, Memory, batch, coefficients, host_references, memory
 from launch.measure import thin
 from launch.session import open_decisions
 
@@ -43,6 +43,14 @@ class Counts:
     def training(self) -> DecisionSet | None:
         """The training split."""
         return self.decisions and self.decisions.select(split=self.config.data.train_split)
+
+    @property
+    def trained(self) -> int | None:
+        """Decisions that training draws from."""
+        split = self.config.data.train_split
+        if self.config.train.unambiguous:
+            return self.together(split)
+        return self.of(split, "ambiguous")
 
     def of(self, split: str, kind: str) -> int | None:
         """Decisions of a kind in a split."""
@@ -76,7 +84,6 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
     part = batch(config, architecture, counts.training, launch)
     validated = counts.together(config.data.validation_split, config.evaluation.validation_stride)
     needed = memory(config, architecture, learned, part, launch, validated)
-    trained = counts.together(config.data.train_split)
     tokens = f"{needed.step.tokens} tokens ({part.source})"
     rows = [
         ("run", str(Path(config.run.folder) / (config.run.name or name))),
@@ -87,7 +94,7 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
         *_training(config, counts, launch),
         ("each process", f"{part.size} decisions at a time, {tokens}"),
         ("exchanged", f"{_size(4 * learned.count)} of gradients a step" if launch.ranks > 1 else "nothing"),
-        *_host(architecture, trained),
+        *_host(architecture, counts.trained),
     ]
     width = max(len(key) for key, _ in rows)
     lines = [f"{key:<{width}}  {value}" for key, value in rows]
@@ -120,7 +127,7 @@ def _missing(config: TrainConfig) -> str | None:
     path = data.set if jsonl else data.options.get("path")
     if path is None or Path(str(path)).expanduser().exists():
         return None
-    if not jsonl and data.set not in SETS:
+    if not jsonl and data.set not in (*SETS, *IMAGES):
         raise DecisionError(f"unknown decision set {data.set!r}. Known are {', '.join(SETS)}, or a .jsonl file")
     return str(path)
 
@@ -151,11 +158,8 @@ def _data(config: TrainConfig, counts: Counts) -> Iterable[tuple[str, str]]:
     yield "decisions", f"{data.set}{note}"
     for split in (data.train_split, data.validation_split, data.test_splits[0]):
         most = "at most " if counts.missing else ""
-        said = [
-            f"{most}{number} {kind}" if number is not None else f"{kind} not known"
-            for kind in ("ambiguous", "unambiguous")
-            for number in [counts.of(split, kind)]
-        ]
+        numbers = {kind: counts.of(split, kind) for kind in ("ambiguous", "unambiguous")}
+        said = [f"{kind} not known" if n is None else f"{most}{n} {kind}" for kind, n in numbers.items()]
         yield f"  {split}", ", ".join(said)
 
 

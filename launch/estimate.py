@@ -21,7 +21,7 @@ from dso.evaluation import CHUNK
 from dso.operators import SteeringOperator, make_operator
 from dso.scoring import Encoded
 from dso.sites import resolve_sites
-from envs.sampler import BlockSampler
+from envs.sampler import BlockSampler, divide
 from launch.architecture import Architecture
 from launch.config import ConfigError, TrainConfig
 from launch.memory import Activations, activations
@@ -148,13 +148,17 @@ def batch(config: TrainConfig, architecture: Architecture, training: DecisionSet
         parts = f" x {launch.parts} parts" if launch.parts > 1 else ""
         reason = f"a step of {whole} decisions cannot be divided among {launch.ranks} processes{parts}"
         raise ConfigError(f"{reason}; raise it, or start fewer", "train.ambiguous")
-    size = math.ceil(whole / shares)
     if training is None:
+        size = math.ceil(whole / shares)
         seen = sight(architecture, IMAGES.get(config.data.set, 0))
         encoded = [_stand_in(number, TEXT_TOKENS + seen.tokens, (1, 1)) for number in range(size)]
         return Batch(size, encoded, seen, f"assumed: {TEXT_TOKENS} tokens of text a decision, answers of one token")
     handles = BlockSampler(training, config.train.ambiguous, config.train.unambiguous, config.train.seed).draw()
-    decisions = [training[int(handle)] for handle in handles[:size]]
+    drawn = [training[int(handle)] for handle in handles]
+    blocks: dict[tuple[str, ...], int] = {}  # as envs.task has them: a process gets whole ones
+    numbers = [blocks.setdefault((d.template, d.unit) if d.unit else (d.id,), len(blocks)) for d in drawn]
+    decisions = [drawn[place] for place in max(divide(numbers, shares), key=len)]
+    size = len(decisions)
     seen = sight(architecture, max(len(decision.images) for decision in decisions))
     tokenizer = _tokenizer(architecture) if not seen.tokens else None
     if tokenizer is None:

@@ -40,8 +40,8 @@ done <"$hostfile"
 [ "$machines" -gt 0 ] || die "$hostfile: names no machine, as in: worker-1 slots=8"
 
 printf '%d machines, %d processes\n' "$machines" "$ranks"
-command=(deepspeed --hostfile "$hostfile" --force_multi --master_port "$port" --module launch.train
-  --config "$config" --deepspeed "$deepspeed" ${rest[@]+"${rest[@]}"})
+command=(deepspeed --hostfile "$hostfile" --force_multi --master_port "$port" --no_local_rank --module launch.train
+  "$config" --deepspeed "$deepspeed" ${rest[@]+"${rest[@]}"})
 show "${command[@]}"
 [ -z "$dry_run" ] || exit 0
 command -v deepspeed >/dev/null || die "deepspeed is not installed; install it with: pip install 'dso[train,distributed]'"

@@ -16,8 +16,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 case ${1-} in -h | --help) usage; exit 0 ;; esac
 parse "$@"
 
-command=(deepspeed ${gpus:+--num_gpus "$gpus"} --master_port "$port" --module launch.train
-  --config "$config" --deepspeed "$deepspeed" ${rest[@]+"${rest[@]}"})
+command=(deepspeed ${gpus:+--num_gpus "$gpus"} --master_port "$port" --no_local_rank --module launch.train
+  "$config" --deepspeed "$deepspeed" ${rest[@]+"${rest[@]}"})
 show "${command[@]}"
 [ -z "$dry_run" ] || exit 0
 command -v deepspeed >/dev/null || die "deepspeed is not installed; install it with: pip install 'dso[train,distributed]'"

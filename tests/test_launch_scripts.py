@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 NODE, HOSTS, SLURM = LAUNCH / "node.sh", LAUNCH / "hosts.sh", LAUNCH / "slurm" / "train.slurm"
 ZERO2 = str(ROOT / "configs" / "deepspeed" / "zero2.json")
+MODULE = ("--no_local_rank", "--module", "launch.train")  # each process knows its rank from LOCAL_RANK
 PATIENCE = 120
 
 RECORD = '{ printf "%s" "${0##*/}"; printf "|%s" "$@"; printf "\\n"; } >>"$LOG"\n'
@@ -127,7 +128,7 @@ def test_a_node_runs_deepspeed_with_the_config_and_hands_the_rest_to_training(ma
     machine.program("deepspeed")
     done = machine.run(NODE, "mine.yaml", "--gpus", "4", "run.name=a b", "--port", "29511", "--resume", "auto")
     assert done.returncode == 0, done.stderr
-    command = ["--num_gpus", "4", "--master_port", "29511", "--module", "launch.train", "--config", "mine.yaml"]
+    command = ["--num_gpus", "4", "--master_port", "29511", *MODULE, "mine.yaml"]
     assert machine.calls_of("deepspeed") == [[*command, "--deepspeed", ZERO2, "run.name=a b", "--resume", "auto"]]
     assert done.stdout == f"+ deepspeed {' '.join(command)} --deepspeed {ZERO2} run.name=a\\ b --resume auto\n"
 
@@ -135,7 +136,7 @@ def test_a_node_runs_deepspeed_with_the_config_and_hands_the_rest_to_training(ma
 def test_a_node_uses_all_accelerators_and_the_deepspeed_file_it_is_given(machine: Machine) -> None:
     machine.program("deepspeed")
     assert machine.run(NODE, "mine", "--deepspeed", "own.json").returncode == 0
-    command = ["--master_port", "29500", "--module", "launch.train", "--config", "mine", "--deepspeed", "own.json"]
+    command = ["--master_port", "29500", *MODULE, "mine", "--deepspeed", "own.json"]
     assert machine.calls_of("deepspeed") == [command]
 
 
@@ -179,8 +180,8 @@ def test_hosts_run_deepspeed_over_the_hostfile(machine: Machine, tmp_path: Path)
     hosts.write_text("# two\nworker-1 slots=8\n\nworker-2 slots=4  # smaller", encoding="utf-8")
     done = machine.run(HOSTS, str(hosts), "mine", "train.steps=5", "--resume", "auto")
     assert done.returncode == 3
-    command = ["--hostfile", str(hosts), "--force_multi", "--master_port", "29500", "--module", "launch.train"]
-    rest = ["--config", "mine", "--deepspeed", ZERO2, "train.steps=5", "--resume", "auto"]
+    command = ["--hostfile", str(hosts), "--force_multi", "--master_port", "29500", *MODULE]
+    rest = ["mine", "--deepspeed", ZERO2, "train.steps=5", "--resume", "auto"]
     assert machine.calls_of("deepspeed") == [[*command, *rest]]
     assert done.stdout.splitlines()[0] == "2 machines, 12 processes"
 
@@ -213,7 +214,7 @@ def test_slurm_starts_one_process_a_task_that_knows_its_rank(machine: Machine) -
     assert done.returncode == 0, done.stderr
     (srun,) = machine.calls_of("srun")
     assert srun[:4] == ["--kill-on-bad-exit=0", "--wait=90", "bash", "-c"]
-    train = ["-u", "-m", "launch.train", "--config", "mine", "--deepspeed", "z3.json", "--resume", "auto"]
+    train = ["-u", "-m", "launch.train", "mine", "--deepspeed", "z3.json", "--resume", "auto"]
     assert srun[5:] == ["rank", "py", *train, "run.name=a b"]
     assert machine.calls_of("py") == [[*train, "run.name=a b"]]
     assert machine.calls_of("rank") == [["5", "1", "16"]]
@@ -312,7 +313,7 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(machine: Machine, tmp_p
     first = [str(hosts)] if script == HOSTS else []
     done = machine.run(script, *first, "mine", "--dry-run", "train.steps=5")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^\+ (deepspeed|srun) .*launch\.train --config mine .*train\.steps=5$", done.stdout, re.M)
+    assert re.search(r"^\+ (deepspeed|srun) .*launch\.train mine .*train\.steps=5$", done.stdout, re.M)
     assert {call[0] for call in machine.calls()} <= {"py"}  # which says where the configs are
 
 
@@ -356,5 +357,5 @@ def test_deepspeed_takes_the_options_that_the_scripts_give_it(machine: Machine, 
     assert machine.run(HOSTS, str(hosts), "mine").returncode == 0
     for call in machine.calls_of("deepspeed"):
         parsed = runner.parse_args(call)
-        assert (parsed.module, parsed.user_script) == (True, "launch.train")
-        assert parsed.user_args == ["--config", "mine", "--deepspeed", ZERO2]
+        assert (parsed.module, parsed.no_local_rank, parsed.user_script) == (True, True, "launch.train")
+        assert parsed.user_args == ["mine", "--deepspeed", ZERO2]
