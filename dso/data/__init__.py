@@ -8,6 +8,9 @@ name           what is decided                                           groups
 ``winobias``   the same in the sentences of WinoBias (files: ``path``)   female, male
 ``synthbias``  which occupation a pronoun of SynthBias refers to         pro, anti
 =============  ========================================================  ==============================
+
+For vision-language models, which of two pictured people is the nurse, the engineer, ... (files: ``path``):
+``socialcounterfactuals`` (gender, race or physical appearance) and ``genderbias_vl`` (female, male).
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dso.data import holdout, pronouns, roles, synthbias, winobias
+from dso.data import genderbias_vl, holdout, pronouns, roles, socialcounterfactuals, synthbias, winobias
 from dso.decisions import DecisionError, DecisionSet, read_jsonl
 
 SETS: dict[str, Callable[..., DecisionSet]] = {
@@ -25,6 +28,8 @@ SETS: dict[str, Callable[..., DecisionSet]] = {
     "pronouns": pronouns.build,
     "winobias": winobias.load,
     "synthbias": synthbias.load,
+    "socialcounterfactuals": socialcounterfactuals.load,
+    "genderbias_vl": genderbias_vl.load,
 }
 
 
