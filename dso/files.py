@@ -1,7 +1,11 @@
-"""Writing files so that a reader never sees half of one: to a temporary name, then renamed."""
+"""Writing files so that a reader never sees half of one: to a temporary name, then renamed.
+
+What a killed process leaves has names that begin with a dot and end in ``.part``; :func:`sweep` tidies up after it.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -9,13 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+PART = ".part"
+OLD = ".old" + PART
+
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` at once: after an error the old content stands and nothing else is left."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = None
     try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
@@ -23,10 +31,11 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a write that fails on a full disk does not say where
+        if temporary is not None:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename in (None, temporary):
+            error.filename, error.filename2 = str(path), None  # a write that fails on a full disk does not say where
         raise
 
 
@@ -40,9 +49,9 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
     """Fill the yielded folder; it takes the place of ``path`` at the end, or vanishes on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
     os.chmod(fresh, 0o755)
-    old = fresh.with_name(fresh.name + ".old")
+    old = fresh.with_name(fresh.name.removesuffix(PART) + OLD)
     try:
         yield fresh
         if path.exists():
@@ -54,3 +63,46 @@ def replace_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what writes into a folder left when they were killed; a folder that was being replaced is put back."""
+    for left in sorted(Path(folder).glob(f".*{PART}")):
+        name = left.name[1:].removesuffix(OLD).removesuffix(PART).rpartition(".")[0]
+        if not name:
+            continue  # not one of ours
+        place = left.with_name(name)
+        if left.name.endswith(OLD) and left.is_dir() and not place.exists():
+            os.replace(left, place)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                left.unlink()
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Let a rename in a folder outlast a power failure; file systems that cannot promise it are believed."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def free_bytes(path: str | Path) -> int:
+    """What may still be written where ``path`` is or would be."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
+
+
+def require_room(path: str | Path, size: int) -> None:
+    """Refuse a write before it begins where the disk has no room for it.
+
+    Raises:
+        OSError: ENOSPC, naming the path.
+    """
+    if (free := free_bytes(path)) < size:
+        reason = f"no space: {size / 1e6:.1f} MB are needed, {free / 1e6:.1f} MB are free"
+        raise OSError(errno.ENOSPC, reason, str(path))

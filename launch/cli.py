@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 
 EXIT_INPUT = 2
-EXIT_STOPPED = 130
+EXIT_STOPPED = 130  # by Ctrl-C; what was done is saved
+EXIT_PREEMPTED = 75  # by SIGTERM, likewise (EX_TEMPFAIL: the same command with --resume auto goes on)
 OWN = {"dso", "envs", "trainers", "launch", "configs"}
 
 
@@ -22,9 +23,13 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a steering from a config")
     train.add_argument("config", help="name of a shipped config, or a path to a YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the config, e.g. train.steps=50")
-    train.add_argument("--resume", action="store_true", help="go on where the run was stopped")
+    resume = "go on where the run was stopped; 'auto': start it if there is nothing to go on from"
+    train.add_argument("--resume", choices=("always", "auto"), metavar="auto", nargs="?", const="always", help=resume)
     train.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
     train.add_argument("--quiet", action="store_true", help="print only the result")
+    train.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, for runs of a launcher")
+    train.add_argument("--dry-run", action="store_true", help="say what the run will be and need, and load nothing")
+    train.add_argument("--ranks", type=_positive, default=1, help="with --dry-run: processes of the run (default: 1)")
 
     _add_evaluate(commands)
 
@@ -50,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; what the user can mend is one line on stderr and exit code 2, a bug keeps its traceback."""
-    arguments = build_parser().parse_args(argv)
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from dso.errors import UserError
 
@@ -77,6 +82,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"dso: {error}", file=sys.stderr)
     return EXIT_INPUT
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments; overrides of a config may stand behind options, which argparse alone does not take."""
+    parser = build_parser()
+    arguments, left = parser.parse_known_args(_with_bare_resume(argv))
+    if left and (arguments.command != "train" or any(word.startswith("-") or "=" not in word for word in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        arguments.overrides += left
+    return arguments
+
+
+def _with_bare_resume(argv: Sequence[str]) -> list[str]:
+    """Keep a bare ``--resume`` from taking the config or an override that follows it for its value."""
+    words = list(argv)
+    for place, word in enumerate(words):
+        if word == "--resume" and words[place + 1 : place + 2] != ["auto"]:
+            words[place] = "--resume=always"
+    return words
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:

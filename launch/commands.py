@@ -20,7 +20,7 @@ from dso.figure import scale_figure
 from dso.files import write_text
 from dso.report import contexts_table, scale_table
 from dso.steering import Steering
-from launch.cli import EXIT_STOPPED
+from launch.cli import EXIT_PREEMPTED, EXIT_STOPPED
 from launch.config import load_config
 from launch.measure import scale_points
 from launch.strict import parse_yaml
@@ -34,17 +34,23 @@ def train(arguments: argparse.Namespace) -> int:
     """``dso train``."""
     config = load_config(arguments.config, arguments.overrides)
     quieten()
+    if arguments.dry_run:
+        from launch.dryrun import dry_run  # it needs what no other command does, and that takes a second
+
+        name = Path(arguments.config).stem
+        print(dry_run(config, name=name, deepspeed=arguments.deepspeed, ranks=arguments.ranks))
+        return 0
     try:
         result = train_run(
             config,
             name=Path(arguments.config).stem,
-            resume=arguments.resume,
+            resume="auto" if arguments.resume == "auto" else bool(arguments.resume),
             overwrite=arguments.overwrite,
             quiet=arguments.quiet,
         )
     except Stopped as stop:
         print(f"dso: {stop}", file=sys.stderr)
-        return EXIT_STOPPED
+        return EXIT_PREEMPTED if stop.preempted else EXIT_STOPPED
     print(report(result))
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ import torch
 from training import contents, letters_set, write_config
 
 import launch.commands
-import launch.train
 from dso.backbone import Backbone
 from dso.decisions import Decision, read_jsonl
 from dso.errors import UserError
@@ -164,8 +164,9 @@ def test_an_unknown_config_is_refused_with_the_nearest(call: Any) -> None:
 def test_a_damaged_state_is_refused_and_kept(tmp_path: Path, model_folder: Path, call: Any, spoil: Any) -> None:
     config = write_config(tmp_path, model_folder)
     assert call("train", config, "train.steps=1", "--quiet").code == 0
-    state = tmp_path / "runs/letters/state/state.safetensors"
-    state.write_bytes(spoil(state.read_bytes()))
+    state = tmp_path / "runs/letters/state/step-1.safetensors"
+    for path in state.parent.iterdir():  # the one before, too, or it would be gone on from
+        path.write_bytes(spoil(path.read_bytes()))
     before = contents(tmp_path / "runs")
     assert_refused(call("train", config, "train.steps=1", "--resume"), str(state))
     assert contents(tmp_path / "runs") == before
@@ -177,7 +178,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(
     config = write_config(tmp_path, model_folder)
     usage = type("Usage", (), {"free": 1_000_000})
     with monkeypatch.context() as patch:
-        patch.setattr(launch.train.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
         assert_refused(call("train", config), f"{tmp_path}/runs/letters: only 1 MB free")
     assert not (tmp_path / "runs").exists()
 

@@ -1,23 +1,18 @@
-"""A training run: its folder, what is shipped, and how it ends when it cannot go on."""
+"""A training run: what it leaves, what is shipped, and what it cannot be made of."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from training import contents, write_config, write_decisions
+from running import FILES, config_of, rows_of
+from training import contents, write_decisions
 
-import launch.train
 from dso.backbone import Backbone
 from dso.data import load_decisions
-from dso.decisions import DecisionError
 from dso.errors import UserError
 from dso.evaluation import Evaluator
 from dso.report import ScalePoint
@@ -25,36 +20,8 @@ from dso.steering import Steering
 from launch.config import ConfigError, TrainConfig, TrainSection, load_config, resolved_yaml
 from launch.measure import scale_points
 from launch.session import open_session, schedule
-from launch.train import Result, RunError, Stopped, train
+from launch.train import Result, train
 from trainers.constraints import FixedKL, KLBudget
-from trainers.ppo import SteeringPPO
-from trainers.state import has_state
-
-FILES = {
-    "config.yaml", "metrics.jsonl", "validation.json", "state/state.safetensors",
-    "curve.json", "curve.png", "report.md",
-    "steering/dso_config.json", "steering/dso_model.safetensors", "steering/README.md",
-}  # fmt: skip
-
-
-def config_of(folder: Path, model: Path, **options: Any) -> TrainConfig:
-    return load_config(str(write_config(folder, model, **options)))
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(folder: Path) -> dict[str, Any]:
-    """What a run has that does not depend on the clock."""
-    rows = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows_of(folder)]
-    files = contents(folder)
-    return {
-        "rows": rows,
-        "tensors": files["steering/dso_model.safetensors"],
-        "curve": files["curve.json"],
-        "validation": files["validation.json"],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -276,217 +243,6 @@ def test_a_split_without_facts_to_mix_in_is_refused(tmp_path: Path, model_folder
     write_decisions(Path(config.data.set), facts=False)
     result = train(config, name="x", quiet=True)
     assert np.isnan(result.points[0].accuracy.value)
-
-
-# The run's folder
-
-
-def test_an_existing_folder_is_left_alone(run: tuple[TrainConfig, Result]) -> None:
-    config, result = run
-    before = contents(result.folder)
-    with pytest.raises(RunError, match="letters: exists; resume it with --resume, replace it with --overwrite"):
-        train(config, name="x")
-    assert contents(result.folder) == before
-
-
-def test_overwrite_replaces_a_run_only_once_the_new_one_can_start(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=1)
-    first = train(config, name="x", quiet=True)
-    before = contents(first.folder)
-    broken = config_of(tmp_path, model_folder, model__name="./none")
-    with pytest.raises(UserError, match="model './none': no "):
-        train(broken, name="x", overwrite=True)
-    assert contents(first.folder) == before
-    (first.folder / "left.txt").write_text("over")
-    second = train(config_of(tmp_path, model_folder, train__steps=2), name="x", overwrite=True, quiet=True)
-    assert contents(second.folder).keys() == FILES
-    assert len([row for row in rows_of(second.folder) if "train/kl" in row]) == 2
-
-
-def test_overwrite_drops_nothing_that_is_no_run(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder)
-    precious = tmp_path / "runs" / "letters"
-    precious.mkdir(parents=True)
-    (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(RunError, match="is no run .* so it is not overwritten"):
-        train(config, name="x", overwrite=True)
-    assert (precious / "thesis.txt").read_text() == "years of work"
-
-
-def test_the_configs_name_is_the_folders_where_none_is_given(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, run__name=None, train__steps=1)
-    assert train(config, name="other", quiet=True).folder == tmp_path / "runs" / "other"
-
-
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path, model_folder: Path) -> None:
-    (tmp_path / "file").write_text("")
-    config = config_of(tmp_path, model_folder, run__folder=str(tmp_path / "file" / "runs"))
-    with pytest.raises(RunError, match="cannot be written; choose another place with run.folder="):
-        train(config, name="x")
-
-
-def test_a_full_disk_is_seen_before_the_run(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = type("Usage", (), {"free": 3_000_000})
-    monkeypatch.setattr(launch.train.shutil, "disk_usage", lambda _: usage)
-    assert "letters: only 3 MB free on its disk; a run needs 200" in unusable(tmp_path, model_folder)
-
-
-def full_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:
-    """Let the disk be full from the given write on."""
-    real, done = os.fsync, []
-
-    def fsync(descriptor: int) -> None:
-        done.append(descriptor)
-        if len(done) > writes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor)
-
-    monkeypatch.setattr("dso.files.os.fsync", fsync)
-
-
-def test_a_disk_that_fills_up_ends_the_run_with_its_state_intact(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_of(tmp_path, model_folder)
-    with monkeypatch.context() as patch:
-        full_after(patch, 3)  # the config and the states at steps 0 and 2
-        with pytest.raises(RunError) as caught:
-            train(config, name="x", quiet=True)
-    state = tmp_path / "runs" / "letters" / "state" / "state.safetensors"
-    assert str(caught.value).startswith(f"{state}: No space left on device; ")
-    assert str(caught.value).endswith("has what was done; go on with the same command and --resume")
-    assert list(contents(state.parent)) == [state.name]
-    result = train(config, name="x", resume=True, quiet=True)
-    assert [row["step"] for row in rows_of(result.folder) if "train/kl" in row] == [20, 40, 60, 80, 100, 120]
-
-
-def test_a_disk_that_is_full_from_the_start_leaves_nothing(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = config_of(tmp_path, model_folder)
-    full_after(monkeypatch, 1)
-    with pytest.raises(RunError, match="No space left on device; nothing was kept"):
-        train(config, name="x", quiet=True)
-    assert not (tmp_path / "runs" / "letters").exists()
-
-
-# Stopping and going on
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Ctrl-C in the middle of a step."""
-    real = SteeringPPO.train
-
-    def interrupted(self: SteeringPPO) -> None:
-        if self.steps_done == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        real(self)
-
-    monkeypatch.setattr(SteeringPPO, "train", interrupted)
-
-
-@pytest.mark.parametrize("step", [3, 4, 6])  # between two measurements, at one, and at the end
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, run: tuple[TrainConfig, Result], step: int
-) -> None:
-    config = config_of(tmp_path, model_folder)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, step)
-        with pytest.raises(Stopped) as caught:
-            train(config, name="x", quiet=True)
-    folder = tmp_path / "runs" / "letters"
-    assert str(caught.value) == (
-        f"stopped after step {step} of 6; {folder} has everything so far. Go on with the same command and --resume"
-    )
-    assert has_state(folder / "state")
-    assert not (folder / "steering").exists()
-    torch.manual_seed(5)
-    result = train(config, name="x", resume=True, quiet=True)
-    assert without_times(result.folder) == without_times(run[1].folder)
-    assert contents(result.folder).keys() == FILES
-
-
-def test_a_finished_run_can_be_measured_again(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=2)
-    first = train(config, name="x", quiet=True)
-    before = without_times(first.folder)
-    (first.folder / "curve.json").unlink()
-    again = train(config, name="x", resume=True, quiet=True)
-    assert without_times(again.folder) == before
-
-
-def test_an_interrupt_before_anything_was_learned_leaves_nothing(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Evaluator, "measure", interrupted)
-    with pytest.raises(Stopped, match="^interrupted; nothing was kept$"):
-        train(config_of(tmp_path, model_folder), name="x", quiet=True)
-    assert not (tmp_path / "runs" / "letters").exists()
-
-
-def test_an_interrupt_while_measuring_keeps_what_was_learned(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    config = config_of(tmp_path, model_folder, train__steps=2)
-    with monkeypatch.context() as patch:
-        patch.setattr(launch.train, "scale_figure", interrupted)
-        with pytest.raises(Stopped, match="interrupted; .*letters has what was done; go on .* --resume"):
-            train(config, name="x", quiet=True)
-    assert contents(train(config, name="x", resume=True, quiet=True).folder).keys() == FILES
-
-
-def test_there_has_to_be_something_to_resume(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder)
-    with pytest.raises(RunError, match="nothing to resume, .* leave --resume away to start"):
-        train(config, name="x", resume=True)
-    (tmp_path / "runs" / "letters").mkdir(parents=True)
-    with pytest.raises(RunError, match="nothing to resume, .* replace it with --overwrite"):
-        train(config, name="x", resume=True)
-
-
-def test_another_config_or_other_decisions_cannot_resume(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=1)
-    folder = train(config, name="x", quiet=True).folder
-    before = contents(folder)
-    with pytest.raises(RunError, match="was trained with another config"):
-        train(config_of(tmp_path, model_folder, train__steps=2), name="x", resume=True)
-    data = Path(config.data.set).read_text()
-    Path(config.data.set).write_text(data.replace("The nurse is", "A nurse is"))
-    with pytest.raises(UserError, match="saved with decision set letters"):
-        train(config, name="x", resume=True)
-    Path(config.data.set).write_text(data)
-    (folder / "state" / "state.safetensors").write_bytes(before["state/state.safetensors"][:-9])
-    with pytest.raises(UserError, match="not a usable state"):
-        train(config, name="x", resume=True)
-    (folder / "state" / "state.safetensors").write_bytes(before["state/state.safetensors"])
-    assert contents(folder) == before
-    (folder / "config.yaml").unlink()
-    with pytest.raises(RunError, match="its config.yaml cannot be read"):
-        train(config, name="x", resume=True)
-
-
-def test_a_bad_decision_in_mid_run_is_told_with_what_was_kept(
-    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = SteeringPPO.train
-
-    def fails(self: SteeringPPO) -> None:
-        if self.steps_done == 3:
-            raise DecisionError("decision 'x': two candidates have the same tokens")
-        real(self)
-
-    monkeypatch.setattr(SteeringPPO, "train", fails)
-    with pytest.raises(DecisionError):
-        train(config_of(tmp_path, model_folder), name="x", quiet=True)
-    assert has_state(tmp_path / "runs" / "letters" / "state")
 
 
 def test_resolved_configs_are_written_whole(run: tuple[TrainConfig, Result]) -> None:

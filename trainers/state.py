@@ -1,97 +1,174 @@
 """What a run needs to go on where it was: written and read in one place, without pickle.
 
-One file, replaced at once, so that a run may be killed at any moment: its tensors are the operators, the optimiser's
-moments, baselines, running preferences, the random generators and what the caller adds; its metadata holds the rest
-as JSON (step, dual variable, sampler) and a SHA-256 of everything, by which damage is found.
+One file a saved step, ``step-N.safetensors``, renamed into its folder when it is whole; the one before stays until the
+next is written, so that a run may be killed at any moment and goes on from the newest whole one. Its tensors are the
+operators, the optimiser's moments, baselines, running preferences, the random generators and what the caller adds; its
+metadata holds the rest as JSON (step, dual variable, sampler), the format, the version of dso and a SHA-256 of
+everything, by which damage is found.
+
+All processes of a run hold the same state: the first writes it, all load what the first has read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
+import re
+import struct
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from dso.decisions import DecisionSet
+import dso
 from dso.errors import UserError
-from dso.files import write_bytes
+from dso.files import require_room, sync_folder, write_bytes
 from trainers.ppo import SteeringPPO
 
-STATE_FILE = "state.safetensors"
-FORMAT = 1
+FORMAT = 2
+_FINGERPRINTS: WeakKeyDictionary[SteeringPPO, str] = WeakKeyDictionary()  # a state is saved often
+NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
 class StateError(UserError):
     """A saved state that cannot be gone on from; the message says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """A whole state as it was read.
+
+    Attributes:
+        path: its file.
+        tensors, facts: what the file holds.
+        passed_over: why newer files were not taken, a line each.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps that were done when it was saved."""
+        return self.facts["step"]
+
+    def differences(self, model: SteeringPPO) -> str:
+        """What is not as it was and may change the last bits of a result; empty if nothing is known."""
+        saved, now = self.facts["made_with"], _made_with(model)
+        return ", ".join(f"{key} {saved.get(key)} then and {now[key]} now" for key in now if saved.get(key) != now[key])
+
+
+def saved_states(folder: str | Path) -> list[Path]:
+    """The saved states of a folder, newest first."""
+    found = [(int(match[1]), path) for path in Path(folder).glob("*") if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
 def has_state(folder: str | Path) -> bool:
     """Whether there is something to go on from."""
-    return (Path(folder) / STATE_FILE).is_file()
+    return bool(saved_states(folder))
 
 
 def save_state(
     folder: str | Path, model: SteeringPPO, extra_tensors: Mapping[str, Tensor], extra_facts: Mapping[str, Any]
 ) -> None:
-    """Write everything that :func:`load_state` restores, all or nothing."""
-    tensors = {f"policy/{key}": value for key, value in model.policy.state_dict().items()}
-    tensors |= {f"task/{key}": value for key, value in model.task.state_dict().items()}
-    optimizer = model.policy.optimizer.state_dict()["state"]
-    tensors |= {f"optimizer/{index}/{key}": value for index, entry in optimizer.items() for key, value in entry.items()}
-    tensors |= {f"extra/{key}": value for key, value in extra_tensors.items()}
+    """Write everything that :func:`load_state` restores, all or nothing; to be called by all processes.
+
+    Raises:
+        OSError: where it cannot be written; what was saved before is whole then.
+    """
+    optimizer = model.optimizer_state()  # every process has a part of it
+    if not model.world.is_main:
+        return
     random_tensors, random_facts = _random_state(model.device)
-    tensors |= {f"random/{key}": value for key, value in random_tensors.items()}
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "policy": model.policy.state_dict(),
+        "task": model.task.state_dict(),
+        "optimizer": optimizer,
+        "random": random_tensors,
+        "extra": extra_tensors,
+    }
     facts = {
+        "step": model.steps_done,
         "setup": _setup(model),
+        "made_with": _made_with(model),
         "timesteps": model.num_timesteps,
         "updates": model._n_updates,
         "kl": model.kl.state_dict(),
+        "guard": model.guard_state(),
         "sampler": model.env.inner.sampler.state_dict(),
         "handles": [int(handle) for handle in model.env.inner.handles],
         "episodes": [episode["r"] for episode in model.ep_info_buffer or ()],
         "random": random_facts,
         "extra": dict(extra_facts),
     }
-    plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    text = json.dumps(facts)
-    write_bytes(Path(folder) / STATE_FILE, save(plain, {"facts": text, "sha256": _digest(plain, text)}))
+    data = _pack({f"{name}/{key}": value for name, part in parts.items() for key, value in part.items()}, facts)
+    path = Path(folder) / f"step-{model.steps_done}.safetensors"
+    require_room(path, len(data))
+    write_bytes(path, data)
+    sync_folder(path.parent)  # the new one is there before an old one goes
+    others = [other for other in saved_states(folder) if other != path]
+    # The last one before this step stays. Later ones are of a time that the run went back from, as they were damaged.
+    before = [other for other in others if _step(other) < model.steps_done]
+    for other in {*others} - {*before[:1]}:
+        other.unlink(missing_ok=True)
 
 
-def load_state(folder: str | Path, model: SteeringPPO) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Restore a model that was set up with the same config; it is untouched after an error.
+def read_state(folder: str | Path) -> SavedState:
+    """The newest whole state of a folder.
+
+    Raises:
+        StateError: if there is none, all are damaged, or it is of another version of dso.
+    """
+    paths, passed = saved_states(folder), []
+    if not paths:
+        raise StateError(f"{folder}: no saved state there")
+    for path in paths:
+        try:
+            tensors, facts = _unpack(path, path.read_bytes())
+        except StateError:
+            raise
+        except (OSError, SafetensorError, ValueError) as error:
+            passed.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+            continue
+        return SavedState(path, tensors, facts, tuple(passed))
+    raise StateError(f"no saved state is usable: {'; '.join(passed)}")
+
+
+def load_state(saved: SavedState, model: SteeringPPO) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Restore a model that was set up with the same config; it is untouched after an error. For all processes.
 
     Returns:
         the extra tensors and facts that were saved.
 
     Raises:
-        StateError: if the state is missing, damaged, or of another set-up.
+        StateError: if the state is of another set-up.
     """
-    path = Path(folder) / STATE_FILE
-    tensors, facts = _read(path)
+    facts = saved.facts
     for name, value in _setup(model).items():
         if facts["setup"].get(name) != value:
-            raise StateError(f"{path}: saved with {name} {facts['setup'].get(name)}, now it is {value}")
-    part = {name: _below(tensors, name) for name in ("policy", "task", "optimizer", "random", "extra")}
+            raise StateError(f"{saved.path}: saved with {name} {facts['setup'].get(name)}, now it is {value}")
+    part = {name: _below(saved.tensors, name) for name in ("policy", "task", "optimizer", "random", "extra")}
     for name, own in (("policy", model.policy.state_dict()), ("task", model.task.state_dict())):
-        _require_same_shapes(path, part[name], own)
+        _require_same_shapes(saved.path, part[name], own)
     model.policy.load_state_dict(part["policy"])
     model.task.load_state_dict({key: value.to(model.device) for key, value in part["task"].items()})
-    entries: dict[int, dict[str, Tensor]] = {}
-    for key, value in part["optimizer"].items():
-        index, name = key.split("/", 1)
-        entries.setdefault(int(index), {})[name] = value  # moved to the parameters' device where it has to be
-    groups = model.policy.optimizer.state_dict()["param_groups"]
-    model.policy.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    model.load_optimizer_state(part["optimizer"])
     model.num_timesteps, model._n_updates = facts["timesteps"], facts["updates"]
     model.kl.load_state_dict(facts["kl"])
+    model.load_guard_state(facts["guard"])
     handles = model.env.inner.restore(facts["sampler"], facts["handles"])
     model._last_obs, model._last_episode_starts = handles, np.ones(len(handles), dtype=bool)
     episodes = ({"r": reward, "l": 1, "t": 0.0} for reward in facts["episodes"])
@@ -104,38 +181,64 @@ def load_state(folder: str | Path, model: SteeringPPO) -> tuple[dict[str, Tensor
 def _setup(model: SteeringPPO) -> dict[str, Any]:
     """What has to be the same for a state to fit, under the names that messages call it by."""
     return {
-        "format": FORMAT,
         "estimator": model.estimator,
         "KL constraint": type(model.kl).__name__,
         "decisions a step": model.env.num_envs,
-        "decision set": _fingerprint(model.task.decisions),
+        "decision set": _fingerprint(model),
+        "base weights": model.policy.steering.config.fingerprint[:16],
     }
 
 
-def _fingerprint(decisions: DecisionSet) -> str:
-    digest = hashlib.sha256()
-    for decision in decisions:
-        digest.update(json.dumps(decision.to_json(), sort_keys=True).encode())
-    return f"{decisions.name} ({len(decisions)} decisions, {digest.hexdigest()[:12]})"
+def _made_with(model: SteeringPPO) -> dict[str, Any]:
+    """What has to be the same for a run to go on bit for bit."""
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": model.world.size,
+    }
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it has no __iter__)
-    except FileNotFoundError as error:
-        raise StateError(f"{path}: no saved state there") from error
-    except (OSError, SafetensorError) as error:
-        raise StateError(f"{path}: not a usable state: {error}") from error
-    text = metadata.get("facts", "")
-    if metadata.get("sha256") != _digest(tensors, text):
-        raise StateError(f"{path}: damaged (its SHA-256 is not the one it states)")
-    return tensors, json.loads(text)
+def _fingerprint(model: SteeringPPO) -> str:
+    if model not in _FINGERPRINTS:
+        decisions, digest = model.task.decisions, hashlib.sha256()
+        for decision in decisions:
+            digest.update(json.dumps(decision.to_json(), sort_keys=True).encode())
+        _FINGERPRINTS[model] = f"{decisions.name} ({len(decisions)} decisions, {digest.hexdigest()[:12]})"
+    return _FINGERPRINTS[model]
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
+def _pack(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
+    plain = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
+    about = {"format": str(FORMAT), "version": dso.__version__, "facts": json.dumps(facts)}
+    return save(plain, about | {"sha256": _digest(plain, about)})
+
+
+def _unpack(path: Path, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a file's content.
+
+    Raises:
+        ValueError, SafetensorError: if the content is not whole.
+        StateError: if it is of another version.
+    """
+    tensors = load(data)
+    length = struct.unpack("<Q", data[:8])[0]  # safetensors: the header's size, the header as JSON, the tensors
+    about = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+    stated = about.pop("sha256", None)
+    if about.get("format") == str(FORMAT) and stated != _digest(tensors, about):
+        raise ValueError("damaged (its SHA-256 is not the one it states)")
+    if (about.get("format"), about.get("version")) != (str(FORMAT), dso.__version__):
+        raise StateError(
+            f"{path}: saved by dso {about.get('version')} (state format {about.get('format')}), this is dso "
+            f"{dso.__version__} (format {FORMAT}); go on with that version, or start anew with --overwrite"
+        )
+    return tensors, json.loads(about["facts"])
+
+
+def _digest(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for key in sorted(tensors):
         digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
         digest.update(tensors[key].numpy().tobytes())
@@ -149,21 +252,32 @@ def _require_same_shapes(path: Path, saved: Mapping[str, Tensor], own: Mapping[s
             raise StateError(f"{path}: of another steering or baseline: {key} was {found[0]}, now it is {found[1]}")
 
 
-def _random_state(device: torch.device) -> tuple[dict[str, Tensor], list[Any]]:
-    """torch's generators, which draw answers and anchors, and NumPy's, which shuffles PPO's minibatches."""
+def _random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """torch's generators, which draw answers and anchors, NumPy's, which shuffles PPO's minibatches, and Python's."""
     kind, keys, *rest = np.random.get_state()
-    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    version, words, gauss = random.getstate()
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "python": torch.tensor(words, dtype=torch.int64),
+    }
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
-    return tensors, [kind, *rest]
+    return tensors, {"numpy": [kind, *rest], "python": [version, gauss]}
 
 
-def _restore_random(tensors: Mapping[str, Tensor], facts: list[Any], device: torch.device) -> None:
+def _restore_random(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(tensors["torch"])
-    kind, *rest = facts
+    kind, *rest = facts["numpy"]
     np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *rest))
+    version, gauss = facts["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
     if device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def _step(path: Path) -> int:
+    return int(NAME.fullmatch(path.name)[1])
 
 
 def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
