@@ -143,6 +143,22 @@ def test_no_secret_is_in_any_file_of_the_run(offline: Offline) -> None:
         assert not [name for name, value in SECRETS.items() if value.encode() in content], path
 
 
+def test_the_command_that_is_named_sends_an_offline_run(offline: Offline, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, result, home, said = offline
+    (line,) = [line for line in said if "wandb sync" in line]
+    program, *arguments = line.split(": ")[-1].split()
+    with serving("well") as server:
+        clean_environment(monkeypatch, home, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
+        command = [str(Path(sys.executable).with_name(program)), *arguments]
+        done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    name = json.loads((result.folder / "wandb.json").read_text())["id"]
+    assert {run["name"] for run in server.runs} == {name}
+    sent = [(row["train/global_step"], row["train/kl"]) for row in server.history if "train/kl" in row]
+    assert sent == expected_scalars(result.folder, "train/kl")
+    assert "steering" in {artifact["input"]["artifactTypeName"] for artifact in server.artifacts}
+
+
 def test_a_resumed_run_has_the_same_id_and_its_whole_history(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,8 +324,13 @@ def test_no_process_outlives_one_that_is_killed(tmp_path: Path, monkeypatch: pyt
     assert steps == list(range(1, len(steps) + 1))  # those that it was told
 
 
-def test_an_error_ends_the_run_as_failed(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean_environment(monkeypatch, tmp_path / "home")
+def test_an_error_ends_the_run_as_failed_also_that_of_a_sweep(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameters = tmp_path / "parameters.yaml"
+    parameters.write_text("wandb_version: 1\ntrain.seed: {desc: null, value: 0}\n")
+    agent = {"RUN_ID": "1e234567", "SWEEP_ID": "swept", "SWEEP_PARAM_PATH": str(parameters), "PROJECT": "of-the-sweep"}
+    clean_environment(monkeypatch, tmp_path / "home", **{f"WANDB_{name}": value for name, value in agent.items()})
     config = config_of(tmp_path, model_folder, mode="offline")
 
     def broken(*_: Any) -> None:
@@ -321,5 +342,7 @@ def test_an_error_ends_the_run_as_failed(tmp_path: Path, model_folder: Path, mon
     folder = Path(config.run.folder) / "letters"
     logged = read(offline_runs(folder)[0])
     assert logged.exit_code == 1
+    assert (logged.run.run_id, logged.run.sweep_id, logged.run.project) == ("1e234567", "swept", "of-the-sweep")
+    assert logged.config["train.seed"] == logged.config["train"]["seed"] == 0
     check_scalars(logged, folder)
     assert gone(folder)
