@@ -57,10 +57,16 @@ class EngineLearner(Learner):
         super().__init__(policy, max_norm, parts)
 
     def pass_through(self, work: Callable[[], T]) -> T:
-        return self._run(self._whole, work)
+        box: list[T] = []
+
+        def fill() -> None:  # stage 3 looks into what a module returns, and takes tensors only
+            box.append(self._whole.in_step(work))
+
+        self._run(self._whole, fill)
+        return box[0]
 
     def forward(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        return self._run(self.engine, work)
+        return self._run(self.engine, lambda: self._whole.in_step(work))
 
     def _run(self, through: Callable[[], T], work: Callable[[], T]) -> T:
         self._whole.work = work
@@ -92,24 +98,20 @@ class EngineLearner(Learner):
     def optimizer_state(self) -> dict[str, Tensor]:
         if self.stage == 0:
             return super().optimizer_state()
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        states = list(self.optimizer.state.values())
+        first = next(iter(self.optimizer.state.values()))
         found: dict[str, Tensor] = {}
-        for index, parameter in enumerate(self.parameters):
-            for name in states[0]:
-                if name == "step":
-                    found[f"{index}/step"] = states[0]["step"].clone()
-                elif name != "size":
-                    full = self.world.guard(lambda p=parameter, n=name: safe_get_full_optimizer_state(p, n))
-                    found[f"{index}/{name}"] = full.clone()
+        for name, value in first.items():
+            if name == "step":  # one for all parameters
+                found |= {f"{index}/step": value.clone() for index in range(len(self.parameters))}
+            elif name != "size":
+                found |= {f"{index}/{name}": whole for index, whole in enumerate(self._whole_entries(name))}
         return found
 
     def take_over(self) -> None:
         if self.stage > 0:
             self._gather()
             for parameter in self.parameters:
-                self._set(parameter, parameter.detach(), None)
+                self._put(parameter, parameter, None)
         if self.stage == 3:
             self._store()
         super().take_over()
@@ -135,21 +137,39 @@ class EngineLearner(Learner):
                 state["step"].copy_(next(iter(values.values())))
         else:
             for index, value in values.items():
-                self._set(self.parameters[index], value, name)
+                self._put(self.parameters[index], value, name)
 
-    def _set(self, parameter: Tensor, value: Tensor, name: str | None) -> None:
-        """Set this process's slice of a parameter's entry in the optimiser's state, or of the parameter itself."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    def _own(self, parameter: Tensor, name: str | None) -> tuple[Tensor, int]:
+        """This process's slice of an entry of the optimiser's state, or of the float32 parameter itself; where it is.
 
-        if self.stage == 3:  # DeepSpeed's own function for whole values leaves the padding of the last slice out
-            size = parameter.ds_tensor.numel()
-            padded = torch.nn.functional.pad(value.detach().flatten().to(parameter.device), (0, size * self.world.size))
-            own = padded[size * self.world.rank : size * (self.world.rank + 1)]
-            self.engine.optimizer.set_local_hp_param(own, parameter, name)
-        elif name is None:
-            safe_set_full_fp32_param(parameter, value.to(parameter.device))
-        else:
-            safe_set_full_optimizer_state(parameter, value.to(parameter.device), name)
+        Returns:
+            (n,) the slice, a view; and its start in the flat parameter, beyond whose end stage 3 pads the last one.
+        """
+        if self.stage == 3:
+            own = self.engine.optimizer._get_fp32_opt_state_partition(parameter, False, name)[0].detach()
+            return own, self.world.rank * own.numel()
+        if (mapping := parameter._hp_mapping) is None:
+            return torch.empty(0), 0
+        flat = self.optimizer.param_groups[mapping.param_group_index]["params"][0]
+        entry = flat.detach() if name is None else self.optimizer.state[flat][name]
+        place = mapping.hp_fragment_address
+        return entry.narrow(0, place.start, place.numel), mapping.lp_fragment_address.start
+
+    def _put(self, parameter: Tensor, value: Tensor, name: str | None) -> None:
+        own, start = self._own(parameter, name)
+        part = value.detach().flatten()[start : start + own.numel()]
+        own[: part.numel()].copy_(part)
+
+    def _whole_entries(self, name: str) -> list[Tensor]:
+        """An entry of the optimiser's state for each parameter, put together from all processes in one exchange."""
+        sizes = [parameter.numel() for parameter in self.parameters]
+        flat = torch.zeros(sum(sizes), device=self.parameters[0].device)
+        for parameter, whole in zip(self.parameters, flat.split(sizes), strict=True):
+            own, start = self._own(parameter, name)
+            part = whole[start : start + own.numel()]
+            part.copy_(own[: part.numel()])
+        entries = self.world.all_sum(flat).split(sizes)
+        return [entry.view(p.shape).clone() for entry, p in zip(entries, self.parameters, strict=True)]
 
     def _gather(self) -> None:
         """Stage 3: make the operators whole again where a step that was left out has not."""
@@ -176,7 +196,11 @@ class _Whole(nn.Module):
         self._in_step = in_step
 
     def forward(self) -> Any:
-        result = self.work()
+        return self.work()
+
+    def in_step(self, work: Callable[[], T]) -> T:
+        """Do work with as many passes as it takes the other processes."""
+        result = work()
         if self._in_step is None:
             return result
         nothing = self._in_step.finish()
