@@ -326,7 +326,7 @@ def vl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 @pytest.mark.parametrize("meta", [genderbias_vl.META, "questions.parquet"])
 def test_genderbias_vl_pairs_a_picture_with_its_counterfactual(vl, tmp_path, meta):
     folder, _ = vl
-    decisions = load_decisions("genderbias_vl", path=folder, meta=meta, layout="two", pictures=tmp_path)
+    decisions = load_decisions("genderbias-vl", path=folder, meta=meta, layout="two", pictures=tmp_path)
     assert set(decisions.contexts) == {"chief executive", "executive secretary", "waiter", "cook"}
     assert len(decisions) == 16 // 2 * 8
     for decision in decisions:

@@ -10,7 +10,7 @@ name           what is decided                                           groups
 =============  ========================================================  ==============================
 
 For vision-language models, which of two pictured people is the nurse, the engineer, ... (files: ``path``):
-``socialcounterfactuals`` (gender, race or physical appearance) and ``genderbias_vl`` (female, male).
+``socialcounterfactuals`` (gender, race or physical appearance) and ``genderbias-vl`` (female, male).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SETS: dict[str, Callable[..., DecisionSet]] = {
     "winobias": winobias.load,
     "synthbias": synthbias.load,
     "socialcounterfactuals": socialcounterfactuals.load,
-    "genderbias_vl": genderbias_vl.load,
+    "genderbias-vl": genderbias_vl.load,
 }
 
 
