@@ -14,14 +14,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from launch.strict import ConfigError, build, dump_yaml, nearest, override, parse_override, parse_yaml, require
 
-__all__ = ["ConfigError", "TrainConfig", "known_configs", "load_config", "resolved_yaml"]
+__all__ = ["ConfigError", "TrainConfig", "known_configs", "load_config", "read_config", "resolved_yaml"]
+
+T = TypeVar("T")
 
 
 def _at_least(low: float, **values: float | None) -> None:
@@ -144,6 +146,9 @@ class TrainSection:
     ppo_epochs: int = 4
     clip_range: float = 0.2
     max_grad_norm: float = 1e3
+    accumulation: int = 1  # parts that a process learns its share of a step in; more take less memory and more time
+    gradient_checkpointing: bool = False  # layers' activations are computed again in the backward pass, not kept
+    max_skipped: int = 5  # steps in a row whose numbers are not finite before the run stops
     length_normalised: bool = False  # candidates' log-probabilities by their number of tokens
     seed: int = 0
     threads: int | None = None  # torch's own choice
@@ -151,7 +156,10 @@ class TrainSection:
 
     def __post_init__(self) -> None:
         _at_least(1, steps=self.steps, ambiguous=self.ambiguous, ppo_epochs=self.ppo_epochs, threads=self.threads)
+        _at_least(1, accumulation=self.accumulation, max_skipped=self.max_skipped)
         _at_least(0, unambiguous=self.unambiguous, fisher_batches=self.fisher_batches)
+        enough = self.accumulation <= self.ambiguous + self.unambiguous
+        require(enough, "accumulation", f"a step has fewer decisions than {self.accumulation} parts")
         _positive(fisher_damping=self.fisher_damping)
         _at_least(0, unambiguous_weight=self.unambiguous_weight)
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "must be two numbers in [0, 1)")
@@ -256,9 +264,10 @@ class RunSection:
     tracking: Literal["none", "tensorboard", "wandb"] = "none"
     wandb: WandbSection = field(default_factory=WandbSection)
     save_every: int = 10  # steps; how much a run that is killed has to do again
+    timeout: float = 600.0  # seconds that processes of a run wait for each other before they give up
 
     def __post_init__(self) -> None:
-        _at_least(1, save_every=self.save_every)
+        _at_least(1, save_every=self.save_every, timeout=self.timeout)
         _filled(folder=self.folder, name=self.name)
         plain = self.name is None or (self.name not in (".", "..") and not {*self.name} & {*"/\\\0"})
         require(plain, "name", f"must be a name, not a path, found {self.name!r}; the place is run.folder")
@@ -277,9 +286,9 @@ class TrainConfig:
     run: RunSection = field(default_factory=RunSection)
 
 
-def known_configs() -> tuple[str, ...]:
-    """The names of the shipped configs."""
-    names = (entry.name for entry in files("configs").iterdir() if entry.is_file())
+def known_configs(folder: str = ".") -> tuple[str, ...]:
+    """The names of the shipped configs: of ``dso train``, or those that a folder of the package ``configs`` holds."""
+    names = (entry.name for entry in files("configs").joinpath(folder).iterdir() if entry.is_file())
     return tuple(sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml")))
 
 
@@ -287,28 +296,43 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig
     """The config of a shipped name or a YAML file, with ``key=value`` overrides applied in order.
 
     Raises:
+        ConfigError: as :func:`read_config`.
+    """
+    return read_config(TrainConfig, name_or_path, overrides)
+
+
+def read_config(kind: type[T], name_or_path: str, overrides: Sequence[str] = (), folder: str = ".") -> T:
+    """A config of any kind, with ``key=value`` overrides applied in order.
+
+    Args:
+        kind: the dataclass of its sections.
+        name_or_path: the name of a shipped config, or a path to a YAML file.
+        folder: of the package ``configs``, which holds the shipped ones of this kind.
+
+    Raises:
         ConfigError: if there is no such config, or it or an override holds a mistake; the message names the file or
             the override, the dotted path, and what to do.
     """
-    source, text = _read(str(name_or_path))
+    source, text = _read(str(name_or_path), folder)
     parsed = [(item, *parse_override(item)) for item in overrides]
     try:
         raw = parse_yaml(text)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
-    require(isinstance(raw, dict), "", f"{source}: expected a mapping of sections ({', '.join(_sections())})")
+    sections = ", ".join(entry.name for entry in fields(kind))
+    require(isinstance(raw, dict), "", f"{source}: expected a mapping of sections ({sections})")
     try:
         for _, path, value in parsed:
-            raw = override(TrainConfig, raw, path, value)
-        return build(TrainConfig, raw)
+            raw = override(kind, raw, path, value)
+        return build(kind, raw)
     except ConfigError as error:
         blamed = next((item for item, path, _ in reversed(parsed) if _related(path, error.path)), None)
         where = source if blamed is None else f"override {blamed!r}"
         raise ConfigError(f"{where}: {error}") from error
 
 
-def resolved_yaml(config: TrainConfig) -> str:
-    """Every value of a config, the defaults too, as YAML that :func:`load_config` reads back as an equal config."""
+def resolved_yaml(config: object) -> str:
+    """Every value of a config, the defaults too, as YAML that :func:`read_config` reads back as an equal config."""
     return dump_yaml(config)
 
 
@@ -318,15 +342,12 @@ def _related(path: str, other: str) -> bool:
     return all(a == b for a, b in zip(left, right, strict=False))
 
 
-def _sections() -> tuple[str, ...]:
-    return tuple(TrainConfig.__dataclass_fields__)
-
-
-def _read(name_or_path: str) -> tuple[str, str]:
+def _read(name_or_path: str, folder: str) -> tuple[str, str]:
     """The text of a config, and what messages call it."""
-    known = known_configs()
+    known = known_configs(folder)
     if name_or_path in known:
-        return f"config {name_or_path}", (files("configs") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+        shipped = files("configs").joinpath(folder, f"{name_or_path}.yaml")
+        return f"config {name_or_path}", shipped.read_text(encoding="utf-8")
     path = Path(name_or_path)
     stem = path.name.removesuffix(".yaml")
     guess = nearest(stem, known)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,15 @@ import torch
 from dso.backbone import Backbone
 from dso.data import load_decisions
 from dso.decisions import DecisionSet, check_target
+from dso.evaluation import Evaluator
 from dso.steering import Handle, Steering
 from envs.decision import DecisionVectorEnv
 from envs.task import DecisionTask, RewardConfig
 from launch.config import ConfigError, TrainConfig, TrainSection
+from trainers.checkpointing import checkpoint_layers
 from trainers.constraints import FixedKL, KLBudget
+from trainers.distributed import World
+from trainers.measuring import SharedEvaluator
 from trainers.ppo import SteeringPPO
 from trainers.vec import DecisionVecEnv
 
@@ -39,36 +44,60 @@ class Session:
     handle: Handle
     trainer: SteeringPPO
 
+    def evaluator(self, decisions: DecisionSet, **options: Any) -> Evaluator | SharedEvaluator:
+        """An evaluator of some decisions with the steering; with several processes, for all of them together."""
+        options = {"length_normalised": self.config.train.length_normalised, **options}
+        if not self.trainer.learner.shared:
+            return Evaluator(self.backbone, decisions, self.handle, **options)
+        return SharedEvaluator(self.trainer.learner, self.backbone, decisions, self.handle, **options)
 
-def open_session(config: TrainConfig) -> Session:
+
+def open_session(config: TrainConfig, world: World | None = None, deepspeed: dict[str, Any] | None = None) -> Session:
     """Load and wire up what a config names; every mistake in it is raised before the model is loaded where possible.
+
+    Args:
+        world, deepspeed: of :func:`launch.processes.open_world`, where a launcher started several processes.
 
     Raises:
         UserError: naming what is wrong, as a ConfigError, DecisionError, ModelNotFound or SteeringError.
     """
+    world = world or World()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     decisions = open_decisions(config)
     anchors = _anchors(config.constraints.anchors)
-    backbone = load_backbone(config)
+    divided = deepspeed is not None and deepspeed["zero_optimization"].get("stage") == 3
+    # What no single accelerator may have room for is read into host memory, and divided from there.
+    backbone = load_backbone(config, "cpu" if divided else world.device)
+    if config.train.gradient_checkpointing and not checkpoint_layers(backbone.model):
+        raise ConfigError(f"{config.model.name} has no layers that can be checkpointed", "train.gradient_checkpointing")
     seed_everything(config.train.seed)
-    steering = _steering(config, backbone, decisions)
+    steering = open_steering(config, backbone, decisions)
     handle = steering.attach(backbone.model)
+    if divided:
+        from trainers.engine import divide_weights
+
+        divide_weights(backbone.model, deepspeed, world)
+        steering.to(backbone.device)
     training = decisions.select(split=config.data.train_split)
-    reward = RewardConfig(
-        form=config.train.reward,
-        width=config.train.smooth_width,
-        dead_zone=config.train.dead_zone,
-        abstain=config.train.abstain_reward,
-        estimate=config.train.preference,
-        decay=config.train.preference_decay,
-        context_decay=config.train.context_decay,
-        batch_weight=config.train.batch_weight,
-        local_weight=config.train.local_weight,
-        unit_weight=config.train.unit_weight,
+    task = DecisionTask(backbone, training, config.data.target, reward_config(config.train), handle, anchors=anchors)
+    return Session(config, backbone, decisions, steering, handle, _trainer(config, task, steering, world, deepspeed))
+
+
+def reward_config(train: TrainSection) -> RewardConfig:
+    """How decisions are rewarded, from the keys of that name in the section ``train``."""
+    return RewardConfig(
+        form=train.reward,
+        width=train.smooth_width,
+        dead_zone=train.dead_zone,
+        abstain=train.abstain_reward,
+        estimate=train.preference,
+        decay=train.preference_decay,
+        context_decay=train.context_decay,
+        batch_weight=train.batch_weight,
+        local_weight=train.local_weight,
+        unit_weight=train.unit_weight,
     )
-    task = DecisionTask(backbone, training, config.data.target, reward, handle, anchors=anchors)
-    return Session(config, backbone, decisions, steering, handle, _trainer(config, task, steering))
 
 
 def open_decisions(config: TrainConfig) -> DecisionSet:
@@ -91,27 +120,31 @@ def open_decisions(config: TrainConfig) -> DecisionSet:
     return decisions
 
 
-def load_backbone(config: TrainConfig) -> Backbone:
-    """The backbone of a config.
+def load_backbone(config: TrainConfig, device: str | torch.device | None = None) -> Backbone:
+    """The backbone of a config, on the device that it names unless another one is given.
 
     Raises:
         ConfigError: if the device is none that torch knows, or is not there.
         ModelNotFound: if there is no such model.
     """
     model = config.model
-    if model.device is not None:
+    device = model.device if device is None else str(device)
+    if device is not None:
         try:
-            torch.empty(0, device=model.device)
+            torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with the device
-            raise ConfigError(
-                f"{model.device!r} cannot be used: {str(error).splitlines()[0]}", "model.device"
-            ) from error
+            raise ConfigError(f"{device!r} cannot be used: {str(error).splitlines()[0]}", "model.device") from error
     return Backbone.load(
-        model.name, revision=model.revision, dtype=model.dtype, device=model.device, max_tokens=model.max_tokens
+        model.name, revision=model.revision, dtype=model.dtype, device=device, max_tokens=model.max_tokens
     )
 
 
-def _steering(config: TrainConfig, backbone: Backbone, decisions: DecisionSet) -> Steering:
+def open_steering(config: TrainConfig, backbone: Backbone, decisions: DecisionSet) -> Steering:
+    """A fresh steering as a config wants it, on the backbone's device.
+
+    Raises:
+        ConfigError: if the model has no such sites.
+    """
     wanted = config.steering
     try:
         steering = Steering.for_model(
@@ -137,7 +170,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _trainer(config: TrainConfig, task: DecisionTask, steering: Steering) -> SteeringPPO:
+def _trainer(
+    config: TrainConfig, task: DecisionTask, steering: Steering, world: World, deepspeed: dict[str, Any] | None
+) -> SteeringPPO:
     train, limits = config.train, config.constraints
     env = DecisionVecEnv(DecisionVectorEnv(task, train.ambiguous, train.unambiguous, seed=train.seed))
     if limits.kl_budget is not None:
@@ -164,6 +199,10 @@ def _trainer(config: TrainConfig, task: DecisionTask, steering: Steering) -> Ste
         n_epochs=train.ppo_epochs,
         clip_range=train.clip_range,
         max_grad_norm=train.max_grad_norm,
+        accumulation=train.accumulation,
+        max_skipped=train.max_skipped,
+        world=world,
+        deepspeed=deepspeed,
         seed=train.seed,
     )
 
