@@ -1,11 +1,12 @@
 """First names, by group, and which split each of them belongs to.
 
 ``gender``: common given names of the United States that readers take for one gender. Names that are also everyday
-English words (Grace, Hope, Mark, Will, Rose) are left out. The first list of each gender holds names that are one token
-with their leading blank in SmolLM2's vocabulary of 49k entries; these run short for women, so further lists hold names of
-two and three tokens. Pairs are formed within a list, so that both candidates of a decision have the same number of tokens
-there. What training does about a preference common to all women or men carries over to other names only as far as the
-training names stand for them, so there are about as many for training as for the test.
+English words (Grace, Hope, Mark, Will, Rose) are left out. The first list of each gender holds names that are one
+token with their leading blank in SmolLM2's vocabulary of 49k entries; these run short for women, so further lists
+hold names of two and three tokens. Pairs are formed within a list, so that both candidates of a decision have the
+same number of tokens there. What training does about a preference for women or men in general carries over to other
+names only as far as the training names stand for them, so there are about as many of them as for the test; the last
+two lists serve training and validation alone.
 
 ``gender x race``: all names of Bertrand and Mullainathan, "Are Emily and Greg More Employable than Lakisha and
 Jamal?", AER 94 (2004); names of Greenwald, McGhee and Schwartz (1998) as listed by Caliskan, Bryson and Narayanan,
@@ -38,12 +39,9 @@ Rosa Jessica Judy Edith Marie Ana Amy Martha
 """
 
 _FEMALE_TWO_TOKENS = """
-Eloise Megan Sheri Ethel Kathryn Cecilia Roberta Kristen Rosemary Leona Cynthia Selena Pamela Elaine Sabrina
-Connie Bethany Colleen Suzanne Valerie Kathy Danielle Josie Heidi Audrey Vanessa Johanna Muriel Irene Juanita
-Chelsea Mandy Courtney Madeline Elisa Loretta Laurie Kimberly Camille Pauline Joanna Doris Jodi Stella Greta
-Rita Janice Denise Renee Anita Natalie Kristina Paula Tricia Tammy Jacqueline Nora Melanie Ursula Elsie Irma
-Beverly Carla Mildred Tina Brenda Donna Cindy Gloria Jeanne Gail Brittany Dolores Erica Cheryl Alexis Sadie Lori
-Antonia Myra Norma Jenna Janine Carolyn Theresa Silvia Gladys Sonia Hilda Velma Sonya
+Janice Cindy Heidi Irene Tina Brittany Valerie Brenda Donna Vanessa Megan Erica Lori Pamela Natalie Beverly
+Kimberly Doris Cheryl Suzanne Gloria Danielle Kathy Carolyn Theresa Cynthia Joanna Audrey Jacqueline Melanie
+Elaine Denise
 """
 
 _MALE = """
@@ -59,12 +57,22 @@ Samuel Chad Maurice Gerald Nicholas Curtis Jack
 """
 
 _MALE_TWO_TOKENS = """
-Julio Desmond Roberto Sylvester Wilbur Ira Nate Jared Everett Leroy Angelo Toby Elmer Rodrigo Vince Armando
-Elliot Damon Marcos Ignacio Rudolph Garrett Ramon Ernesto Derrick Evan Johnathan Archie Tomas Wilfred Clint
-Randy Xavier Rafael Quentin Liam Hector Cody Kyle Rudy Alfredo Terrence Damian Myron Clyde Bernie Cesar Alvin
-Javier Gerard Duane Alberto Lance Arturo Marvin Hank Fredrick Trevor Tobias Corey Raul Travis Gustavo Dominic
-Willard Ricky Derek Brandon Andres Kenny Dustin Shane Orville Eduardo Zachary Lyle Emanuel Darren Tyrone Otis
-Guillermo Ricardo Gavin Melvin Mickey Jamal Danny Rodney Eddie Ronnie Lester
+Dustin Rodney Brandon Leroy Duane Javier Derrick Danny Cody Travis Jared Rafael Eddie Raul Zachary Clyde Darren
+Lester Lance Randy Ramon Marvin Melvin Ricky Ricardo Roberto Derek Shane Corey Kyle Hector Ronnie
+"""
+
+_FEMALE_MORE = """
+Eloise Sheri Ethel Kathryn Cecilia Roberta Kristen Rosemary Leona Selena Sabrina Connie Bethany Colleen Josie
+Johanna Muriel Juanita Chelsea Mandy Courtney Madeline Elisa Loretta Laurie Camille Pauline Jodi Stella Greta
+Rita Renee Anita Kristina Paula Tricia Tammy Nora Ursula Elsie Irma Carla Mildred Jeanne Gail Dolores Alexis
+Sadie Antonia Myra Norma Jenna Janine Silvia Gladys Sonia Hilda Velma Sonya
+"""
+
+_MALE_MORE = """
+Julio Desmond Sylvester Wilbur Ira Nate Everett Angelo Toby Elmer Rodrigo Vince Armando Elliot Damon Marcos
+Ignacio Rudolph Garrett Ernesto Evan Johnathan Archie Tomas Wilfred Clint Xavier Quentin Liam Rudy Alfredo
+Terrence Damian Myron Bernie Cesar Alvin Gerard Alberto Arturo Hank Fredrick Trevor Tobias Gustavo Dominic
+Willard Andres Kenny Orville Eduardo Lyle Emanuel Tyrone Otis Guillermo Gavin Mickey Jamal
 """
 
 _FEMALE_THREE_TOKENS = """
@@ -107,9 +115,10 @@ Wyatt Zachary Jake Justin Colin Tanner Roger Garrett Peter Fred Dustin Jay Geoff
 # attribute -> (sizes of train, validation and test; names by group), one entry for each list
 _LISTS: Mapping[str, tuple[tuple[tuple[int, int, int], Mapping[str, str]], ...]] = {
     "gender": (
-        ((60, 16, 64), {"female": _FEMALE, "male": _MALE}),
-        ((41, 12, 38), {"female": _FEMALE_TWO_TOKENS, "male": _MALE_TWO_TOKENS}),
-        ((8, 4, 4), {"female": _FEMALE_THREE_TOKENS, "male": _MALE_THREE_TOKENS}),
+        ((36, 18, 86), {"female": _FEMALE, "male": _MALE}),
+        ((8, 4, 20), {"female": _FEMALE_TWO_TOKENS, "male": _MALE_TWO_TOKENS}),
+        ((47, 12, 0), {"female": _FEMALE_MORE, "male": _MALE_MORE}),
+        ((12, 4, 0), {"female": _FEMALE_THREE_TOKENS, "male": _MALE_THREE_TOKENS}),
     ),
     "gender x race": (
         (

@@ -61,7 +61,7 @@ _EVALUATION = {
 }
 SPLITS = ("train", *_EVALUATION)
 TEXTS = {"prompts": (*AMBIGUOUS, *UNAMBIGUOUS), "questions": (*QUESTIONS, *FACTS)}
-_UNITS = {"validation": 32, "test": 106, "test-names": 64, "test-templates": 96, "test-contexts": 96}
+_UNITS = {"validation": 38, "test": 106, "test-names": 64, "test-templates": 96, "test-contexts": 96}
 _UNAMBIGUOUS = {"validation": 128, "test": 320, "test-names": 320, "test-templates": 320, "test-contexts": 320}
 
 Unit = tuple[str, ...]
@@ -93,7 +93,7 @@ def build(
         texts: ``prompts``, whose next word is a name, or ``questions``, which are answered with a sentence
             (:mod:`dso.data.questions`): candidates are then what a written answer is searched for.
         splits: the splits to build.
-        units: how many units an evaluation split has, by split; the default is 32 for ``validation``, 106 for
+        units: how many units an evaluation split has, by split; the default is 38 for ``validation``, 106 for
             ``test``, 64 for ``test-names`` and 96 for the others, or as many as there are names.
         unambiguous: how many unambiguous decisions an evaluation split has, by split; the default is 128 for
             ``validation`` and 320 for the others. Rounded down to whole factorials (8 for two groups, 64 for four).

@@ -35,6 +35,8 @@ PUBLISHED = (
     "train.batch_weight=1.0",
     "train.baseline=none",
     "train.unambiguous=0",
+    "train.fisher_batches=0",
+    "train.adam_eps=1e-8",
     "constraints.kl_budget=null",
     "constraints.kl_coefficient=0.1",
 )
