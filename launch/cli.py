@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 EXIT_INPUT = 2
 EXIT_STOPPED = 130  # by Ctrl-C; what was done is saved
 EXIT_PREEMPTED = 75  # by SIGTERM, likewise (EX_TEMPFAIL: the same command with --resume auto goes on)
+PATIENCE = 4.0  # seconds
 OWN = {"dso", "envs", "trainers", "launch", "configs"}
 
 
@@ -75,13 +77,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         if (error.name or "").split(".")[0] in OWN:
             raise
-        print(f"dso: {error}; training needs: pip install 'dso[train]'", file=sys.stderr)
+        _say(f"{error}; training needs: pip install 'dso[train]'")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"dso: {where}{error.strerror or error}", file=sys.stderr)
+        _say(f"{where}{error.strerror or error}")
     except UserError as error:
-        print(f"dso: {error}", file=sys.stderr)
+        _say(str(error), secondhand=getattr(error, "secondhand", False))
     return EXIT_INPUT
+
+
+def is_main() -> bool:
+    """Whether this process speaks for the run: the only one, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(error: str, secondhand: bool = False) -> None:
+    """Say why a command failed.
+
+    Most failures are those of all processes alike, and one is enough to say so; one that only heard of another's
+    failure lets that one speak first. Launchers end the other processes once the first has ended.
+    """
+    if secondhand or not is_main():
+        time.sleep(3 * PATIENCE if secondhand else PATIENCE)
+    if not is_main():
+        process = f"process {os.environ['RANK']}: "
+        error = process + error.removeprefix(process)
+    print(f"dso: {error}", file=sys.stderr, flush=True)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -20,7 +20,7 @@ from dso.figure import scale_figure
 from dso.files import write_text
 from dso.report import contexts_table, scale_table
 from dso.steering import Steering
-from launch.cli import EXIT_PREEMPTED, EXIT_STOPPED
+from launch.cli import EXIT_PREEMPTED, EXIT_STOPPED, is_main
 from launch.config import load_config
 from launch.measure import scale_points
 from launch.strict import parse_yaml
@@ -37,21 +37,23 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         from launch.dryrun import dry_run  # it needs what no other command does, and that takes a second
 
-        name = Path(arguments.config).stem
-        print(dry_run(config, name=name, deepspeed=arguments.deepspeed, ranks=arguments.ranks))
+        print(dry_run(config, name=_run_name(arguments.config), deepspeed=arguments.deepspeed, ranks=arguments.ranks))
         return 0
     try:
         result = train_run(
             config,
-            name=Path(arguments.config).stem,
+            name=_run_name(arguments.config),
             resume="auto" if arguments.resume == "auto" else bool(arguments.resume),
             overwrite=arguments.overwrite,
             quiet=arguments.quiet,
+            deepspeed=arguments.deepspeed,
         )
     except Stopped as stop:
-        print(f"dso: {stop}", file=sys.stderr)
+        if is_main():
+            print(f"dso: {stop}", file=sys.stderr)
         return EXIT_PREEMPTED if stop.preempted else EXIT_STOPPED
-    print(report(result))
+    if is_main():
+        print(report(result))
     return 0
 
 
@@ -142,6 +144,11 @@ def decisions(arguments: argparse.Namespace) -> int:
             print()
             print(show(decision, render))
     return 0
+
+
+def _run_name(config: str) -> str:
+    """What a run is called after its config; a model's "2.5" is no suffix."""
+    return Path(config).name.removesuffix(".yaml").removesuffix(".yml")
 
 
 def quieten() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger
 
-from dso.evaluation import Evaluator
 from dso.files import free_bytes, write_text
 from launch.folder import LOW_BYTES, Plan, RunError, Stopped, failing_together, on_main
 from launch.measure import scale_point, thin
@@ -183,14 +182,7 @@ def _validator(session: Session) -> Callable[[int], Validation]:
             raise CutShort
 
     decisions = thin(session.decisions.select(split=config.data.validation_split), config.evaluation.validation_stride)
-    evaluator = Evaluator(
-        session.backbone,
-        decisions,
-        session.handle,
-        keep_reference=True,
-        length_normalised=config.train.length_normalised,
-        progress=look_up,
-    )
+    evaluator = session.evaluator(decisions, keep_reference=True, progress=look_up)
     base = evaluator.measure(0.0)
     base_mass = scale_point(0.0, base, decisions, config.data.target, 1).answer_mass
 

@@ -6,10 +6,11 @@ A run is one folder: ``config.yaml`` (every value), ``metrics.jsonl``, ``times.j
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,14 +21,25 @@ from tqdm import tqdm
 
 from dso.card import model_card
 from dso.embedded import HUB_IDS
-from dso.evaluation import Evaluator
 from dso.figure import scale_figure
 from dso.files import write_text
 from dso.report import ScalePoint, contexts_table, markdown_table, scale_table
 from launch.config import TrainConfig
-from launch.folder import Claim, Plan, Resume, RunError, Stopped, check_folder, keeping, on_main, prepare_folder
+from launch.folder import (
+    Claim,
+    Plan,
+    Resume,
+    RunError,
+    Stopped,
+    check_folder,
+    failing_together,
+    keeping,
+    on_main,
+    prepare_folder,
+)  # fmt: skip
 from launch.learn import learn
 from launch.measure import scale_points
+from launch.processes import open_world
 from launch.session import Session, open_session
 from launch.strict import to_dict
 from trainers.distributed import World
@@ -47,7 +59,13 @@ class Result:
 
 
 def train(
-    config: TrainConfig, *, name: str, resume: Resume = False, overwrite: bool = False, quiet: bool = False
+    config: TrainConfig,
+    *,
+    name: str,
+    resume: Resume = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    deepspeed: str | None = None,
 ) -> Result:
     """Train, keep the best steering inside the constraints, measure it and write the report.
 
@@ -56,16 +74,17 @@ def train(
         resume: go on from the folder's last saved state; "auto" starts the run if there is none.
         overwrite: drop an existing run of that name.
         quiet: print nothing but the result.
+        deepspeed: DeepSpeed's configuration, a JSON file, for runs of a launcher.
 
     Raises:
         UserError: if the config or the folder cannot be used; an existing run is as it was then.
         Stopped: on Ctrl-C and SIGTERM, after the state was saved.
     """
-    with _run(config, name, resume, overwrite, quiet) as (session, plan, stop, tracker):
+    with _run(config, name, resume, overwrite, quiet, deepspeed) as (session, plan, stop, tracker):
         seconds = learn(session, plan, stop, tracker, quiet=quiet)
         points = _measure(session, quiet)
+        on_main(session.trainer.world, lambda: _write_results(session, plan.folder, points, seconds))
         samples = _samples(session) if config.run.tracking == "wandb" else []  # by every process, as a model runs
-        _write_results(session, plan.folder, points, seconds)
         tracker.results(points, samples, plan.folder / "steering")
     return Result(plan.folder, points)
 
@@ -75,13 +94,18 @@ def learn_only(config: TrainConfig, *, name: str) -> Path:
     with _run(config, name, resume=False, overwrite=True) as (session, plan, stop, tracker):
         learn(session, plan, stop, tracker)
         session.handle.detach()
-        session.steering.save_pretrained(plan.folder / "steering")
+        on_main(session.trainer.world, lambda: session.steering.save_pretrained(plan.folder / "steering"))
     return plan.folder
 
 
 @contextmanager
 def _run(
-    config: TrainConfig, name: str, resume: Resume, overwrite: bool, quiet: bool = False
+    config: TrainConfig,
+    name: str,
+    resume: Resume,
+    overwrite: bool,
+    quiet: bool = False,
+    deepspeed: str | None = None,
 ) -> Iterator[tuple[Session, Plan, OrderlyStop, Tracker]]:
     """The objects of a run and its folder, which no other process has meanwhile."""
     check_tracker(config.run.tracking)
@@ -99,11 +123,14 @@ def _run(
 
     try:
         with OrderlyStop() as stop, _deterministic(config.train.deterministic):
+            world, settings = open_world(config, deepspeed)
             plan = on_main(world, claimed)
-            session = open_session(config)  # before the folder is touched, as most mistakes show here
+            with failing_together(world):  # before the folder is touched, as most mistakes show here
+                session = open_session(config, world, settings)
             on_main(world, prepared)
             with keeping(plan.folder, world.is_main), _tracker(config, plan.folder, world, quiet) as tracker:
                 yield session, plan, stop, tracker
+            world.close()  # not after an error: other processes may still be at it
     except Preempted as error:
         raise Stopped("stopped by SIGTERM; nothing was changed", preempted=True) from error
     finally:
@@ -140,7 +167,9 @@ def _tracker(config: TrainConfig, folder: Path, world: World, quiet: bool) -> Tr
 def _samples(session: Session) -> list[list[Any]]:
     decisions = session.decisions.select(split=session.config.data.test_splits[0])
     length_normalised = session.config.train.length_normalised
-    return decision_samples(session.backbone, decisions, session.handle, length_normalised=length_normalised)
+    return session.trainer.learner.pass_through(
+        lambda: decision_samples(session.backbone, decisions, session.handle, length_normalised=length_normalised)
+    )
 
 
 def _measure(session: Session, quiet: bool) -> list[ScalePoint]:
@@ -148,17 +177,12 @@ def _measure(session: Session, quiet: bool) -> list[ScalePoint]:
     split = config.data.test_splits[0]
     scales = sorted({0.0, *config.evaluation.scales})  # the base model is what the others are held against
     decisions = session.decisions.select(split=split)
+    quiet = quiet or not session.trainer.world.is_main
     hidden = quiet or not sys.stderr.isatty()
     if not quiet and hidden:
         print(f"measuring {len(scales)} scales on {len(decisions)} decisions of {split}", file=sys.stderr)
     with tqdm(total=len(decisions) * len(scales), desc="measure", unit="decision", disable=hidden) as bar:
-        evaluator = Evaluator(
-            session.backbone,
-            decisions,
-            session.handle,
-            length_normalised=config.train.length_normalised,
-            progress=bar.update,
-        )
+        evaluator = session.evaluator(decisions, progress=bar.update)
         return scale_points(evaluator, scales, config.data.target, config.evaluation.bootstrap)
 
 
@@ -207,7 +231,16 @@ def report(result: Result) -> str:
     )
 
 
+def script_arguments(argv: Sequence[str]) -> list[str]:
+    """What a launcher starts this file with, as ``dso`` takes it: ``--config C`` first, ``--local_rank`` left out."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--local_rank", "--local-rank")  # each process finds its own in the environment
+    known, rest = parser.parse_known_args(argv)
+    return ["train", *([] if known.config is None else [known.config]), *rest]
+
+
 if __name__ == "__main__":
     from launch.cli import main
 
-    raise SystemExit(main(["train", *sys.argv[1:]]))
+    raise SystemExit(main(script_arguments(sys.argv[1:])))

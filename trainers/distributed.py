@@ -23,6 +23,8 @@ T = TypeVar("T")
 class RankLost(UserError):
     """Another process of the job ended or does not answer."""
 
+    secondhand = True  # that process knows better why
+
 
 class World:
     """One process by itself; the base class of several.
@@ -30,10 +32,12 @@ class World:
     Attributes:
         rank: which process this is, 0 to ``size`` - 1.
         size: how many there are.
+        device: what the model runs on; None leaves it to the config.
     """
 
     rank: int = 0
     size: int = 1
+    device: torch.device | None = None
 
     @property
     def is_main(self) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,24 @@ from trainers.policy import SteeringPolicy
 T = TypeVar("T")
 
 
+def _deepspeed() -> ModuleType:
+    """DeepSpeed, quiet and without what it would compile."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Else it compiles one in its first run on CPUs, and a run that was killed while it did leaves a lock for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def divide_weights(model: nn.Module, settings: dict[str, Any], world: Ranks) -> None:
+    """Divide a model's weights among the processes, as ZeRO-3 does, tensor by tensor: none holds all on its device."""
+    zero = _deepspeed().zero
+    world.guard(lambda: zero.Init(module=model, config_dict_or_path=complete(settings, world.size, 1, 0.0, 0)))
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(world.device)
+
+
 class EngineLearner(Learner):
     """The processes of a launcher, by a DeepSpeed engine.
 
@@ -37,12 +56,10 @@ class EngineLearner(Learner):
         settings: DeepSpeed's configuration; what the trainer decides itself is set here.
     """
 
-    def __init__(self, policy: SteeringPolicy, max_norm: float, parts: int, world: Ranks, settings: dict[str, Any]):
-        import deepspeed
+    shared = True
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # Else it compiles one in its first run on CPUs, and a run that was killed while it did leaves a lock for ever.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    def __init__(self, policy: SteeringPolicy, max_norm: float, parts: int, world: Ranks, settings: dict[str, Any]):
+        deepspeed = _deepspeed()
         self.world = world
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         self._whole = _Whole(policy, _InStep(policy.task.backbone.model, world) if self.stage == 3 else None)

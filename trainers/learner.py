@@ -29,6 +29,7 @@ class Learner:
     """
 
     world: World = World()
+    shared: bool = False  # whether the model is passed by a launcher's processes together
 
     def __init__(self, policy: SteeringPolicy, max_norm: float, parts: int = 1):
         self.policy = policy

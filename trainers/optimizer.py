@@ -7,8 +7,8 @@ optimiser multiplied the averaged gradient by (:func:`trainers.constraints.step_
 
 so a slice of the coefficients can be updated without the others. ZeRO needs that: it flattens the parameters, gives
 each process an optimiser over its own slice, and undoes what anyone else writes into the parameters after the step.
-This is therefore done inside ``step()``: D is the entry ``size`` of the optimiser's state, which ZeRO divides as it does
-the moments, and lambda is the setting ``penalty`` of a parameter group.
+This is therefore done inside ``step()``: D is the entry ``size`` of the optimiser's state, which ZeRO divides as it
+does the moments, and lambda is the setting ``penalty`` of a parameter group.
 """
 
 from __future__ import annotations

@@ -1,0 +1,160 @@
+"""The processes of a run: whether a launcher started this one, and what DeepSpeed is told.
+
+A run of one process needs neither. Where a launcher started several (it says so in ``RANK`` and ``WORLD_SIZE``),
+``--deepspeed FILE`` gives DeepSpeed's configuration. The config of the run stays what the run is: a file that says
+otherwise is refused, ``"auto"`` is taken from the config, and what it does not say is decided here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dso.errors import UserError
+from launch.config import TrainConfig
+from trainers.distributed import Ranks, World
+
+STAGES = (0, 1, 2, 3)
+# What is passed on to DeepSpeed as it stands.
+PASSED_ON = {
+    "zero_optimization", "aio", "communication_data_type", "comms_logger", "dump_state", "flops_profiler",
+    "memory_breakdown", "prescale_gradients", "steps_per_print", "wall_clock_breakdown",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+}  # fmt: skip
+REFUSED = {
+    "optimizer": "the optimiser is set by train.learning_rate, train.betas and train.adam_eps",
+    "scheduler": "the learning rate is set by train.schedule and train.warmup",
+    "amp": "the precision is set by model.dtype",
+    "activation_checkpointing": "set train.gradient_checkpointing",
+}
+
+
+class LaunchError(UserError):
+    """A launch that contradicts the config, or lacks something; the message names the file and the key."""
+
+
+def open_world(config: TrainConfig, deepspeed: str | None) -> tuple[World, dict[str, Any] | None]:
+    """The processes of a run, and DeepSpeed's configuration where there is one.
+
+    Args:
+        deepspeed: path of a JSON file; None for one process without DeepSpeed.
+
+    Raises:
+        LaunchError: in every process alike, before they meet.
+    """
+    size = _size()
+    if deepspeed is None:
+        if size > 1:
+            reason = f"a launcher started {size} processes, but without --deepspeed FILE each would train by itself"
+            raise LaunchError(f"{reason}; give a file, such as configs/deepspeed/zero2.json")
+        return World(), None
+    settings = read_deepspeed(deepspeed, config, size)
+    if importlib.util.find_spec("deepspeed") is None:
+        raise LaunchError("--deepspeed needs DeepSpeed: pip install 'dso[train,distributed]'")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    return Ranks(_device(config), config.run.timeout), settings
+
+
+def read_deepspeed(path: str | Path, config: TrainConfig, size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run of ``size`` processes, without what the config says.
+
+    Raises:
+        LaunchError: if the file cannot be read, or contradicts the config.
+    """
+    settings = _read(path)
+    for key in settings:
+        if key in REFUSED:
+            raise LaunchError(f"{path}: {key}: {REFUSED[key]}; remove it")
+    _require_same(path, settings, _said(config, size))
+    _require_precision(path, settings, config.model.dtype)
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in STAGES:
+        raise LaunchError(f"{path}: zero_optimization.stage must be one of {STAGES}")
+    if "offload_optimizer" in zero:
+        gain = "the operators' moments are megabytes, so there is nothing to gain"
+        raise LaunchError(f"{path}: zero_optimization.offload_optimizer: {gain}; remove it")
+    known = PASSED_ON | set(_said(config, size)) | {"bf16", "fp16"}
+    if unknown := sorted(set(settings) - known):
+        raise LaunchError(f"{path}: {unknown[0]}: not used here; remove it (used are {', '.join(sorted(known))})")
+    _require_enough(config, size)
+    kept = {key: value for key, value in settings.items() if key in PASSED_ON and value != "auto"}
+    return kept | {"zero_optimization": {key: value for key, value in zero.items() if value != "auto"}}
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise LaunchError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise LaunchError(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    return settings
+
+
+def _said(config: TrainConfig, size: int) -> dict[str, tuple[object, str]]:
+    """What the config says of DeepSpeed's keys, and where."""
+    train = config.train
+    decisions = train.ambiguous + train.unambiguous
+    share = decisions / (size * train.accumulation)
+    divided = f"train.ambiguous + train.unambiguous, over {size} processes x train.accumulation"
+    return {
+        "train_batch_size": (decisions, "train.ambiguous + train.unambiguous"),
+        "train_micro_batch_size_per_gpu": (int(share) if share.is_integer() else round(share, 2), divided),
+        "gradient_accumulation_steps": (train.accumulation, "train.accumulation"),
+        "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
+    }
+
+
+def _require_same(path: str | Path, settings: dict[str, Any], said: dict[str, tuple[object, str]]) -> None:
+    for key, (value, where) in said.items():
+        found = settings.get(key, "auto")
+        if found != "auto" and found != value:
+            raise LaunchError(f"{path}: {key} is {found}, but the config says {value} ({where}); make them agree")
+
+
+def _require_precision(path: str | Path, settings: dict[str, Any], dtype: str) -> None:
+    for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = settings.get(key, {}).get("enabled", "auto") if isinstance(settings.get(key, {}), dict) else None
+        if enabled not in ("auto", dtype == name):
+            switched = "on" if enabled else "off"
+            raise LaunchError(f"{path}: {key} is switched {switched}, but model.dtype is {dtype}; make them agree")
+
+
+def _require_enough(config: TrainConfig, size: int) -> None:
+    train = config.train
+    decisions, parts = train.ambiguous + train.unambiguous, size * train.accumulation
+    if decisions < parts:
+        shares = f"{size} processes" + (f" x {train.accumulation} parts" if train.accumulation > 1 else "")
+        reason = f"a step has {decisions} decisions, too few to divide among {shares}"
+        raise LaunchError(f"{reason}; start fewer processes, or raise train.ambiguous")
+
+
+def _size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise LaunchError(f"WORLD_SIZE is {text!r}, expected the number of processes that the launcher started")
+    return int(text)
+
+
+def _device(config: TrainConfig) -> torch.device:
+    """The accelerator of this process; where it is a CPU, DeepSpeed is told so before it looks for itself."""
+    wanted = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise LaunchError(f"process {device.index} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+        return device
+    if wanted != "cpu":
+        raise LaunchError(f"model.device is {wanted!r}; processes of a launcher take 'cuda' or 'cpu'")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return torch.device("cpu")
