@@ -196,10 +196,11 @@ class ConstraintsSection:
     """What the steering may cost: nats of KL to the base model, neurons that are not zero."""
 
     kl_budget: float | None = 0.2  # held by dual ascent
+    kl_margin: float = 0.7  # share of the budget to aim at, and to validate with: unseen templates cost more
     kl_coefficient: float | None = None  # fixed instead
     dual_learning_rate: float = 0.1
     initial_beta: float = 0.5  # price of one nat at the start
-    minimum_beta: float = 0.2  # and the least; above 0 training takes the ways that cost little KL
+    minimum_beta: float = 0.25  # and the least; above 0 training takes the ways that cost little KL
     sparsity: float = 0.0  # lambda of the L1 norm
     anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too
 
@@ -211,10 +212,17 @@ class ConstraintsSection:
             minimum_beta=self.minimum_beta,
         )
         _at_least(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
+        _share(kl_margin=self.kl_margin)
+        _positive(kl_margin=self.kl_margin)
         _filled(anchors=self.anchors)
         both = self.kl_budget is not None and self.kl_coefficient is not None
         reason = "contradicts kl_budget, which sets the coefficient itself; for a fixed one add kl_budget: null"
         require(not both, "kl_coefficient", reason)
+
+    @property
+    def aimed_kl(self) -> float | None:
+        """Nats that training aims at and that validation may use; None without a budget."""
+        return None if self.kl_budget is None else self.kl_margin * self.kl_budget
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

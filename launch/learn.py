@@ -97,7 +97,7 @@ def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, 
     steps, batch = config.train.steps, trainer.env.num_envs
     progress = Progress(steps, quiet=quiet or not world.is_main)
     selection = Selection(
-        _validator(session), every=config.evaluation.every, steps=steps, kl_budget=config.constraints.kl_budget
+        _validator(session), every=config.evaluation.every, steps=steps, kl_budget=config.constraints.aimed_kl
     )
     keeper = Keeper(session, plan.folder, selection)
     checkpoints = Checkpoints(keeper.save, config.run.save_every)

@@ -177,7 +177,11 @@ def _trainer(
     env = DecisionVecEnv(DecisionVectorEnv(task, train.ambiguous, train.unambiguous, seed=train.seed))
     if limits.kl_budget is not None:
         kl: KLBudget | FixedKL = KLBudget(
-            limits.kl_budget, limits.dual_learning_rate, limits.initial_beta, floor=limits.minimum_beta
+            limits.kl_budget,
+            limits.dual_learning_rate,
+            limits.initial_beta,
+            margin=limits.kl_margin,
+            floor=limits.minimum_beta,
         )
     else:
         kl = FixedKL(limits.kl_coefficient or 0.0)

@@ -108,7 +108,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path: Path) ->
     assert refusal(write(tmp_path, "trian: {}")).endswith("trian: unknown key; did you mean train?")
     elsewhere = refusal(write(tmp_path, "train: {kl_budget: 0.1}"))
     assert elsewhere.endswith("train.kl_budget: unknown key; did you mean constraints.kl_budget?")
-    known = "folder, name, tracking, wandb, save_every"
+    known = "folder, name, tracking, wandb, save_every, timeout"
     assert refusal(write(tmp_path, "run: {zzz: 1}")).endswith(f"unknown key; known are {known}")
     assert refusal(write(tmp_path, "1: {}")).endswith("keys must be strings, found 1 (an integer)")
 
