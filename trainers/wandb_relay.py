@@ -228,11 +228,11 @@ class Relay:
             return self._count, self._code, list(islice(self._records, max(0, told - oldest), None))
 
     def _tell_where(self, before: str) -> None:
-        facts = self._worker.facts
+        facts, reason = self._worker.facts, before.rstrip(".")
         if not self._is_offline():
             self._say(f"W&B: {facts['url']}")
-        elif before:
-            self._warn(f"W&B: {before}; the run is kept offline, send it later with: wandb sync {facts['folder']}")
+        elif reason:
+            self._warn(f"W&B: {reason}; the run is kept offline, send it later with: wandb sync {facts['folder']}")
         else:
             self._say(f"W&B: offline run, to be sent with: wandb sync {facts['folder']}")
 
