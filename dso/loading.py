@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dso.embedded import EMBEDDED, ModelNotFound, embedded_folder
+from dso.embedded import EMBEDDED, SHIPPED, ModelNotFound, embedded_folder
 from dso.errors import UserError
 from dso.processor import load_processor
 
@@ -61,13 +61,15 @@ def _source(name: str, revision: str | None) -> str:
     """What the loaders are given: a folder, or the id of a model that the Hub or its local cache has."""
     if name in EMBEDDED:
         return str(embedded_folder(name))
+    if name in SHIPPED:
+        return str(SHIPPED[name])
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder)
     if folder.is_dir():
         raise ModelNotFound(f"model {name!r}: no config.json in that folder")
     if not HUB_ID.fullmatch(name):
-        known = ", ".join(EMBEDDED)
+        known = ", ".join([*EMBEDDED, *SHIPPED])
         raise ModelNotFound(f"model {name!r}: no such folder, not embedded ({known}), and no Hub id (owner/name)")
     from huggingface_hub import snapshot_download
 

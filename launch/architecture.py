@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dso.embedded import EMBEDDED, ModelNotFound, cache_folder
+from dso.embedded import EMBEDDED, SHIPPED, ModelNotFound, cache_folder
 from dso.loading import DTYPES, HUB_ID, LOADER_ERRORS, sees
 
 SHAPES = files("launch") / "shapes"
@@ -96,11 +96,13 @@ def _find(name: str, revision: str | None) -> tuple[Any, str]:
         return folder / "config.json", str(folder / "config.json")
     if folder.is_dir():
         raise ModelNotFound(f"model {name!r}: no config.json in that folder")
+    if name in SHIPPED:
+        return SHIPPED[name] / "config.json", "shipped with dso"
     if name in EMBEDDED:
         converted = sorted(cache_folder().glob(f"{name}-*/config.json"))
         return (converted[0], "converted before") if converted else _shipped(name)
     if not HUB_ID.fullmatch(name):
-        known = ", ".join(EMBEDDED)
+        known = ", ".join([*EMBEDDED, *SHIPPED])
         raise ModelNotFound(f"model {name!r}: no such folder, not embedded ({known}), and no Hub id (owner/name)")
     if cached := _cached(name, revision):
         return cached, "config.json in the Hub's local cache"

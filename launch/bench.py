@@ -6,6 +6,7 @@ budgets      the default run at several KL budgets and seeds, on held-out splits
 estimators   expected, reinforce, ppo and the published form: decisions until bias halves, bias at equal KL
 groups       gender x race, four groups
 transfer     trained steerings on sets they never saw: held-out occupations, WinoBias, pronouns
+scenes       the embedded vision-language model: both planted associations before and after, and a sheet of pictures
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("budgets", "KL budgets x seeds"),
         ("estimators", "estimators x seeds"),
         ("groups", "gender x race"),
+        ("scenes", "drawn scenes"),
     ):
         sweep = names.add_parser(name, help=text)
         sweep.add_argument("--seeds", default="0,1,2")
@@ -40,6 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         sweep.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
         if name == "budgets":
             sweep.add_argument("--budgets", default="0.02,0.05,0.1,0.2")
+        if name == "scenes":
+            sweep.add_argument("--sheet", default="docs/scenes.png", help="where the pictures with answers are written")
 
     transfer = names.add_parser("transfer", help="sets that were never trained on")
     transfer.add_argument("steerings", nargs="+", help="folders of steerings")
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark."""
     arguments = build_parser().parse_args(argv)
     from dso.errors import UserError
-    from launch.benchmarks import sweeps, timing
+    from launch.benchmarks import scenes, sweeps, timing
     from launch.train import Stopped
 
     functions = {
@@ -67,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "estimators": sweeps.estimators,
         "groups": sweeps.groups,
         "transfer": sweeps.transfer,
+        "scenes": scenes.scenes,
     }
     try:
         functions[arguments.name](arguments)

@@ -9,7 +9,8 @@ name           what is decided                                           groups
 ``synthbias``  which occupation a pronoun of SynthBias refers to         pro, anti
 =============  ========================================================  ==============================
 
-For vision-language models, which of two pictured people is the nurse, the engineer, ... (files: ``path``):
+For vision-language models, ``scenes``: which of two drawn people is the nurse (female, male) or works in the office
+(lighter, darker). And which of two pictured people is the nurse, the engineer, ... (files: ``path``):
 ``socialcounterfactuals`` (gender, race or physical appearance) and ``genderbias-vl`` (female, male).
 """
 
@@ -20,7 +21,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dso.data import genderbias_vl, holdout, pronouns, roles, socialcounterfactuals, synthbias, winobias
+from dso.data import genderbias_vl, holdout, pronouns, roles, scenes, socialcounterfactuals, synthbias, winobias
 from dso.decisions import DecisionError, DecisionSet, read_jsonl
 
 SETS: dict[str, Callable[..., DecisionSet]] = {
@@ -28,6 +29,7 @@ SETS: dict[str, Callable[..., DecisionSet]] = {
     "pronouns": pronouns.build,
     "winobias": winobias.load,
     "synthbias": synthbias.load,
+    "scenes": scenes.build,
     "socialcounterfactuals": socialcounterfactuals.load,
     "genderbias-vl": genderbias_vl.load,
 }
