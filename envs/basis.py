@@ -11,7 +11,7 @@ Both bases here are ours; the paper (DSO, arXiv 2512.15926) learns by gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from dso.backbone import Backbone
 from dso.decisions import DecisionSet
 from dso.rewards import group_shares
+from dso.scoring import Encoded, token_logits
 from dso.steering import Steering
 from envs.task import DecisionTask
 
@@ -169,23 +170,33 @@ def _answer_outputs(
     backbone: Backbone, decisions: DecisionSet, sites: Sequence[str]
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches of decisions: their indices, and each site's outputs (batch, d) in float64 at the answer position."""
-    prompts = [backbone.encode(decision).prompt for decision in decisions]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    encoded = [backbone.encode(decision) for decision in decisions]
+    order = sorted((i for i, e in enumerate(encoded) if e.images is None), key=lambda i: len(encoded[i].prompt))
+    batches = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+    batches += [[index] for index, e in enumerate(encoded) if e.images is not None]
     modules = dict(backbone.model.named_modules())
-    for start in range(0, len(order), ROWS):
-        rows = order[start : start + ROWS]
-        lengths = [len(prompts[row]) for row in rows]
-        ids = torch.tensor([[*prompts[row], *[0] * (max(lengths) - len(prompts[row]))] for row in rows])
-        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    for rows in batches:
+        lengths = [len(encoded[row].prompt) for row in rows]
         caught: dict[str, Tensor] = {}
         hooks = [modules[site].register_forward_hook(_catch(caught, site, lengths)) for site in sites]
         try:
-            inputs = {"input_ids": ids.to(backbone.device), "attention_mask": mask.long().to(backbone.device)}
-            backbone.model(**inputs, use_cache=False, logits_to_keep=1)
+            _forward(backbone, [encoded[row] for row in rows])
         finally:
             for hook in hooks:
                 hook.remove()
         yield rows, caught
+
+
+def _forward(backbone: Backbone, encoded: Sequence[Encoded]) -> None:
+    """One pass over right-padded prompts, or over one prompt with images."""
+    if encoded[0].images is not None:
+        token_logits(backbone.model, [replace(encoded[0], candidates=((0,),))], packed=False)  # any one token
+        return
+    longest = max(len(e.prompt) for e in encoded)
+    ids = torch.tensor([[*e.prompt, *[0] * (longest - len(e.prompt))] for e in encoded])
+    mask = torch.arange(longest) < torch.tensor([len(e.prompt) for e in encoded])[:, None]
+    inputs = {"input_ids": ids.to(backbone.device), "attention_mask": mask.long().to(backbone.device)}
+    backbone.model(**inputs, use_cache=False, logits_to_keep=1)
 
 
 def _catch(caught: dict[str, Tensor], site: str, lengths: Sequence[int]) -> Callable:

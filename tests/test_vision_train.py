@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES
+from conftest import small_set
+from gymnasium.utils.env_checker import check_env
 from PIL import Image
 from running import FILES, config_of
 from training import contents
@@ -20,8 +22,11 @@ from dso.backbone import Backbone
 from dso.data import load_decisions
 from dso.decisions import Candidate, Decision, DecisionSet
 from dso.evaluation import Evaluator
+from dso.sites import resolve_sites
 from dso.steering import Steering
-from envs.decision import TokenObservation
+from envs.basis import _answer_outputs
+from envs.decision import DecisionEnv
+from envs.images import ImageObservation
 from launch.measure import scale_points
 from launch.train import train
 
@@ -78,6 +83,18 @@ def test_a_run_on_images_lowers_the_bias(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["LLaVA", "Qwen2-VL"])
+def test_a_basis_from_data_sees_the_images(tmp_path: Path, name: str) -> None:
+    backbone = CASES[name].backbone()
+    decisions = pictured(tmp_path).select(split="train")
+    (site,) = sites = [name for name in resolve_sites(backbone.model) if name.endswith("language_model.norm")]
+    found = {rows[0]: outputs[site][0] for rows, outputs in _answer_outputs(backbone, decisions, sites)}
+    # At the final norm the output at the answer position is what the output layer is given.
+    wanted = backbone.score(list(decisions), hidden=True).hidden.double()
+    torch.testing.assert_close(torch.stack([found[i] for i in range(len(decisions))]), wanted, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_environments_take_decisions_with_images(tmp_path: Path) -> None:
     backbone = CASES["Qwen2-VL"].backbone()
     decisions = pictured(tmp_path)
@@ -86,5 +103,20 @@ def test_environments_take_decisions_with_images(tmp_path: Path) -> None:
     _, reward, terminated, _, info = env.step(0)
     wanted = backbone.score([decisions[int(handle)]]).policy().exp()[0].tolist()
     assert terminated and -1 <= reward <= 1 and info["policy"] == pytest.approx(wanted, abs=1e-5)
-    tokens, _ = TokenObservation(env).reset(seed=0)
-    assert tuple(tokens[tokens >= 0]) == backbone.encode(decisions[int(handle)]).prompt
+
+
+@torch.no_grad()
+def test_images_are_observed_as_the_files_show_them(tmp_path: Path, backbone: Backbone) -> None:
+    decisions = pictured(tmp_path)
+    sees = CASES["LLaVA"].backbone()
+    env = ImageObservation(DecisionEnv(sees, decisions))
+    check_env(env, skip_render_check=True)
+    assert env.observation_space["images"].shape == (1, 40, 24, 3)  # the files are 16 to 24 wide and 16 to 40 high
+    for index in (0, len(decisions) - 1):
+        seen, _ = env.reset(options={"handle": index})
+        decision, pixels = decisions[index], np.asarray(Image.open(decisions[index].images[0]))
+        assert tuple(seen["tokens"][seen["tokens"] >= 0]) == sees.encode(decision).prompt
+        np.testing.assert_array_equal(seen["images"][0, : pixels.shape[0], : pixels.shape[1]], pixels)
+        assert seen["images"].sum() == pixels.sum()
+    with pytest.raises(ValueError, match="small has no images; TokenObservation is for text"):
+        ImageObservation(DecisionEnv(backbone, small_set()))
