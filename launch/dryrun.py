@@ -7,18 +7,18 @@ weight is touched, nothing is written, the network is not asked.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from dso.data import SETS
 from dso.decisions import DecisionError, DecisionSet
-from dso.errors import UserError
+from dso.vision import IMAGE_MEMORY
 from launch.architecture import Architecture, load_architecture
-from launch.config import TrainConfig
-from launch.estimate import IMAGES, Coefficients, Launch, Memory, batch, coefficients, host_references, memory
+from launch.config import ConfigError, TrainConfig
+from launch.estimate import LIVE, Batch, Coefficients, Launch, Memory, batch, coefficients, host_references, memory
 from launch.measure import thin
+from launch.processes import read_deepspeed
 from launch.session import open_decisions
 
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of memory of common accelerators
@@ -77,7 +77,7 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
     Raises:
         UserError: as training would raise it, as far as it can be known without weights.
     """
-    launch = _launch(deepspeed, ranks)
+    launch = _launch(config, deepspeed, ranks)
     counts = Counts(config)
     architecture = load_architecture(config.model.name, config.model.revision, config.model.dtype)
     learned = coefficients(config, architecture)
@@ -94,30 +94,22 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
         *_training(config, counts, launch),
         ("each process", f"{part.size} decisions at a time, {tokens}"),
         ("exchanged", f"{_size(4 * learned.count)} of gradients a step" if launch.ranks > 1 else "nothing"),
-        *_host(architecture, counts.trained),
+        *_host(architecture, counts.trained, part),
     ]
     width = max(len(key) for key, _ in rows)
     lines = [f"{key:<{width}}  {value}" for key, value in rows]
-    return "\n".join(["dry run: no weights are read, nothing is written", *lines, "", *_table(needed, launch), ""])
+    head = "dry run: no weights are read, nothing is written"
+    return "\n".join([head, *lines, "", *_table(config, needed, launch), ""])
 
 
-def _launch(path: str | None, ranks: int) -> Launch:
-    if path is None:
-        return Launch(ranks)
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
-    zero = settings.get("zero_optimization") or {} if isinstance(settings, dict) else {}
-    parts = settings.get("gradient_accumulation_steps") if isinstance(settings, dict) else None
-    given = {
-        "stage": zero.get("stage"),
-        "parts": parts,
-        "live": zero.get("stage3_max_live_parameters"),
-    }
-    return Launch(ranks, **{key: value for key, value in given.items() if isinstance(value, int)})
+def _launch(config: TrainConfig, deepspeed: str | None, ranks: int) -> Launch:
+    zero = read_deepspeed(deepspeed, config, ranks)["zero_optimization"] if deepspeed else {}
+    decisions, shares = config.train.ambiguous + config.train.unambiguous, ranks * config.train.accumulation
+    if decisions < shares:
+        reason = f"a step of {decisions} decisions cannot be divided into {shares} shares"
+        raise ConfigError(f"{reason}; raise it, or start fewer processes", "train.ambiguous")
+    live = zero.get("stage3_max_live_parameters", LIVE)
+    return Launch(ranks, int(zero.get("stage", 0)), config.train.accumulation, int(live))
 
 
 def _missing(config: TrainConfig) -> str | None:
@@ -127,7 +119,7 @@ def _missing(config: TrainConfig) -> str | None:
     path = data.set if jsonl else data.options.get("path")
     if path is None or Path(str(path)).expanduser().exists():
         return None
-    if not jsonl and data.set not in (*SETS, *IMAGES):
+    if not jsonl and data.set not in SETS:
         raise DecisionError(f"unknown decision set {data.set!r}. Known are {', '.join(SETS)}, or a .jsonl file")
     return str(path)
 
@@ -187,15 +179,16 @@ def _training(config: TrainConfig, counts: Counts, launch: Launch) -> Iterable[t
     yield "processes", f"{launch.ranks} ({sharing}{parts})"
 
 
-def _host(architecture: Architecture, trained: int | None) -> Iterable[tuple[str, str]]:
-    loading = f"{_size(architecture.weight_bytes)} while loading"
-    kept = "references of the training prompts, whose number is not known"
+def _host(architecture: Architecture, trained: int | None, part: Batch) -> Iterable[tuple[str, str]]:
+    kept = ["references of the training prompts, whose number is not known"]
     if trained is not None:
-        kept = f"up to {_size(host_references(architecture, trained))} of references ({trained} training prompts)"
-    yield "host memory", f"of each process: {loading}, then {kept}"
+        kept = [f"up to {_size(host_references(architecture, trained))} of references ({trained} training prompts)"]
+    if part.sight.tower_bytes:
+        kept.append(f"{_size(IMAGE_MEMORY)} of images")
+    yield "host memory", f"of each process: {_size(architecture.weight_bytes)} while loading, then {', '.join(kept)}"
 
 
-def _table(needed: Memory, launch: Launch) -> Iterable[str]:
+def _table(config: TrainConfig, needed: Memory, launch: Launch) -> Iterable[str]:
     step = needed.step
     share = "" if step.share == 1 else f", scaled up from {step.share:.0%} of it"
     rows: list[tuple[str, int, int, str]] = [
@@ -204,7 +197,7 @@ def _table(needed: Memory, launch: Launch) -> Iterable[str]:
         ("operators, optimiser", needed.state, needed.state, "six float32 numbers a coefficient"),
         ("activations", step.kept, step.checkpointed, f"what autograd saves, counted without numbers{share}"),
         ("backward pass", needed.backward, needed.backward, "crude: a layer's and the answers' gradients"),
-        ("vision tower", needed.tower, needed.tower, "crude; before the step, not on top of it"),
+        ("vision tower", needed.tower, needed.tower, "crude; on top of what earlier passes keep"),
         ("validation references", needed.references or 0, needed.references or 0, "a row of the vocabulary a decision"),
         ("measuring", needed.evaluation, needed.evaluation, "crude; between steps, not on top of one"),
         ("accelerator's context", needed.context, needed.context, "crude"),
@@ -218,7 +211,8 @@ def _table(needed: Memory, launch: Launch) -> Iterable[str]:
     yield f"{'smallest card':<26}{_card(totals[0]):>8}{_card(totals[1]):>14}"
     if needed.references is None:
         yield "validation references are not in it, as the number of decisions is not known"
-    yield "checkpointed: gradient checkpointing in every decoder layer; GB are 10^9 bytes"
+    column = "checkpointed" if config.train.gradient_checkpointing else "plain"
+    yield f"this run is {column} (train.gradient_checkpointing); GB are 10^9 bytes"
 
 
 def _card(total: int) -> str:

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from dso.backbone import Backbone
 from dso.decisions import Decision, DecisionSet
 from dso.evaluation import CHUNK
+from dso.images import open_image
 from dso.operators import SteeringOperator, make_operator
 from dso.scoring import Encoded
 from dso.sites import resolve_sites
@@ -27,8 +28,8 @@ from launch.config import ConfigError, TrainConfig
 from launch.memory import Activations, activations
 from launch.vision import Sight, sight
 
-# Images a decision has in published sets, for when their files are not at hand.
-IMAGES = {"socialcounterfactuals": 2, "genderbias-vl": 2}
+# Pictures of published sets, for when their files are not at hand: a person each (width, height in pixels).
+PICTURES = {"socialcounterfactuals": (512, 512), "genderbias-vl": (1024, 1024)}
 TEXT_TOKENS = 64  # of a prompt where no decision is at hand: a sentence or two, a question and a chat template
 CHARACTERS = 4  # a token, where no tokenizer is at hand
 CONTEXT = 800_000_000  # the accelerator's own context and what its allocator cannot hand out again
@@ -37,7 +38,7 @@ LIVE = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How the run is started.
+    """How the run is started; a step has as many decisions as ``ranks`` times ``parts`` at least.
 
     Attributes:
         ranks: processes, one an accelerator.
@@ -79,7 +80,7 @@ class Memory:
         state: operators, gradients, the optimiser's moments and step sizes, the best operators.
         step: activations of a training step.
         backward: what the backward pass needs besides (crude).
-        tower: of the vision tower's forward pass (crude).
+        tower: of the vision tower in one forward pass (crude).
         references: of the validation split, kept from the first validation on.
         evaluation: of a chunk that is measured, between training steps (crude).
         context: of the accelerator itself (crude).
@@ -97,9 +98,9 @@ class Memory:
 
     def total(self, checkpointing: bool) -> int:
         """The most at one time."""
-        step = (self.step.checkpointed if checkpointing else self.step.kept) + self.backward
+        step = (self.step.checkpointed if checkpointing else self.step.kept) + max(self.backward, self.tower)
         resident = self.weights + self.gathered + self.state + (self.references or 0) + self.context
-        return resident + max(step, self.evaluation, self.tower)
+        return resident + max(step, self.evaluation + self.tower)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +139,11 @@ def coefficients(config: TrainConfig, architecture: Architecture) -> Coefficient
 
 
 def batch(config: TrainConfig, architecture: Architecture, training: DecisionSet | None, launch: Launch) -> Batch:
-    """What one process passes through the model at a time.
-
-    Raises:
-        ConfigError: if there are more processes than decisions in a step.
-    """
+    """What one process passes through the model at a time."""
     whole, shares = config.train.ambiguous + config.train.unambiguous, launch.ranks * launch.parts
-    if whole < shares:
-        parts = f" x {launch.parts} parts" if launch.parts > 1 else ""
-        reason = f"a step of {whole} decisions cannot be divided among {launch.ranks} processes{parts}"
-        raise ConfigError(f"{reason}; raise it, or start fewer", "train.ambiguous")
     if training is None:
         size = math.ceil(whole / shares)
-        seen = sight(architecture, IMAGES.get(config.data.set, 0))
+        seen = sight(architecture, _published_images(config))
         encoded = [_stand_in(number, TEXT_TOKENS + seen.tokens, (1, 1)) for number in range(size)]
         return Batch(size, encoded, seen, f"assumed: {TEXT_TOKENS} tokens of text a decision, answers of one token")
     handles = BlockSampler(training, config.train.ambiguous, config.train.unambiguous, config.train.seed).draw()
@@ -159,7 +152,8 @@ def batch(config: TrainConfig, architecture: Architecture, training: DecisionSet
     numbers = [blocks.setdefault((d.template, d.unit) if d.unit else (d.id,), len(blocks)) for d in drawn]
     decisions = [drawn[place] for place in max(divide(numbers, shares), key=len)]
     size = len(decisions)
-    seen = sight(architecture, max(len(decision.images) for decision in decisions))
+    most = max(decisions, key=lambda decision: len(decision.images))
+    seen = sight(architecture, [open_image(path).size for path in most.images])
     tokenizer = _tokenizer(architecture) if not seen.tokens else None
     if tokenizer is None:
         encoded = [_by_length(number, decision, seen.tokens) for number, decision in enumerate(decisions)]
@@ -188,17 +182,19 @@ def memory(
         part.encoded,
         max_tokens=config.model.max_tokens,
         inputs=part.sight.inputs,
+        apart=part.sight.tokens > 0,
     )
     weights = architecture.weight_bytes
     sharded = launch.stage == 3
     width = architecture.model.dtype.itemsize
+    together = min(part.size, max(1, config.model.max_tokens * part.size // step.tokens))  # of one forward pass
     return Memory(
         weights=math.ceil(weights / launch.ranks) if sharded else weights,
         gathered=min(weights - weights // launch.ranks, launch.live * width) if sharded else 0,
         state=6 * 4 * learned.count,
         step=step,
         backward=step.layer + 3 * row * part.size,
-        tower=part.sight.tower_bytes,
+        tower=together * part.sight.tower_bytes,
         references=None if validation is None else validation * row,
         evaluation=5 * CHUNK * row,
         context=0 if config.model.device == "cpu" else CONTEXT,
@@ -208,6 +204,14 @@ def memory(
 def host_references(architecture: Architecture, decisions: int) -> int:
     """The base model's distributions after so many training prompts, which every process keeps in host memory."""
     return decisions * 4 * architecture.vocabulary
+
+
+def _published_images(config: TrainConfig) -> list[tuple[int, int]]:
+    """Sizes of the images of a decision about two people: one of both beside each other, or one of each."""
+    if config.data.set not in PICTURES:
+        return []
+    width, height = PICTURES[config.data.set]
+    return [(width, height)] * 2 if config.data.options.get("layout") == "two" else [(2 * width, height)]
 
 
 def _stand_in(number: int, prompt: int, candidates: Sequence[int]) -> Encoded:

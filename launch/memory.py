@@ -89,6 +89,7 @@ def activations(
     *,
     max_tokens: int,
     inputs: Callable[[Tensor], dict[str, Tensor]] | None = None,
+    apart: bool = False,
 ) -> Activations:
     """What the backward pass of one step over a batch needs.
 
@@ -98,10 +99,11 @@ def activations(
         encoded: the batch. Its first decisions are run, and their bytes are scaled to the batch.
         max_tokens: of one forward pass.
         inputs: further arguments of the model's forward for given token ids, as what a vision tower hands over.
+        apart: each decision has a row to itself, as those with images have; the first then stands for all.
     """
     sizes = [tree_size(e.sequences()) for e in encoded]
     count, tokens = 1, sizes[0]
-    while count < len(encoded) and tokens + sizes[count] <= max(max_tokens, ENOUGH):
+    while not apart and count < len(encoded) and tokens + sizes[count] <= max(max_tokens, ENOUGH):
         tokens += sizes[count]
         count += 1
     share = tokens / sum(sizes)

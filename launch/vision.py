@@ -6,7 +6,7 @@ gradients: steered sites lie behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from launch.architecture import Architecture
 
-SIDE = 512  # pixels: the size of the images of SocialCounterfactuals; matters where a processor keeps the size
+Size = tuple[int, int]  # width and height in pixels
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +33,25 @@ class Sight:
     inputs: Callable[[Tensor], dict[str, Tensor]] | None = None
 
 
-def sight(architecture: Architecture, images: int) -> Sight:
-    """What so many images of a decision add; a text model takes none."""
+def sight(architecture: Architecture, images: Sequence[Size]) -> Sight:
+    """What the images of a decision add; a text model takes none."""
     vision = architecture.vision_config
     if vision is None or not images:
         return Sight(0, 0)
     if architecture.model.config.model_type == "mllama":
-        return _attended(architecture, images)
-    tokens, patches = _tokens(architecture)
-    return Sight(images * tokens, _tower_bytes(architecture, images * patches))
+        return _attended(architecture, len(images))
+    tokens, patches = zip(*(_tokens(architecture, size) for size in images), strict=True)
+    return Sight(sum(tokens), _tower_bytes(architecture, sum(patches)))
 
 
-def _tokens(architecture: Architecture) -> tuple[int, int]:
+def _tokens(architecture: Architecture, size: Size) -> tuple[int, int]:
     """Tokens in the text and patches in the tower of one image."""
     config, vision = architecture.model.config, architecture.vision_config
     merge = getattr(vision, "spatial_merge_size", None)
-    if merge:  # the image keeps its size, as near as whole tokens allow (Qwen2-VL and later)
-        tokens = round(SIDE / (vision.patch_size * merge)) ** 2
-        return tokens, tokens * merge**2
+    if merge and hasattr(vision, "patch_size") and not hasattr(vision, "image_size"):
+        # Qwen2-VL and later: the image keeps its size, as near as whole tokens allow
+        width, height = (max(1, round(side / (vision.patch_size * merge))) for side in size)
+        return width * height, width * height * merge**2
     patches = (vision.image_size // vision.patch_size) ** 2
     if tokens := getattr(config, "mm_tokens_per_image", None):  # pooled to a fixed number (Gemma 3)
         return tokens, patches

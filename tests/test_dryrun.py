@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import socket
@@ -22,11 +23,12 @@ from dso.backbone import Backbone
 from dso.embedded import ModelNotFound, embedded_folder
 from dso.errors import UserError
 from dso.scoring import Encoded, kl_divergence
+from dso.sites import resolve_sites
 from dso.steering import Steering
 from envs.task import DecisionTask
 from launch.architecture import load_architecture, shipped_shapes
 from launch.cli import main
-from launch.config import known_configs, load_config
+from launch.config import TrainConfig, known_configs, load_config
 from launch.dryrun import dry_run
 from launch.estimate import Launch, batch, coefficients, host_references, memory
 from launch.memory import Activations, activations
@@ -78,6 +80,12 @@ def tiny(tmp_path: Path, model_folder: Path) -> str:
     return str(path)
 
 
+@functools.cache
+def dry_run_of(name: str) -> str:
+    """The table of a shipped config; some tests look at the same."""
+    return dry_run(load_config(name), name=name)
+
+
 def rows(table: str) -> dict[str, str]:
     """The first part of the table by its first column."""
     lines = table.split("\n\n")[0].splitlines()[1:]
@@ -103,14 +111,21 @@ def test_no_shape_is_shipped_that_is_not_held_against_a_published_number() -> No
     assert set(shipped_shapes()) == set(MODELS)
 
 
+def shape_of(config: TrainConfig) -> tuple[int, int, int]:
+    """Of a model that comes with the package, by its own weights."""
+    model = Backbone.load(config.model.name).model
+    widths = resolve_sites(model)
+    return sum(parameter.numel() for parameter in model.parameters()), len(widths), next(iter(widths.values()))
+
+
 @pytest.mark.parametrize("name", known_configs())
 def test_every_shipped_config_is_dry_run(name: str, tmp_path: Path) -> None:
     config = load_config(name)
-    table = dry_run(config, name=name)
+    table = dry_run_of(name)
     said = rows(table)
-    parameters, sites, width = MODELS[config.model.name]
+    parameters, sites, width = MODELS.get(config.model.name) or shape_of(config)
     assert said["run"] == f"runs/{name}"
-    assert f"{parameters:,} parameters in {config.model.dtype} (shapes shipped with dso)" in said["model"]
+    assert f"{parameters:,} parameters in {config.model.dtype} (sh" in said["model"]  # shapes shipped, or the model
     assert said["steering"].startswith(f"affine at {sites} sites of width {width} (")
     assert f": {2 * sites * width:,} coefficients, " in said["steering"]
     step = config.train.ambiguous + config.train.unambiguous
@@ -120,7 +135,7 @@ def test_every_shipped_config_is_dry_run(name: str, tmp_path: Path) -> None:
     assert list(Path.cwd().iterdir()) == []
 
 
-PUBLISHED = [name for name in known_configs() if not name.startswith("smollm2")]
+PUBLISHED = [name for name in known_configs() if "/" in load_config(name).model.name]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -129,7 +144,7 @@ def test_a_published_models_config_has_the_papers_settings_and_runs_without_its_
     assert (config.steering.operator, config.steering.sites) == ("affine", None)  # every norm of the language backbone
     assert (config.train.estimator, config.train.reward, config.train.unambiguous) == ("reinforce", "sign", 0)
     assert config.data.options["hold_out"]["keep"]["train"] == 600
-    said = rows(dry_run(config, name=name))
+    said = rows(dry_run_of(name))
     path = config.data.options["path"]
     assert said["decisions"] == f"{config.data.set}; {path} is not there, so numbers are those that the config states"
     assert said["train"].startswith("at most 600 ambiguous")
@@ -165,8 +180,9 @@ def test_the_command_says_what_a_run_will_be_and_leaves_nothing_behind(tiny: str
 
 def test_ranks_and_deepspeed_divide_the_step(tiny: str, tmp_path: Path, capsys: Any) -> None:
     settings = tmp_path / "zero3.json"
-    settings.write_text('{"zero_optimization": {"stage": 3}, "gradient_accumulation_steps": 2}', encoding="utf-8")
-    assert main(["train", tiny, "--dry-run", "--ranks", "3", "--deepspeed", str(settings)]) == 0
+    settings.write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
+    accumulate = "train.accumulation=2"
+    assert main(["train", tiny, "--dry-run", "--ranks", "3", "--deepspeed", str(settings), accumulate]) == 0
     said = rows(capsys.readouterr().out)
     assert said["processes"] == "3 (ZeRO-3, each share in 2 parts)"
     coefficients = 2 * 16 * 5  # a, b x width x sites of two layers
@@ -178,7 +194,7 @@ def test_ranks_and_deepspeed_divide_the_step(tiny: str, tmp_path: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--ranks", "19"), "a step of 18 decisions cannot be divided among 19 processes; raise it, or start fewer"),
+        (("--ranks", "19"), "train.ambiguous: a step of 18 decisions cannot be divided into 19 shares; raise it, or"),
         (("--deepspeed", "nowhere.json"), "nowhere.json: cannot be read"),
         (("steering.sites=[nothing.*]",), "site pattern 'nothing.*' matches no norm"),
         (("model.name=owner/unknown",), "fetch its config once with: hf download owner/unknown config.json"),
@@ -187,18 +203,24 @@ def test_ranks_and_deepspeed_divide_the_step(tiny: str, tmp_path: Path, capsys: 
         (("train.unambiguous=0", "data.train_split=nothing"), "nothing"),
     ],
 )
-def test_what_cannot_run_is_refused_in_a_line(
-    tiny: str, capsys: Any, arguments: tuple[str, ...], message: str
-) -> None:
+def test_what_cannot_run_is_refused_in_a_line(tiny: str, capsys: Any, arguments: tuple[str, ...], message: str) -> None:
     assert main(["train", tiny, "--dry-run", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("dso: ") and message in err and err.count("\n") == 1
 
 
-def test_a_deepspeed_file_that_is_no_json_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "bad.json").write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="bad.json: not valid JSON"):
+def test_a_deepspeed_file_that_contradicts_the_config_is_refused_as_training_would(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text('{"gradient_accumulation_steps": 4}', encoding="utf-8")
+    with pytest.raises(UserError, match="bad.json: gradient_accumulation_steps is 4, but the config says 1"):
         dry_run(load_config("smollm2-roles"), name="x", deepspeed=str(tmp_path / "bad.json"))
+
+
+def test_a_run_is_named_after_its_config(tmp_path: Path, tiny: str, capsys: Any) -> None:
+    """A model's "2.5" is no suffix of a file."""
+    assert main(["train", "qwen2.5-3b-synthbias", "--dry-run"]) == 0
+    assert rows(capsys.readouterr().out)["run"] == "runs/qwen2.5-3b-synthbias"
+    assert main(["train", tiny, "--dry-run"]) == 0
+    assert rows(capsys.readouterr().out)["run"] == "runs/tiny"
 
 
 def test_shapes_come_from_the_hubs_cache_before_those_shipped(tmp_path: Path) -> None:
@@ -373,6 +395,7 @@ def test_memory_adds_up(tiny: str, model_folder: Path) -> None:
     assert found.context == 800_000_000
     resident = found.weights + 400 + found.state + found.references + found.context
     assert found.total(False) == resident + max(found.step.kept + found.backward, found.evaluation)
+    assert found.total(True) == resident + max(found.step.checkpointed + found.backward, found.evaluation)
     whole = memory(config, architecture, learned, part, Launch(), validation=None)
     assert (whole.weights, whole.gathered, whole.references) == (weights, 0, None)
     on_cpu = load_config(tiny, ["model.device=cpu"])
@@ -383,21 +406,31 @@ def test_memory_adds_up(tiny: str, model_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens"),
+    ("name", "images", "tokens"),
     [
-        ("Qwen/Qwen2.5-VL-7B-Instruct", 2 * 18**2),  # 512 pixels / (14 a patch x 2 merged) = 18.3
-        ("google/gemma-3-4b-it", 2 * 256),
-        ("meta-llama/Llama-3.2-11B-Vision-Instruct", 2),  # a place in the text; the rest is attended to
-        ("Qwen/Qwen2.5-3B-Instruct", 0),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", [(1024, 512)], 37 * 18),  # pixels / (14 a patch x 2 merged) = 36.6 x 18.3
+        ("Qwen/Qwen2.5-VL-7B-Instruct", [(512, 512)] * 2, 2 * 18 * 18),
+        ("google/gemma-3-4b-it", [(1024, 512)], 256),  # whatever the size
+        ("meta-llama/Llama-3.2-11B-Vision-Instruct", [(512, 512)] * 2, 2),  # a place in the text each
+        ("Qwen/Qwen2.5-3B-Instruct", [(512, 512)], 0),
     ],
 )
-def test_images_add_their_tokens(name: str, tokens: int) -> None:
-    assert sight(load_architecture(name, dtype="bfloat16"), 2).tokens == tokens
+def test_images_add_their_tokens(name: str, images: list[tuple[int, int]], tokens: int) -> None:
+    assert sight(load_architecture(name, dtype="bfloat16"), images).tokens == tokens
+
+
+def test_a_published_sets_decision_has_one_picture_of_both_people_or_two() -> None:
+    name = "qwen2.5-vl-7b-socialcounterfactuals"
+    architecture = load_architecture("Qwen/Qwen2.5-VL-7B-Instruct", dtype="bfloat16")
+    for layout, tokens in (("side_by_side", 37 * 18), ("two", 2 * 18 * 18)):
+        config = load_config(name, [f"data.options.layout={layout}"])
+        found = batch(config, architecture, None, Launch(ranks=8))
+        assert found.size == 6 and {len(e.prompt) for e in found.encoded} == {64 + tokens}
 
 
 def test_what_mllamas_text_attends_to_is_counted() -> None:
     architecture = load_architecture("meta-llama/Llama-3.2-11B-Vision-Instruct", dtype="bfloat16")
-    seen = sight(architecture, 2)
+    seen = sight(architecture, [(512, 512)] * 2)
     states = 2 * 4 * ((560 // 14) ** 2 + 1)  # images x tiles x patches
     operators = coefficients(load_config("smollm2-roles"), architecture).operators
     prompt = [Encoded(tuple(range(20)), ((1,), (2,)))]
