@@ -33,24 +33,24 @@ HEAD = """# Models
 `python tests/matrix.py` writes this file: it builds a tiny random model of every architecture from its config class,
 vision-language models with their real processor classes, and asks each the questions of `tests/matrix.py`. The tests
 ask the same and hold every answer against this table. Written with transformers {transformers} and torch {torch},
-without torchvision, in float32 on a CPU. It says what the code does with these architectures; no published weights were
-run for it.
+without torchvision, in float32 on a CPU. It says what the code does with these architectures; no published weights
+were run for it.
 
 An architecture that is not here is not refused. Whether text takes packed prefix trees is measured when a model is
-loaded, so a new one gets padded rows where trees would be wrong; sites are found by what a module is, and can be named
-by pattern.
+loaded, so a new one gets padded rows where trees would be wrong; sites are found by what a module is, and can be
+named by pattern.
 
 ## Images
 
 A decision lists its images as files, and its prompt has `<image>` where each belongs; the model's own chat template
-spells the slot. Where a template would move an image away from its words, the slot is written among them; one that drops
-words is refused. `dso decisions FILE --model MODEL` shows prompts as the model reads them.
+spells the slot. Where a template would move an image away from its words, the slot is written among them; one that
+drops words is refused. `dso decisions FILE --model MODEL` shows prompts as the model reads them.
 
-Images are turned upright and read as RGB; one with a side below 8 pixels or with more than 64 million pixels is refused,
-and so is a prompt longer than the model's context: nothing is cut off. The processor's tensors are kept in memory, up to
-512 MiB (`Backbone.load(..., image_memory=...)`), by the files of one prompt in their order. Prompts share a forward pass
-if their image tensors have equal shapes, and candidates of one prompt share its row as far as their tokens agree
-(letters always do). Image tokens are never generated.
+Images are turned upright and read as RGB; one with a side below 8 pixels or with more than 64 million pixels is
+refused, and so is a prompt longer than the model's context: nothing is cut off. The processor's tensors are kept in
+memory, up to 512 MiB (`Backbone.load(..., image_memory=...)`), by the files of one prompt in their order. Prompts
+share a forward pass if their image tensors have equal shapes, and candidates of one prompt share its row as far as
+their tokens agree (letters always do). Image tokens are never generated.
 
 Processors need Pillow, not torchvision: `pip install 'dso[vision]'`. PaliGemma knows no prompt without an image, and
 none as a chat.
