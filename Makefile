@@ -10,7 +10,7 @@ ARGS ?=
 
 VENV := .venv
 READY := $(VENV)/.ready
-EXTRAS := train,test
+EXTRAS := train,grpo,distributed,test
 
 .DEFAULT_GOAL := help
 .SUFFIXES:

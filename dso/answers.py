@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dso.backbone import Backbone
-from dso.decisions import ABSTAIN, Candidate, DecisionSet
+from dso.decisions import ABSTAIN, Candidate, DecisionError, DecisionSet
 from dso.evaluation import Measurement
 from dso.matching import Matcher
 from dso.metrics import Estimate, accuracy
@@ -47,7 +48,8 @@ class Answers:
 class AnswerEvaluator:
     """Samples the answers to one decision set under a steering at any scale.
 
-    The same seed is used at every scale, and torch's own generator is left where it was.
+    Every portion of decisions has a seed of its own, the same at every scale, so what is sampled does not depend on how
+    many processes share the work; torch's own generator is left where it was.
 
     Args:
         backbone: the model that ``handle`` is attached to.
@@ -59,9 +61,11 @@ class AnswerEvaluator:
         temperature: of the sampling.
         seed: of the sampling.
         progress: called with the number of answered decisions after each portion.
+        rank, size, add: which of how many processes this is, and what adds up a tensor over them, where they share the
+            work; every one of them gets the whole result.
 
     Raises:
-        DecisionError: if a candidate could never be named (:meth:`dso.matching.Matcher.check`).
+        DecisionError: as :func:`check_answers`.
     """
 
     PORTION = 32
@@ -78,11 +82,14 @@ class AnswerEvaluator:
         temperature: float = 1.0,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
+        rank: int = 0,
+        size: int = 1,
+        add: Callable[[Tensor], Tensor] | None = None,
     ):
         if samples < 1 or max_new_tokens < 1 or not temperature > 0:
             found = f"samples {samples}, max_new_tokens {max_new_tokens}, temperature {temperature}"
             raise ValueError(f"{found}: the first two must be at least 1, the last above 0")
-        matcher.check(decisions)
+        check_answers(decisions, matcher)
         self.backbone = backbone
         self.asked = decisions
         self.decisions = with_nobody(decisions)
@@ -93,6 +100,7 @@ class AnswerEvaluator:
         self.temperature = temperature
         self.seed = seed
         self.progress = progress
+        self.rank, self.size, self.add = rank, size, add or (lambda values: values)
         self._prompts = [backbone.encode(decision).prompt for decision in decisions]
         self._order = sorted(range(len(decisions)), key=lambda index: self._prompts[index])
 
@@ -100,36 +108,41 @@ class AnswerEvaluator:
         """The set at one scale; the handle has the scale afterwards that it had before."""
         if self.handle is None and scale:
             raise ValueError(f"scale {scale} needs a steering; without one there is only scale 0")
-        written: list[list[list[int]]] = [[] for _ in self._prompts]
-        kl = np.zeros(len(self._prompts))
+        # Tokens of the answers plus one, so that 0 is none.
+        written = torch.zeros(len(self._prompts), self.samples, self.max_new_tokens, dtype=torch.long)
+        kl = torch.zeros(len(self._prompts), dtype=torch.float64)
         before = None if self.handle is None else self.handle.scale
+        starts = list(range(0, len(self._order), self.PORTION))
         try:
             if self.handle is not None:
                 self.handle.scale = scale
             with torch.random.fork_rng(devices=_generators(self.backbone.device)):
-                torch.manual_seed(self.seed)
-                for start in range(0, len(self._order), self.PORTION):
-                    self._answer(self._order[start : start + self.PORTION], written, kl)
+                for number, start in enumerate(starts):
+                    if number % self.size == self.rank:
+                        torch.manual_seed(self.seed + number)
+                        self._answer(self._order[start : start + self.PORTION], written, kl)
         finally:
             if self.handle is not None:
                 self.handle.scale = before
-        return self._read(written, kl)
+        return self._read(self.add(written).tolist(), self.add(kl).numpy())
 
-    def _answer(self, rows: list[int], written: list[list[list[int]]], kl: np.ndarray) -> None:
+    def _answer(self, rows: list[int], written: Tensor, kl: Tensor) -> None:
         """Fill in the answers and the KL of some decisions."""
         prompts = [self._prompts[row] for row in rows for _ in range(self.samples)]
         answers = sample(self.backbone, prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature)
-        for place, row in enumerate(rows):
-            written[row] = answers[place * self.samples : (place + 1) * self.samples]
+        for place, answer in enumerate(answers):
+            row, column = rows[place // self.samples], place % self.samples
+            written[row, column, : len(answer)] = torch.tensor(answer) + 1
         if self.handle is not None and self.handle.scale:
-            found = token_kl(self.backbone, self.handle, prompts, answers)
-            kl[rows] = np.reshape(found, (len(rows), self.samples)).mean(1)
+            found = torch.tensor(token_kl(self.backbone, self.handle, prompts, answers), dtype=torch.float64)
+            kl[rows] = found.view(len(rows), self.samples).mean(1)
         if self.progress is not None:
             self.progress(len(rows))
 
     def _read(self, written: list[list[list[int]]], kl: np.ndarray) -> Answers:
+        tokens = [[[token - 1 for token in answer if token] for answer in answers] for answers in written]
         decode = self.backbone.tokenizer.decode
-        texts = tuple(tuple(decode(ids, skip_special_tokens=True) for ids in answers) for answers in written)
+        texts = tuple(tuple(decode(answer, skip_special_tokens=True) for answer in answers) for answers in tokens)
         named = np.full((len(texts), self.samples), -1)
         frequencies = np.zeros((len(texts), max(len(d.candidates) for d in self.decisions)))
         for row, (decision, answers) in enumerate(zip(self.asked, texts, strict=True)):
@@ -154,6 +167,17 @@ class AnswerEvaluator:
             chosen[row, choice if choice >= 0 else len(decision.candidates) - 1] = 1.0
         decisions = DecisionSet(tuple(d for d, _ in asked), self.decisions.groups, self.decisions.name)
         return accuracy(chosen, decisions, bootstrap)
+
+
+def check_answers(decisions: DecisionSet, matcher: Matcher) -> None:
+    """Make sure that decisions can be asked and their answers be read; it takes no model.
+
+    Raises:
+        DecisionError: if one has images, or a candidate that no answer could name.
+    """
+    if seen := next((decision for decision in decisions if decision.images), None):
+        raise DecisionError(f"decision {seen.id!r} has images; written answers are for text so far")
+    matcher.check(decisions)
 
 
 def with_nobody(decisions: DecisionSet) -> DecisionSet:

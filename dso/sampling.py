@@ -144,5 +144,5 @@ def token_kl(backbone: Backbone, handle: Handle, prompts: Sequence[Tokens], answ
             handle.scale = scale
         divergence = kl_divergence(steered.float().log_softmax(-1), base.float().log_softmax(-1))
         for row, read in zip(rows, reads, strict=True):
-            found[row] = float(divergence[read].mean())
+            found[row] = float(divergence[read].mean().clamp(min=0.0))  # rounding may leave it below
     return found

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dso.answers import check_answers
 from dso.matching import Matcher
 from envs.task import DecisionTask
 
@@ -34,11 +35,11 @@ class AnswerRewards:
         gather: (N, 2) int64 of this process -> those of all processes by rank; None for a process by itself.
 
     Raises:
-        DecisionError: if a candidate could never be named.
+        DecisionError: as :func:`dso.answers.check_answers`.
     """
 
     def __init__(self, task: DecisionTask, matcher: Matcher, gather: Callable[[Tensor], Tensor] | None = None):
-        matcher.check(task.decisions)
+        check_answers(task.decisions, matcher)
         self.task = task
         self.matcher = matcher
         self.gather = gather or (lambda pairs: pairs)

@@ -33,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="say what the run will be and need, and load nothing")
     train.add_argument("--ranks", type=_positive, default=1, help="with --dry-run: processes of the run (default: 1)")
 
+    _add_freeform(commands)
     _add_evaluate(commands)
 
     generate = commands.add_parser("generate", help="generate text with a steered model")
@@ -109,7 +110,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; overrides of a config may stand behind options, which argparse alone does not take."""
     parser = build_parser()
     arguments, left = parser.parse_known_args(_with_bare_resume(argv))
-    if left and (arguments.command != "train" or any(word.startswith("-") or "=" not in word for word in left)):
+    trains = arguments.command in ("train", "freeform")
+    if left and (not trains or any(word.startswith("-") or "=" not in word for word in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
         arguments.overrides += left
@@ -123,6 +125,16 @@ def _with_bare_resume(argv: Sequence[str]) -> list[str]:
         if word == "--resume" and words[place + 1 : place + 2] != ["auto"]:
             words[place] = "--resume=always"
     return words
+
+
+def _add_freeform(commands: argparse._SubParsersAction) -> None:
+    freeform = commands.add_parser("freeform", help="train and measure on written answers, by GRPO or RLOO")
+    freeform.add_argument("config", help="name of a config in configs/freeform, or a path to a YAML file")
+    freeform.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.estimator=rloo")
+    freeform.add_argument("--measure", metavar="STEERING", help="ask with this steering instead of training; or 'none'")
+    freeform.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
+    freeform.add_argument("--quiet", action="store_true", help="print only the result")
+    freeform.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, for runs of its launcher")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:

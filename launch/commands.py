@@ -27,7 +27,7 @@ from launch.strict import parse_yaml
 from launch.train import Stopped, report
 from launch.train import train as train_run
 
-__all__ = ["decisions", "evaluate", "generate", "inspect", "train"]
+__all__ = ["decisions", "evaluate", "freeform", "generate", "inspect", "train"]
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -54,6 +54,29 @@ def train(arguments: argparse.Namespace) -> int:
         return EXIT_PREEMPTED if stop.preempted else EXIT_STOPPED
     if is_main():
         print(report(result))
+    return 0
+
+
+def freeform(arguments: argparse.Namespace) -> int:
+    """``dso freeform``."""
+    from launch import freeform as run  # it needs what no other command does
+    from launch.freeform_config import load_freeform
+
+    config, name = load_freeform(arguments.config, arguments.overrides), _run_name(arguments.config)
+    quieten()
+    if arguments.measure:
+        print(run.measured(config, arguments.measure, arguments.quiet))
+        return 0
+    try:
+        result = run.train(
+            config, name=name, overwrite=arguments.overwrite, quiet=arguments.quiet, deepspeed=arguments.deepspeed
+        )
+    except Stopped as stop:
+        if is_main():
+            print(f"dso: {stop}", file=sys.stderr)
+        return EXIT_PREEMPTED if stop.preempted else EXIT_STOPPED
+    if is_main():
+        print(run.report(result))
     return 0
 
 

@@ -35,11 +35,11 @@ from trl.models import unwrap_model_for_generation
 from dso.errors import UserError
 from dso.matching import Matcher
 from dso.sampling import sample
-from dso.scoring import Encoded, token_logits
 from dso.steering import Steering
 from envs.freeform import AnswerRewards
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask
+from trainers.answers import answer_log_probs, divide, reward_weights
 from trainers.constraints import FixedKL, KLBudget, sparsity
 from trainers.fisher import fisher_diagonal, whitening
 from trainers.optimizer import SteeringAdam
@@ -48,6 +48,7 @@ MODULE = "dso_steering"  # the steering's name in the model while it is trained
 BASE = object()  # stands for the reference model: the same model at scale 0
 _ARGUMENTS: dict[str, Any] = {
     "beta": 0.0,
+    "activation_checkpointing": False,
     "bf16": False,  # the operators are float32; the model has the dtype that it was loaded in
     "shuffle_dataset": False,  # the sampler's order is what keeps a block together
     "remove_unused_columns": False,
@@ -82,7 +83,8 @@ class SteeredAnswers:
             needs less memory where answers are long and the vocabulary is large.
         on_step: told of each step and its measurements, by the names that TRL gives them.
         seed: of batches and sampling.
-        arguments: further fields of TRL's config: ``max_completion_length``, ``temperature``, ``deepspeed``, ...
+        arguments: further fields of TRL's config: ``max_completion_length``, ``temperature``, ``max_grad_norm``,
+            ``activation_checkpointing``, ``deepspeed``, ...
 
     Raises:
         UserError: if the answers of a step cannot be divided among the processes, or the output layer is steered but
@@ -122,22 +124,23 @@ class SteeredAnswers:
                 "the output layer is steered, which written answers cannot train; leave it out of the sites"
             )
         self.task, self.steering, self.kl, self.share_prompts = task, steering, kl, share_prompts
+        self.stop_requested = False  # set by whoever wants training to end after the step
         self.answer_rewards = AnswerRewards(task, matcher)
         self._seed = seed
         self._ids = {task.backbone.prompt_text(d): list(task.backbone.encode(d).prompt) for d in task.decisions}
         sampler = BlockSampler(task.decisions, ambiguous, unambiguous, seed)
-        batch, portions = divide(sampler.size * num_generations, num_generations, micro_batch)
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        batch, portions = divide(sampler.size, num_generations, ranks, micro_batch)
         args = self.CONFIG(
-            **_ARGUMENTS,
             max_steps=steps,
             seed=seed,
             num_generations=num_generations,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=portions,
             learning_rate=rate(1.0),
-            reward_weights=_weights(*sampler.counts, unambiguous_weight),
+            reward_weights=reward_weights(*sampler.counts, unambiguous_weight),
             use_cpu=task.backbone.device.type == "cpu",
-            **{**self.DEFAULTS, **arguments},
+            **{**_ARGUMENTS, **self.DEFAULTS, **arguments},
         )
         group = {"params": list(steering.parameters()), "penalty": sparsity}
         optimizer = SteeringAdam([group], lr=rate(1.0), betas=betas, eps=eps)
@@ -195,7 +198,7 @@ class SteeredAnswers:
     # TRL's seams
 
     def _prepare_inputs(self, batch: Any) -> Any:
-        if not self.args.gradient_checkpointing:  # which layers do in training mode only
+        if not self.args.activation_checkpointing:  # which layers do in training mode only
             for child in self.model.children():
                 child.eval()  # dropout off; the model's own flag tells TRL that this is training
         return super()._prepare_inputs(batch)
@@ -221,32 +224,7 @@ class SteeredAnswers:
                 return self._get_per_token_logps_and_entropies(self.model, *rest, *args, **kwargs)
         if not self.share_prompts:
             return super()._get_per_token_logps_and_entropies(model, *rest, *args, **kwargs)
-        return *self._shared_logps(model, *rest), None
-
-    def _shared_logps(self, model: Any, input_ids: Tensor, mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """(B, width) log-probabilities of the answers' tokens and entropies, 0 behind an answer's end."""
-        rows: dict[tuple[int, ...], list[int]] = {}
-        answers = []
-        for row, (ids, real) in enumerate(zip(input_ids.tolist(), mask.bool().tolist(), strict=True)):
-            prompt = tuple(token for token, there in zip(ids[:-width], real[:-width], strict=True) if there)
-            answers.append(tuple(token for token, there in zip(ids[-width:], real[-width:], strict=True) if there))
-            rows.setdefault(prompt, []).append(row)
-        members = list(rows.values())
-        encoded = [Encoded(prompt, tuple(answers[row] for row in group)) for prompt, group in rows.items()]
-        log_probs = torch.zeros(len(answers), width, device=input_ids.device)
-        entropies = torch.zeros_like(log_probs)
-        for numbers, packed in self.task.backbone.passes(encoded):
-            reads, logits = token_logits(model, [encoded[number] for number in numbers], packed)
-            table = (logits.float() / self.temperature).log_softmax(-1)
-            at = [(row, place) for number in numbers for row in members[number] for place in range(len(answers[row]))]
-            where = tuple(torch.tensor(at, device=table.device).unbind(1))
-            source = torch.tensor([place for read in reads for place in read], device=table.device)
-            chosen = table[source, input_ids[where[0], where[1] - width]]
-            log_probs = log_probs.index_put(where, chosen)
-            with torch.no_grad():
-                entropy = -(table.exp() * table.masked_fill(table.isneginf(), 0.0)).sum(-1)
-            entropies = entropies.index_put(where, entropy[source])
-        return log_probs, entropies
+        return *answer_log_probs(self.task.backbone, model, *rest, self.temperature), None
 
     def after_step(self) -> None:
         """Dual ascent on the step's mean KL a token; what TRL does not measure is added to what it logs."""
@@ -287,30 +265,10 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.after_step()
+        asked = torch.tensor([self.trainer.stop_requested], device=self.trainer.accelerator.device)
+        if bool(self.trainer.accelerator.gather(asked).any()):  # a signal may have reached one process only
+            self.trainer.stop_requested = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         if self.on_step is not None and "reward" in logs:  # the last record is of the whole run
             self.on_step(state.global_step, logs)
-
-
-def divide(answers: int, num_generations: int, micro_batch: int | None) -> tuple[int, int]:
-    """How the answers of a step are divided: those of one pass in one process, and the number of such passes.
-
-    Raises:
-        UserError: if they cannot be divided evenly among the processes, or among passes of ``micro_batch``.
-    """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    step = f"a step has {answers} answers ({answers // num_generations} decisions x num_generations {num_generations})"
-    if answers % ranks:
-        raise UserError(f"{step}, which {ranks} processes cannot share evenly; change either number")
-    own = answers // ranks
-    batch = micro_batch or own
-    if own % batch:
-        raise UserError(f"{step}, {own} in each process, which micro_batch {batch} does not divide")
-    return batch, own // batch
-
-
-def _weights(ambiguous: int, unambiguous: int, weight: float) -> list[float]:
-    """Of the two rewards, so that the mean over a step is that of the one kind plus ``weight`` that of the other."""
-    total = ambiguous + unambiguous
-    return [total / ambiguous, weight * total / unambiguous if unambiguous else 0.0]

@@ -2,8 +2,8 @@
 
 Each text shows two answers and leaves the third to the model, which so knows the form of an answer but not whom to
 name. The people of the examples have surnames only, which say nothing of their gender, and the answer is the second of
-them once and the first of them once. Slots are those of :mod:`dso.data.templates`; what is asked for comes last, so that
-the prompts of the same people share all that stands before it.
+them once and the first of them once. Slots are those of :mod:`dso.data.templates`; what is asked for comes last, so
+that the prompts of the same people share all that stands before it.
 """
 
 from __future__ import annotations

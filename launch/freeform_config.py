@@ -1,0 +1,198 @@
+"""The config of ``dso freeform``, on written answers; the shipped ones are in ``configs/freeform``.
+
+Sections that mean the same as in ``dso train`` are those of :mod:`launch.config`. The others have only keys that
+written answers know, so that every key that is accepted has an effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dso.errors import UserError
+from launch.config import DataSection, ModelSection, SteeringSection, WandbSection, read_config
+from launch.strict import ConfigError, require
+
+FOLDER = "freeform"
+
+
+def _within(low: float, high: float | None = None, *, above: bool = False, **values: float | None) -> None:
+    """Each value is at least (or above) the one bound, and at most the other; None is not looked at."""
+    bound = f"above {low:g}" if above else f"at least {low:g}"
+    span = bound if high is None else f"{bound} and at most {high:g}"
+    for name, value in values.items():
+        fine = value is None or ((value > low if above else value >= low) and (high is None or value <= high))
+        require(fine, name, f"must be {span}, found {value}")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class AnswerTrainSection:
+    """The policy gradient on sampled answers (:mod:`trainers.grpo`)."""
+
+    estimator: Literal["grpo", "rloo"] = "grpo"
+    steps: int = 60
+    ambiguous: int = 24  # decisions, a step
+    unambiguous: int = 8  # decisions, a step
+    unambiguous_weight: float = 0.2  # of their mean reward, beside the ambiguous decisions' 1
+    num_generations: int = 8  # answers a decision
+    max_completion_length: int = 8  # tokens
+    temperature: float = 1.0
+    micro_batch: int | None = None  # answers of one forward and backward pass in one process; all of a step
+    scale_rewards: Literal["none", "group", "batch"] = "none"  # of grpo: divide rewards by their standard deviation
+    share_prompts: bool = True  # one pass for the answers to a prompt; off for long answers and large vocabularies
+    gradient_checkpointing: bool = False
+    learning_rate: float = 1e-3
+    betas: tuple[float, ...] = (0.9, 0.999)  # of Adam
+    adam_eps: float = 1e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1  # share of the steps in which the learning rate rises
+    max_grad_norm: float = 1e3
+    fisher_batches: int = (
+        12  # drawn once to measure steps in KL (trainers/fisher.py); 0 leaves coefficients as they are
+    )
+    fisher_damping: float = 0.1
+    reward: Literal["sign", "smooth"] = "smooth"
+    smooth_width: float = 0.1  # the deviation at which the smooth reward reaches +-1
+    dead_zone: float = 0.0
+    abstain_reward: float = -1.0  # of an answer that names nobody
+    preference: Literal["controlled", "blocked", "context"] = "blocked"  # estimate of it (envs/preference.py)
+    preference_decay: float = 0.9
+    context_decay: float = 0.85
+    batch_weight: float = 0.3
+    local_weight: float = 0.5
+    unit_weight: float = 0.1
+    seed: int = 0
+    threads: int | None = None  # torch's own choice
+
+    def __post_init__(self) -> None:
+        _within(1, steps=self.steps, ambiguous=self.ambiguous, micro_batch=self.micro_batch, threads=self.threads)
+        _within(0, unambiguous=self.unambiguous, unambiguous_weight=self.unambiguous_weight)
+        _within(0, fisher_batches=self.fisher_batches)
+        least = "must be at least 1 token: an empty answer names nobody"
+        require(
+            self.max_completion_length >= 1, "max_completion_length", f"{least}, found {self.max_completion_length}"
+        )
+        alike = "must be at least 2: an answer is held against the others to its prompt"
+        require(self.num_generations >= 2, "num_generations", f"{alike}, found {self.num_generations}")
+        _within(0, above=True, temperature=self.temperature, learning_rate=self.learning_rate, adam_eps=self.adam_eps)
+        _within(0, above=True, smooth_width=self.smooth_width, max_grad_norm=self.max_grad_norm)
+        _within(0, above=True, fisher_damping=self.fisher_damping)
+        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "must be two numbers in [0, 1)")
+        shares = {name: getattr(self, name) for name in ("warmup", "batch_weight", "local_weight", "unit_weight")}
+        _within(0, 1, **shares)
+        for name in ("dead_zone", "preference_decay", "context_decay"):
+            require(0 <= getattr(self, name) < 1, name, f"must be within 0 and below 1, found {getattr(self, name)}")
+        _within(-1, 1, abstain_reward=self.abstain_reward)
+        _within(0, 2**32 - 1, seed=self.seed)
+        plain = self.estimator == "grpo" or self.scale_rewards == "none"
+        require(plain, "scale_rewards", "estimator rloo does not divide rewards; remove it, or use grpo")
+        batch = (self.ambiguous + self.unambiguous) * self.num_generations
+        wrong = f"must divide the {batch} answers of a step (decisions x num_generations), found {self.micro_batch}"
+        require(batch % (self.micro_batch or 1) == 0, "micro_batch", wrong)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class MatcherSection:
+    """How it is read whom an answer names (:mod:`dso.matching`)."""
+
+    rule: Literal["first", "only", "start"] = "first"
+    after: str | None = None  # what the answer stands behind, as in "Answer:"; the whole text is read
+    ignore_case: bool = False
+    whole_words: bool = True
+    abstentions: tuple[str, ...] | None = None  # phrases that decline to choose; dso.matching.ABSTENTIONS
+
+    def __post_init__(self) -> None:
+        try:
+            self.matcher()
+        except UserError as error:
+            raise ConfigError(str(error)) from error
+
+    def matcher(self) -> Any:
+        """The matcher of these settings."""
+        from dso.matching import ABSTENTIONS, Matcher
+
+        phrases = ABSTENTIONS if self.abstentions is None else self.abstentions
+        settings = {name: getattr(self, name) for name in ("rule", "after", "ignore_case", "whole_words")}
+        return Matcher(abstentions=phrases, **settings)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class AnswerConstraintsSection:
+    """What the steering may cost: nats of KL to the base model a token, neurons that are not zero."""
+
+    kl_budget: float | None = 0.05  # mean over the tokens of the answers; held by dual ascent
+    kl_coefficient: float | None = None  # fixed instead
+    dual_learning_rate: float = 0.2
+    initial_beta: float = 0.5  # price of one nat at the start
+    minimum_beta: float = 0.05  # and the least
+    sparsity: float = 0.0  # lambda of the L1 norm
+
+    def __post_init__(self) -> None:
+        _within(0, above=True, kl_budget=self.kl_budget, initial_beta=self.initial_beta)
+        _within(0, above=True, minimum_beta=self.minimum_beta, dual_learning_rate=self.dual_learning_rate)
+        _within(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
+        both = self.kl_budget is not None and self.kl_coefficient is not None
+        reason = "contradicts kl_budget, which sets the coefficient itself; for a fixed one add kl_budget: null"
+        require(not both, "kl_coefficient", reason)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class AnswerEvaluationSection:
+    """How answers are measured, and when."""
+
+    every: int = 20  # steps between measurements of the validation split
+    samples: int = 8  # answers a decision
+    validation_stride: int = 3  # a unit is asked about in every third context
+    test_stride: int = 1
+    max_accuracy_loss: float = 0.05  # against the base model's, as sampled; what loses more is not kept
+    scales: tuple[float, ...] = (0.0, 1.0)
+    bootstrap: int = 1000  # resamples of an interval
+
+    def __post_init__(self) -> None:
+        _within(1, every=self.every, samples=self.samples, bootstrap=self.bootstrap)
+        _within(1, validation_stride=self.validation_stride, test_stride=self.test_stride)
+        _within(0, 1, max_accuracy_loss=self.max_accuracy_loss)
+        _within(0, **{f"scales[{place}]": scale for place, scale in enumerate(self.scales)})
+        rising = all(low < high for low, high in zip(self.scales, self.scales[1:], strict=False))
+        require(bool(self.scales) and rising, "scales", f"must be one or more that rise, found {list(self.scales)}")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class AnswerRunSection:
+    """Where a run is kept, and who else hears of it."""
+
+    folder: str = "runs"
+    name: str | None = None  # the config's
+    tracking: Literal["none", "tensorboard", "wandb"] = "none"
+    wandb: WandbSection = field(default_factory=WandbSection)
+    timeout: float = 1800.0  # seconds that a process waits for the others
+
+    def __post_init__(self) -> None:
+        require(len(self.folder) > 0, "folder", "must not be empty")
+        _within(1, timeout=self.timeout)
+        plain = self.name is None or (self.name not in ("", ".", "..") and not {*self.name} & {*"/\\\0"})
+        require(plain, "name", f"must be a name, not a path, found {self.name!r}; the place is run.folder")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class FreeformConfig:
+    """Everything that a run on written answers is told."""
+
+    model: ModelSection = field(default_factory=ModelSection)
+    data: DataSection = field(default_factory=lambda: DataSection(options={"texts": "questions"}))
+    steering: SteeringSection = field(default_factory=SteeringSection)
+    train: AnswerTrainSection = field(default_factory=AnswerTrainSection)
+    matcher: MatcherSection = field(default_factory=MatcherSection)
+    constraints: AnswerConstraintsSection = field(default_factory=AnswerConstraintsSection)
+    evaluation: AnswerEvaluationSection = field(default_factory=AnswerEvaluationSection)
+    run: AnswerRunSection = field(default_factory=AnswerRunSection)
+
+
+def load_freeform(name_or_path: str, overrides: Sequence[str] = ()) -> FreeformConfig:
+    """The config of a name in ``configs/freeform`` or of a YAML file, with ``key=value`` overrides applied in order.
+
+    Raises:
+        ConfigError: as :func:`launch.config.read_config`.
+    """
+    return read_config(FreeformConfig, name_or_path, overrides, FOLDER)
