@@ -27,7 +27,7 @@ import pytest
 from launch.config import load_config
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ("README.md", "CONTRIBUTING.md", "docs/resume.md", "docs/tracking.md")
+TEXTS = ("README.md", "CONTRIBUTING.md", "docs/resume.md", "docs/tracking.md", "docs/launching.md")
 FILES = tuple(name for name in TEXTS if (ROOT / name).is_file())
 FENCE = re.compile(r"^(?P<before>[^\n]*)\n```(?P<kind>\w+)[^\n]*\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 STANDS_FOR = ((r'"smollm2-135m"', '"path/to/model"'), (r'"runs/[^"]*"', '"path/to/steering"'))

@@ -160,6 +160,19 @@ def test_the_papers_models_are_all_there() -> None:
     assert set(sets.values()) == {"synthbias", "socialcounterfactuals"}
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_documented_table_is_true(name: str) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "launching.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+    _, billions, sites, coefficients, *gigabytes = (cell.strip() for cell in line.strip("|").split("|"))
+    parameters, expected, width = MODELS[load_config(name).model.name]
+    assert (billions, int(sites)) == (f"{parameters / 1e9:.2f} B", expected)
+    assert int(coefficients.replace(",", "")) == 2 * expected * width
+    tables = dry_run_of(name), dry_run(load_config(name), name=name, ranks=8)
+    estimated = [float(n) for table in tables for n in re.search(r"at one time +([\d.]+) +([\d.]+)", table).groups()]
+    assert [int(n) for n in gigabytes] == pytest.approx(estimated, rel=0.05, abs=0.6)
+
+
 # A config whose model and data are at hand
 
 
@@ -198,7 +211,7 @@ def test_ranks_and_deepspeed_divide_the_step(tiny: str, tmp_path: Path, capsys: 
         (("--deepspeed", "nowhere.json"), "nowhere.json: cannot be read"),
         (("steering.sites=[nothing.*]",), "site pattern 'nothing.*' matches no norm"),
         (("model.name=owner/unknown",), "fetch its config once with: hf download owner/unknown config.json"),
-        (("model.name=no such model",), "no such folder, not embedded (smollm2-135m), and no Hub id"),
+        (("model.name=no such model",), "no such folder, not embedded (smollm2-135m"),
         (("data.set=nonsense", "data.options={path: nowhere}"), "unknown decision set 'nonsense'"),
         (("train.unambiguous=0", "data.train_split=nothing"), "nothing"),
     ],

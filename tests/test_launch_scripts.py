@@ -348,6 +348,28 @@ def test_help_is_the_scripts_own_comment(machine: Machine) -> None:
         assert done.returncode == 0 and f"launch/{script.name} " in done.stdout and "set -euo" not in done.stdout
 
 
+def test_the_documented_commands_run(machine: Machine, tmp_path: Path) -> None:
+    machine.program("deepspeed")
+    machine.slurm()
+    hosts = tmp_path / "hosts"
+    hosts.write_text("a slots=2\n", encoding="utf-8")
+    # as sbatch would: its own options, then the script with its arguments
+    machine.program("sbatch", 'while [[ $1 == --* ]]; do shift 2; done\nbash "$@"')
+    text = (ROOT / "docs" / "launching.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines() if not line.startswith("dso ")]
+    assert len(lines) == 5
+    for line in lines:
+        words = [str(hosts) if word == "HOSTFILE" else word for word in line.split()]
+        done = subprocess.run(words, cwd=ROOT, env=machine.env, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert [len(machine.calls_of(name)) for name in ("deepspeed", "sbatch", "srun")] == [3, 2, 2]
+    assert [call[call.index("launch.train") + 1] for call in machine.calls_of("srun")] == [
+        "qwen2.5-7b-synthbias",
+        "qwen2.5-vl-7b-socialcounterfactuals",
+    ]
+
+
 def test_deepspeed_takes_the_options_that_the_scripts_give_it(machine: Machine, tmp_path: Path) -> None:
     runner = pytest.importorskip("deepspeed.launcher.runner")
     machine.program("deepspeed")
