@@ -29,6 +29,7 @@ LOG = "worker.log"
 KEPT = 10_000  # records
 BEGIN = 300.0  # seconds until the process has imported W&B, if training goes on for so long
 LOCAL = 60.0  # seconds that a busy machine may take for anything else that needs no server
+STUCK = 30.0  # seconds without reading after which the process counts as hung
 SLACK = 5.0  # seconds beyond a server's time, so that W&B itself gives up before it is killed
 PATIENCE = 2.0  # seconds of waiting that nobody needs to be told of
 
@@ -213,11 +214,11 @@ class Relay:
         told, code, batch = 0, None, self._earlier if self._is_offline() else []
         while True:
             for record in batch:
-                worker.send(record, LOCAL)
+                worker.send(record, STUCK)
             if code is not None:
                 break
             told, code, batch = self._next(told)
-        worker.send({"finish": code}, LOCAL)
+        worker.send({"finish": code}, STUCK)
 
     def _next(self, told: int) -> tuple[int, int | None, list[dict[str, Any]]]:
         """Wait for more than the first ``told`` records, or the end; the count, the exit code, and those records."""

@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-NICE = 10  # training comes first
+NICE = 5  # training comes first
 LOOK = 5.0  # seconds between looks at whether the parent is still there
 SPARE = 60.0  # seconds that an orphan has beyond what W&B may take to finish
 GONE = 255  # the exit code of a run whose process left without a word
