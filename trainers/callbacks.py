@@ -39,9 +39,9 @@ class Selection(BaseCallback):
     """Measure the validation split as training goes on and keep the best operators inside the constraints.
 
     Best is the least soft bias as measured: the same people are asked each time, so what they differ in is in all
-    measurements, and taking the floor off (which leaves 0 for several) would only hide which is the least. The untrained
-    steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two with the same
-    bias the one with the smaller KL is better, of two alike the earlier one.
+    measurements, and taking the floor off (which leaves 0 for several) would only hide which is the least. The
+    untrained steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two
+    with the same bias the one with the smaller KL is better, of two alike the earlier one.
 
     Args:
         measure: step -> :class:`Validation`, with the operators as they are.
@@ -123,7 +123,9 @@ class Selection(BaseCallback):
     def offer(self, row: Validation) -> bool:
         """Add a measurement to the history; whether it is the best so far, which it then is."""
         self.history.append(row)
-        better = self.inside(row) and (self.best is None or (row.soft_bias, row.kl) < (self.best.soft_bias, self.best.kl))
+        better = self.inside(row) and (
+            self.best is None or (row.soft_bias, row.kl) < (self.best.soft_bias, self.best.kl)
+        )
         if better:
             self.best = row
         return better
