@@ -270,7 +270,7 @@ def test_the_hub_is_asked_for_the_shards_that_are_wanted(social, tmp_path, monke
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", listed)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
     where = {"repo_type": "dataset", "revision": "r1"}
-    decisions = socialcounterfactuals.load(revision="r1", shards=1, pictures=tmp_path)
+    decisions = socialcounterfactuals.load("Intel/SocialCounterfactuals", revision="r1", shards=1, pictures=tmp_path)
     assert asked == [("Intel/SocialCounterfactuals", where), ("data/train-00000-of-00002-abc.parquet", where)]
     assert set(decisions.contexts) <= {"plumber", "nurse"}
 

@@ -47,7 +47,7 @@ class _Row:
 
 
 def load(
-    path: str | Path = "Intel/SocialCounterfactuals",
+    path: str | Path,
     *,
     attribute: str = "gender",
     per_context: int = 4,
@@ -63,7 +63,8 @@ def load(
     """Read SocialCounterfactuals.
 
     Args:
-        path: a folder with the parquet files, or the Hub id.
+        path: a folder with the parquet files, or the Hub id ``Intel/SocialCounterfactuals``, of which all files are
+            fetched unless ``shards`` says otherwise.
         attribute: ``gender``, ``race`` or ``physical``: what the people differ in, the other attribute being equal.
         per_context: how many scenes of an occupation are used at most.
         contexts: the occupations; all when None.
