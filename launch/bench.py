@@ -3,6 +3,7 @@
 step         time and peak memory of one training step against a bare forward and backward pass of the same batch
 run          one training run from an empty folder: wall time and peak memory
 budgets      the default run at several KL budgets and seeds, on held-out splits
+scaling      steps of 1 and 2 processes: decisions a second, exchanges, memory with and without checkpointing
 estimators   expected, reinforce, ppo and the published form: decisions until bias halves, bias at equal KL
 groups       gender x race, four groups
 transfer     trained steerings on sets they never saw: held-out occupations, WinoBias, pronouns
@@ -29,6 +30,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = names.add_parser("run", help="wall time and peak memory of a run")
     run.add_argument("--config", default="smollm2-roles")
+
+    scaling = names.add_parser("scaling", help="steps of one process and of several")
+    scaling.add_argument("--config", default="smollm2-roles")
+    scaling.add_argument("--processes", default="1,2", help="numbers of processes (default: 1,2)")
+    scaling.add_argument("--deepspeed", default="configs/deepspeed/zero2.json", metavar="FILE")
+    scaling.add_argument("--steps", type=int, default=4, help="that are timed, after one more (default: 4)")
+    scaling.add_argument("--threads", type=int, help="of each process (default: the CPU's cores shared out)")
+    scaling.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
 
     for name, text in (
         ("budgets", "KL budgets x seeds"),
@@ -61,12 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark."""
     arguments = build_parser().parse_args(argv)
     from dso.errors import UserError
-    from launch.benchmarks import scenes, sweeps, timing
+    from launch.benchmarks import scaling, scenes, sweeps, timing
     from launch.train import Stopped
 
     functions = {
         "step": timing.step,
         "run": timing.run,
+        "scaling": scaling.scaling,
         "budgets": sweeps.budgets,
         "estimators": sweeps.estimators,
         "groups": sweeps.groups,

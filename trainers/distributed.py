@@ -137,7 +137,7 @@ class Ranks(World):
         except RuntimeError as error:
             if not _is_lost(error):
                 raise
-            reason = (str(error).splitlines() or ["no reason given"])[0]
+            reason = (str(error).splitlines() or ["no reason given"])[0].split(". ")[0]
             raise RankLost(
                 f"process {self.rank}: another process of the job ended, or did not answer within {self.timeout:g} s; "
                 f"its own message says why ({reason})"

@@ -80,6 +80,7 @@ class EngineLearner(Learner):
             box.append(self._whole.in_step(work))
 
         self._run(self._whole, fill)
+        self._gather()
         return box[0]
 
     def forward(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -189,7 +190,7 @@ class EngineLearner(Learner):
         return [entry.view(p.shape).clone() for entry, p in zip(entries, self.parameters, strict=True)]
 
     def _gather(self) -> None:
-        """Stage 3: make the operators whole again where a step that was left out has not."""
+        """Stage 3: make the operators whole again, as passes and steps that were left out do not always leave them."""
         if self.stage == 3 and any(not p.numel() for p in self.parameters):
             self.parameters[0].all_gather(self.parameters)
 

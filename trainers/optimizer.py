@@ -62,8 +62,9 @@ class Whitened(torch.optim.Optimizer):
         for parameter, (value, grad) in zip(parameters, before, strict=True):
             parameter.copy_(value)
             parameter.grad = grad
-            if "step" in self.state[parameter]:
-                self.state[parameter]["step"].zero_()
+            for entry in self.state[parameter].values():
+                if isinstance(entry, torch.Tensor):  # the moments too, which a weight decay has moved
+                    entry.zero_()
             self.state[parameter]["size"] = torch.ones_like(parameter)
 
 
