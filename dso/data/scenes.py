@@ -22,7 +22,8 @@ An ambiguous unit is seen in every context and on both sides. An unambiguous one
 both sides and asked about both, so that each group is the answer equally often.
 
 An appearance is a combination of skin, colour of the hair and colour of the clothes. The combinations are divided:
-those of ``test`` are in no training picture of the model (its corpus is drawn from those of ``train``) or of a steering.
+those of ``test`` are in no training picture of the model (its corpus is drawn from those of ``train``) or of a
+steering.
 
 =================  ============  ====================================
 split              appearances   contexts
