@@ -1,10 +1,11 @@
 """Kills training runs at random moments and lets them go on: a program, so that runs are forked and start at once.
 
-    python tests/killing.py CONFIG KILLS SEED
+    python tests/killing.py CONFIG KILLS SEED [DEEPSPEED]
 
-Everything is imported once; each run is a fork of this process. A run is killed either at a call of a Python or C
-function, chosen among those of one phase (a step, an evaluation, a save), or once it has used so much CPU time,
-wherever it is then. Prints one JSON object a kill.
+Everything is imported once; each run is a fork of this process, or two that train together if a configuration of
+DeepSpeed is given. A process of it is killed either at a call of a Python or C function, chosen among those of one
+phase (a step, an evaluation, a save, the writing of a file), or once it has used so much CPU time, wherever it is then;
+in the last case once more as the run goes on. Prints one JSON object a kill.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import os
 import random
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,16 +32,21 @@ from running import outcome
 
 import launch.train
 from dso.evaluation import Evaluator
+from dso.files import write_bytes
 from launch.config import TrainConfig, load_config
 from launch.learn import Keeper
+from launch.session import load_backbone
 from trainers.ppo import SteeringPPO
 
 PHASES: dict[str, tuple[Callable[..., Any], ...]] = {
     "save": (Keeper.save,),
     "evaluation": (Evaluator.settings,),
     "step": (SteeringPPO.collect_rollouts, SteeringPPO.train),
+    "write": (write_bytes,),
 }
 CODES = {function.__code__: phase for phase, functions in PHASES.items() for function in functions}
+HALF = 10_000  # bytes, less than a state and more than the records of these runs
+Trick = Callable[[Path], None]  # what is done to a process before it runs; tells a file of what comes of it
 
 
 class Watch:
@@ -65,35 +73,12 @@ class Watch:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def run(config: TrainConfig, name: str) -> None:
-    """A run from its beginning or from where it was killed; without its picture, which would take most of the time."""
-    launch.train.scale_figure = lambda *_, **__: None
-    launch.train.train(replace(config, run=replace(config.run, name=name)), name=name, resume="auto", quiet=True)
-
-
-def whole(config: TrainConfig, notes: Path) -> None:
-    """The run that is not killed; notes its CPU time."""
-    started = time.process_time()
-    run(config, "whole")
-    notes.write_text(json.dumps({"time": time.process_time() - started}))
-
-
-def survey(config: TrainConfig, notes: Path) -> None:
-    """The same once more; notes how many calls each phase has, too."""
-    watch = Watch()
-    sys.setprofile(watch)
-    run(config, "survey")
-    sys.setprofile(None)
-    notes.write_text(json.dumps(json.loads(notes.read_text()) | watch.calls))
-
-
-def killed_at(phase: str, call: int, config: TrainConfig, name: str, notes: Path) -> None:
+def kill_at(phase: str, call: int, notes: Path) -> None:
     sys.setprofile(Watch(phase, call, notes))
-    run(config, name)
 
 
-def killed_after(seconds: float, config: TrainConfig, name: str, notes: Path) -> None:
-    """A run that is killed wherever it is when it has used so much CPU time."""
+def kill_after(seconds: float, notes: Path) -> None:
+    """Have this process killed wherever it is when it has used so much CPU time more."""
     until = time.process_time() + seconds
 
     def wait() -> None:
@@ -103,67 +88,129 @@ def killed_after(seconds: float, config: TrainConfig, name: str, notes: Path) ->
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait, daemon=True).start()
-    run(config, name)
 
 
-def killed_writing(size: int, config: TrainConfig, name: str, notes: Path) -> None:
-    """A run that the kernel kills when it has written so many bytes of the state at step 3."""
+def kill_writing(notes: Path) -> None:
+    """Have the kernel kill this process when it has written a part of the state at step 3."""
     real = SteeringPPO.train
 
     def train(self: SteeringPPO) -> None:
         real(self)
         if self.steps_done == 3:
-            notes.write_text(f"{size} bytes written")
+            notes.write_text(f"{HALF} bytes written")
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, HALF))
 
     SteeringPPO.train = train
-    run(config, name)
 
 
-def files(folder: Path) -> dict[str, int]:
-    """The size of every file."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+def survey(notes: Path) -> None:
+    """Have this process tell its CPU time, and how many calls each phase has, when it ends."""
+    watch, real, started = Watch(), os._exit, time.process_time()
+
+    def tell(code: int) -> None:
+        sys.setprofile(None)
+        notes.write_text(json.dumps({"time": time.process_time() - started, **watch.calls}))
+        real(code)
+
+    os._exit = tell
+    sys.setprofile(watch)
 
 
-def forked(work: Callable[..., None], *arguments: Any) -> int:
-    """Do it in a process of its own; how that ended, as os.waitstatus_to_exitcode says it."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Runs of one config, each in processes of its own.
+
+    Attributes:
+        deepspeed: for runs of two processes.
+        notes: the file that tricks tell.
+    """
+
+    config: TrainConfig
+    deepspeed: str | None
+    notes: Path
+
+    @property
+    def size(self) -> int:
+        return 1 if self.deepspeed is None else 2
+
+    def go(self, name: str, trick: Trick | None = None, victim: int = 0) -> list[int]:
+        """Start a run, or go on with it; how its processes ended, as os.waitstatus_to_exitcode says it."""
+        sys.stdout.flush()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(self.size):
+            child = os.fork()
+            if child == 0:
+                self._be(rank, port, name, trick if rank == victim else None)
+            children.append(child)
+        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    def _be(self, rank: int, port: int, name: str, trick: Trick | None) -> None:
+        """Be a process of a run; never returns."""
+        code = 1
         try:
-            work(*arguments)
-            os._exit(0)
-        except BaseException:  # noqa: BLE001  (the parent's code must not run on in the child, whatever it was)
+            if self.size > 1:
+                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(self.size))
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+            if trick is not None:
+                trick(self.notes)
+            config = replace(self.config, run=replace(self.config.run, name=name))
+            launch.train.train(config, name=name, resume="auto", quiet=True, deepspeed=self.deepspeed)
+            code = 0
+        except BaseException:  # noqa: BLE001  (what runs on in the parent must not run on in the child)
             traceback.print_exc()
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        finally:
+            os._exit(code)
+
+    def files(self, name: str) -> dict[str, int]:
+        """The size of every file of a run."""
+        folder = Path(self.config.run.folder) / name
+        found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return {str(path.relative_to(folder)): path.stat().st_size for path in found}
+
+    def outcome(self, name: str) -> dict[str, Any]:
+        return outcome(Path(self.config.run.folder) / name)
 
 
-def main(config: TrainConfig, kills: int, seed: int) -> None:
+def main(runs: Runs, kills: int, seed: int) -> None:
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
-    folder, rng = Path(config.run.folder), random.Random(seed)
-    notes = folder.parent / "notes"
-    if forked(whole, config, notes) or forked(survey, config, notes):
-        raise SystemExit("the run that is not killed failed")
-    known, wanted = json.loads(notes.read_text()), outcome(folder / "whole")
+    launch.train.scale_figure = lambda *_, **__: None  # it would take most of the time
+    load_backbone(runs.config)  # what transformers compiles once a process is there in all
+    rng = random.Random(seed)
+    known = []
+    for victim in range(runs.size):
+        if any(runs.go(f"whole-{victim}", survey, victim)):
+            raise SystemExit("a run that is not killed failed")
+        known.append(json.loads(runs.notes.read_text()))
+    wanted = runs.outcome("whole-0")
     for number in range(kills + 1):
-        name, kind = f"killed-{number}", (*PHASES, "time")[number % 4] if number < kills else "half"
-        notes.write_text("not killed")
+        kind = (*PHASES, "time")[number % 5] if number < kills else "half"
+        name, victim = f"killed-{number}", 0 if kind in ("half", "write") else rng.randrange(runs.size)
+        runs.notes.write_text("not killed")
         if kind == "half":
-            ended = forked(killed_writing, 10_000, config, name, notes)
+            trick: Trick = kill_writing
         elif kind == "time":
-            ended = forked(killed_after, rng.uniform(0, 0.8 * known[kind]), config, name, notes)
+            trick = partial(kill_after, rng.uniform(0, 0.35 * known[victim][kind]))
         else:
-            ended = forked(killed_at, kind, rng.randint(1, int(0.95 * known[kind])), config, name, notes)
-        left = files(folder / name)
-        again = forked(run, config, name)
-        found = outcome(folder / name) if again == 0 else {}
+            trick = partial(kill_at, kind, rng.randint(1, int(0.95 * known[victim][kind])))
+        ended = runs.go(name, trick, victim)
+        result = {"kind": kind, "victim": victim, "moment": runs.notes.read_text(), "ended": ended}
+        result["left"] = runs.files(name)
+        if kind == "time":
+            runs.go(name, partial(kill_after, rng.uniform(0, 0.3 * known[victim][kind])), victim)
+        again = runs.go(name)
+        found = {} if any(again) else runs.outcome(name)
         differs = [key for key in wanted if found.get(key) != wanted[key]]
-        result = {"kind": kind, "moment": notes.read_text(), "ended": ended, "left": left}
-        print(json.dumps(result | {"again": again, "differs": differs, "files": files(folder / name)}), flush=True)
+        print(json.dumps(result | {"again": again, "differs": differs, "files": runs.files(name)}), flush=True)
 
 
 if __name__ == "__main__":
-    main(load_config(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    given = load_config(sys.argv[1])
+    if len(sys.argv) > 4:
+        import deepspeed  # noqa: F401  (before the forks, as it takes seconds)
+    found = Runs(given, sys.argv[4] if len(sys.argv) > 4 else None, Path(given.run.folder).parent / "notes")
+    main(found, int(sys.argv[2]), int(sys.argv[3]))

@@ -166,7 +166,7 @@ def test_an_interrupt_before_anything_was_learned_leaves_nothing(
 def test_sigterm_while_the_model_is_loaded_changes_nothing(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.train, "open_session", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(launch.train, "open_session", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match="nothing was changed") as caught:
         train(config_of(tmp_path, model_folder), name="x", quiet=True)
     assert caught.value.preempted

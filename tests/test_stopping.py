@@ -66,6 +66,14 @@ def test_outside_of_training_both_act_at_once(number: int, error: type[BaseExcep
     assert not issubclass(Preempted, Exception)  # so that nothing on the way takes it for a failure
 
 
+def test_a_second_sigterm_does_not_disturb_what_the_first_one_began() -> None:
+    with OrderlyStop() as stop:
+        with pytest.raises(Preempted):
+            hear(signal.SIGTERM)
+        hear(signal.SIGTERM)  # as the run tidies up
+    assert stop.preempted
+
+
 @pytest.mark.parametrize("number", OrderlyStop.SIGNALS)
 def test_a_run_that_is_asked_to_stop_ends_at_a_whole_step(number: int) -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)

@@ -90,12 +90,13 @@ def save_state(
         OSError: where it cannot be written; what was saved before is whole then.
     """
     optimizer = model.optimizer_state()  # every process has a part of it
+    task = model.learner.pass_through(model.task.state_dict)  # which may ask the base model
     if not model.world.is_main:
         return
     random_tensors, random_facts = _random_state(model.device)
     parts: dict[str, Mapping[str, Tensor]] = {
         "policy": model.policy.state_dict(),
-        "task": model.task.state_dict(),
+        "task": task,
         "optimizer": optimizer,
         "random": random_tensors,
         "extra": extra_tensors,
@@ -161,8 +162,7 @@ def load_state(saved: SavedState, model: SteeringPPO) -> tuple[dict[str, Tensor]
         if facts["setup"].get(name) != value:
             raise StateError(f"{saved.path}: saved with {name} {facts['setup'].get(name)}, now it is {value}")
     part = {name: _below(saved.tensors, name) for name in ("policy", "task", "optimizer", "random", "extra")}
-    for name, own in (("policy", model.policy.state_dict()), ("task", model.task.state_dict())):
-        _require_same_shapes(saved.path, part[name], own)
+    _require_same_shapes(saved.path, part["policy"], model.policy.state_dict())
     model.policy.load_state_dict(part["policy"])
     model.task.load_state_dict({key: value.to(model.device) for key, value in part["task"].items()})
     model.load_optimizer_state(part["optimizer"])

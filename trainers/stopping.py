@@ -62,11 +62,13 @@ class OrderlyStop:
 
     def _hear(self, number: int, _: object) -> None:
         first, self.heard = self.heard is None, self.heard or number
+        if number == signal.SIGTERM and not first:
+            return
         if number == signal.SIGINT and not (first and self._model):
             raise KeyboardInterrupt
         if self._model is None:
             raise Preempted
         self._model.stop_requested = True
-        if first and self.say is not None:
+        if self.say is not None:
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             self.say(f"stopping after this step{again}")
