@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -66,6 +66,16 @@ class RewardConfig:
             raise ValueError(f"decay {self.decay} must be in [0, 1) and batch_weight {self.batch_weight} in [0, 1]")
 
 
+class Processes(Protocol):
+    """Several processes, of which this is one."""
+
+    rank: int
+    size: int
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """The elementwise sum over all of them."""
+
+
 class DecisionTask:
     """A decision set with the backbone behind it; a *handle* is a decision's index in the set.
 
@@ -76,6 +86,9 @@ class DecisionTask:
         reward: see :class:`RewardConfig`.
         handle: the steering on the backbone, so that the base model is one scale away; None if there is none.
         anchors: neutral texts whose next-token distribution should stay as it is.
+
+    Attributes:
+        world: the processes that observe the same decisions together; None for this one by itself.
     """
 
     def __init__(
@@ -89,6 +102,7 @@ class DecisionTask:
     ):
         self.backbone = backbone
         self.handle = handle
+        self.world: Processes | None = None
         self.anchors = tuple(anchors)
         self.decisions = decisions
         self.reward = reward or RewardConfig()
@@ -98,7 +112,8 @@ class DecisionTask:
         self.n_contexts = len(decisions.contexts)
         self.blocks = _block_index(decisions).to(device)
         self._reference: dict[int | str, Tensor] = {}
-        self._base_policy: dict[int, Tensor] = {}
+        self._own_policy: dict[int, Tensor] = {}  # of the base model, as it was passed here
+        self._base_policy: dict[int, Tensor] = {}  # the same in all processes
         self._together = {key: group for group in self._portions() for key in group}
         self.forget()
 
@@ -128,18 +143,33 @@ class DecisionTask:
         return self._cached([int(h) for h in handles], self._score_base)
 
     def base_policy(self, handles: Sequence[int]) -> Tensor:
-        """(N, K) probabilities of the base model over the candidates, from the pass that :meth:`reference` is of."""
+        """(N, K) probabilities of the base model over the candidates, from the pass that :meth:`reference` is of.
+
+        Several processes ask for the same decisions, and each passes some of those that are not known yet.
+        """
         keys = [int(h) for h in handles]
         if missing := [key for key in keys if key not in self._base_policy]:
-            self._cached(missing, self._score_base)
+            self._base_policy.update(self._passed_together(missing))
         rows = [self._base_policy[key] for key in keys]
         return torch.stack(rows).to(self.backbone.device) if rows else self.target.new_zeros(0, self.n_candidates)
+
+    def _passed_together(self, handles: list[int]) -> dict[int, Tensor]:
+        """The portions that decisions are in, by decision; the processes take turns at them."""
+        portions = dict.fromkeys(tuple(self._together.get(handle, [handle])) for handle in handles)
+        members = [handle for portion in portions for handle in portion]
+        rank, size = (0, 1) if self.world is None else (self.world.rank, self.world.size)
+        for portion in list(portions)[rank::size]:
+            self._cached(portion[:1], self._score_base)
+        own = {handle for portion in list(portions)[rank::size] for handle in portion}
+        nothing = torch.zeros(self.n_candidates)
+        table = torch.stack([self._own_policy[handle] if handle in own else nothing for handle in members])
+        return dict(zip(members, table if self.world is None else self.world.all_sum(table), strict=True))
 
     def _score_base(self, handles: list[int]) -> Tensor:
         scores = self.backbone.score(self.pick(handles), next_token=True)
         policy = scores.policy().exp().cpu()
         policy = torch.nn.functional.pad(policy, (0, self.n_candidates - policy.shape[1]))
-        self._base_policy.update(zip(handles, policy, strict=True))
+        self._own_policy.update(zip(handles, policy, strict=True))
         return scores.next_token
 
     def anchor_reference(self, texts: Sequence[str]) -> Tensor:
@@ -226,8 +256,7 @@ class DecisionTask:
 
     def _observe_blocks(self, policy: Tensor, index: Tensor) -> Tensor:
         """The same by :class:`envs.preference.BlockedPreference`."""
-        if not self._started:
-            self._start_from_base()
+        self.start()
         shares, mass, block, context, cell = self._cells(policy, index)
         base = self._cells(self.base_policy(index.tolist()), index)[0] if self.reward.estimate == "controlled" else None
         met = mass > 0
@@ -237,6 +266,11 @@ class DecisionTask:
         local[met] = self._blocked.update(shares[met], block[met].unique(return_inverse=True)[1], context[met], base)
         preference = torch.lerp(self._blocked.preference[context], local, self.reward.local_weight)[cell]
         return torch.lerp(self._fair(preference), self._fair(shares)[cell], self.reward.unit_weight)
+
+    def start(self) -> None:
+        """Find out beforehand what the first :meth:`observe` needs; to be called by all processes together."""
+        if not self._started:
+            self._start_from_base()
 
     def _start_from_base(self) -> None:
         index = (self.answers < 0).nonzero()[:, 0]
@@ -261,8 +295,7 @@ class DecisionTask:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running preferences, for checkpoints."""
-        if not self._started:
-            self._start_from_base()
+        self.start()
         blocked = {f"blocked.{key}": value for key, value in self._blocked.state_dict().items()}
         return {"running": self._running.clone(), "seen": self._seen.clone(), **blocked}
 

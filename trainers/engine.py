@@ -41,8 +41,10 @@ def _deepspeed() -> ModuleType:
 
 def divide_weights(model: nn.Module, settings: dict[str, Any], world: Ranks) -> None:
     """Divide a model's weights among the processes, as ZeRO-3 does, tensor by tensor: none holds all on its device."""
-    zero = _deepspeed().zero
-    world.guard(lambda: zero.Init(module=model, config_dict_or_path=complete(settings, world.size, 1, 0.0, 0)))
+    deepspeed = _deepspeed()
+    deepspeed.init_distributed()  # takes over the processes that there are; what follows counts them
+    told = complete(settings, world.size, 1, 0.0, 0)
+    world.guard(lambda: deepspeed.zero.Init(module=model, config_dict_or_path=told))
     for buffer in model.buffers():
         buffer.data = buffer.data.to(world.device)
 

@@ -110,6 +110,7 @@ class SteeringPPO(PPO):
         self._kept: Passed | None = None
         self._due: int | None = None
         task = env.inner.task
+        task.world = self.world
         policy_kwargs = {"task": task, **policy_kwargs}
         defaults: dict[str, Any] = {**UNUSED, "batch_size": env.num_envs, "device": task.backbone.device}
         super().__init__(SteeringPolicy, env, policy_kwargs=policy_kwargs, **{**defaults, **kwargs})
@@ -149,6 +150,11 @@ class SteeringPPO(PPO):
     def steps_done(self) -> int:
         """Batches that were decided and learned from, or skipped."""
         return self.num_timesteps // self.env.num_envs
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        found = super()._setup_learn(*args, **kwargs)
+        self.learner.pass_through(self.task.start)  # here, where all processes are
+        return found
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
