@@ -199,10 +199,12 @@ def test_on_a_terminal_there_is_a_bar_with_the_time_left(monkeypatch: pytest.Mon
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
     progress = Progress(5, every=1)
     learn(trainer, 3, progress)
+    progress.close()
     assert progress.bar.n == 3
     assert "step 1/5" not in stderr.text
     again = Progress(5)
     learn(trainer, 2, again)
+    again.close()
     assert (again.bar.initial, again.bar.n) == (3, 5)
     last = stderr.text.split("\r")[-1]
     assert "5/5" in last

@@ -256,6 +256,8 @@ class Run:
         started = time.monotonic()
         self.relay.close(code)
         self.closing = time.monotonic() - started
+        # On a busy machine the end takes so long that it is announced.
+        self.said = [line for line in self.said if not line.startswith("waiting for W&B")]
 
     def told(self, mode: str) -> list[dict]:
         path = self.folder / f"told.{mode}"
