@@ -28,6 +28,7 @@ from dso.sampling import sample, token_kl
 from dso.steering import Handle
 
 NOBODY = "(none of them)"
+KL_SAMPLES = 2  # answers of a decision whose KL is measured: each compares whole distributions at every token
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,11 @@ class AnswerEvaluator:
             row, column = rows[place // self.samples], place % self.samples
             written[row, column, : len(answer)] = torch.tensor(answer) + 1
         if self.handle is not None and self.handle.scale:
-            found = torch.tensor(token_kl(self.backbone, self.handle, prompts, answers), dtype=torch.float64)
-            kl[rows] = found.view(len(rows), self.samples).mean(1)
+            chosen = [place for place in range(len(prompts)) if place % self.samples < KL_SAMPLES]
+            found = token_kl(
+                self.backbone, self.handle, [prompts[place] for place in chosen], [answers[place] for place in chosen]
+            )
+            kl[rows] = torch.tensor(found, dtype=torch.float64).view(len(rows), -1).mean(1)
         if self.progress is not None:
             self.progress(len(rows))
 

@@ -98,7 +98,8 @@ class Matcher:
         Raises:
             DecisionError: naming the first candidate that no completion could stand for, and why.
         """
-        for decision in decisions:
+        # Most decisions are about the same people as another one.
+        for decision in {decision.candidates: decision for decision in decisions}.values():
             for index, candidate in enumerate(decision.candidates):
                 found = self.match(f"{self.after or ''}{candidate.text}", decision)
                 if found == index:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def learn(session: AnswerSession, folder: Path, stop: OrderlyStop, tracker: Trac
     trainer = open_trainer(session, course.on_step)
     try:
         course.validate(0)
-        with stop.training(trainer):
+        with stop.training(trainer), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
             trainer.train()
     finally:
         trainer.release()

@@ -95,7 +95,7 @@ def steered() -> tuple[Backbone, DecisionSet, object]:
     with torch.no_grad():
         for parameter in steering.parameters():
             parameter.normal_(0, 0.05)
-    return backbone, spoken_set(backbone), steering.attach(backbone.model)
+    return backbone, spoken_set(), steering.attach(backbone.model)
 
 
 def test_processes_that_share_the_work_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:

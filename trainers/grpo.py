@@ -32,7 +32,6 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
-from dso.errors import UserError
 from dso.matching import Matcher
 from dso.sampling import sample
 from dso.steering import Steering
@@ -87,8 +86,7 @@ class SteeredAnswers:
             ``activation_checkpointing``, ``deepspeed``, ...
 
     Raises:
-        UserError: if the answers of a step cannot be divided among the processes, or the output layer is steered but
-            passed by, as without ``share_prompts``.
+        UserError: if the answers of a step cannot be divided among the processes.
     """
 
     CONFIG: Any
@@ -119,10 +117,6 @@ class SteeredAnswers:
         **arguments: Any,
     ):
         model = task.backbone.model
-        if any(model.get_submodule(site) is model.get_output_embeddings() for site in steering.config.sites):
-            raise UserError(
-                "the output layer is steered, which written answers cannot train; leave it out of the sites"
-            )
         self.task, self.steering, self.kl, self.share_prompts = task, steering, kl, share_prompts
         self.stop_requested = False  # set by whoever wants training to end after the step
         self.answer_rewards = AnswerRewards(task, matcher)
