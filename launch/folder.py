@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 from dso.errors import UserError
 from dso.files import free_bytes, sweep, write_text
 from launch.config import ConfigError, TrainConfig, load_config, resolved_yaml
-from trainers.distributed import World
+from trainers.distributed import RankLost, World
 from trainers.state import SavedState, has_state, read_state
 from trainers.stopping import Preempted
 
@@ -209,6 +209,8 @@ def keeping(folder: Path, main: bool) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, KeyboardInterrupt | Preempted):
             raise Stopped(f"interrupted; {way}", preempted=isinstance(error, Preempted)) from error
+        if isinstance(error, RankLost):
+            raise RankLost(f"{error}; {way}") from error
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
             raise RunError(f"{where}{error.strerror or error}; {way}") from error

@@ -5,7 +5,13 @@
 Everything is imported once; each run is a fork of this process, or two that train together if a configuration of
 DeepSpeed is given. A process of it is killed either at a call of a Python or C function, chosen among those of one
 phase (a step, an evaluation, a save, the writing of a file), or once it has used so much CPU time, wherever it is then;
-in the last case once more as the run goes on. Prints one JSON object a kill.
+in the last case once more as the run goes on. At last come one run that dies in the middle of writing a state, and one
+of which one process gets SIGTERM. Prints what each process is known to do, one JSON object a kill, and how runs ended
+that are refused.
+
+    deepspeed ... tests/killing.py --launched PHASE CALL RANK ARGUMENTS
+
+does in a process of a real launcher what launch/train.py does with the arguments, but kills the one of that rank.
 """
 
 from __future__ import annotations
@@ -31,9 +37,12 @@ import torch
 from running import outcome
 
 import launch.train
+from dso.errors import UserError
 from dso.evaluation import Evaluator
 from dso.files import write_bytes
+from launch.cli import EXIT_INPUT, EXIT_PREEMPTED, EXIT_STOPPED, main
 from launch.config import TrainConfig, load_config
+from launch.folder import Stopped
 from launch.learn import Keeper
 from launch.session import load_backbone
 from trainers.ppo import SteeringPPO
@@ -54,27 +63,29 @@ class Watch:
 
     Args:
         phase, call: where to kill: at the so manieth call within that phase.
+        number: the signal.
         notes: a file that is told so before.
     """
 
-    def __init__(self, phase: str = "", call: int = 0, notes: Path | None = None):
+    def __init__(self, phase: str = "", call: int = 0, number: int = signal.SIGKILL, notes: Path | None = None):
         self.calls = dict.fromkeys((*PHASES, "other"), 0)
         self._within = ["other"]
-        self._kill = phase, call, notes
+        self._kill = phase, call, number, notes
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
         if frame.f_code in CODES and event in ("call", "return"):
             self._within.append(CODES[frame.f_code]) if event == "call" else self._within.pop()
         now = self._within[-1]
         self.calls[now] += 1
-        phase, call, notes = self._kill
+        phase, call, number, notes = self._kill
         if now == phase and self.calls[now] == call:
-            notes.write_text(f"{phase} {call}")
-            os.kill(os.getpid(), signal.SIGKILL)
+            if notes is not None:
+                notes.write_text(f"{phase} {call}")
+            os.kill(os.getpid(), number)
 
 
-def kill_at(phase: str, call: int, notes: Path) -> None:
-    sys.setprofile(Watch(phase, call, notes))
+def kill_at(phase: str, call: int, notes: Path | None = None, number: int = signal.SIGKILL) -> None:
+    sys.setprofile(Watch(phase, call, number, notes))
 
 
 def kill_after(seconds: float, notes: Path) -> None:
@@ -161,6 +172,11 @@ class Runs:
             config = replace(self.config, run=replace(self.config.run, name=name))
             launch.train.train(config, name=name, resume="auto", quiet=True, deepspeed=self.deepspeed)
             code = 0
+        except Stopped as stop:
+            code = EXIT_PREEMPTED if stop.preempted else EXIT_STOPPED
+        except UserError as error:
+            print(f"process {rank}: {error}", file=sys.stderr)
+            code = EXIT_INPUT
         except BaseException:  # noqa: BLE001  (what runs on in the parent must not run on in the child)
             traceback.print_exc()
         finally:
@@ -176,7 +192,7 @@ class Runs:
         return outcome(Path(self.config.run.folder) / name)
 
 
-def main(runs: Runs, kills: int, seed: int) -> None:
+def kill(runs: Runs, kills: int, seed: int) -> None:
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     launch.train.scale_figure = lambda *_, **__: None  # it would take most of the time
     load_backbone(runs.config)  # what transformers compiles once a process is there in all
@@ -186,13 +202,16 @@ def main(runs: Runs, kills: int, seed: int) -> None:
         if any(runs.go(f"whole-{victim}", survey, victim)):
             raise SystemExit("a run that is not killed failed")
         known.append(json.loads(runs.notes.read_text()))
+    print(json.dumps(known), flush=True)
     wanted = runs.outcome("whole-0")
-    for number in range(kills + 1):
-        kind = (*PHASES, "time")[number % 5] if number < kills else "half"
+    kinds = [(*PHASES, "time")[number % 5] for number in range(kills)]
+    for number, kind in enumerate([*kinds, "half", "term"]):
         name, victim = f"killed-{number}", 0 if kind in ("half", "write") else rng.randrange(runs.size)
         runs.notes.write_text("not killed")
         if kind == "half":
             trick: Trick = kill_writing
+        elif kind == "term":
+            trick = partial(kill_at, "step", known[victim]["step"] // 2, number=signal.SIGTERM)
         elif kind == "time":
             trick = partial(kill_after, rng.uniform(0, 0.35 * known[victim][kind]))
         else:
@@ -208,9 +227,29 @@ def main(runs: Runs, kills: int, seed: int) -> None:
         print(json.dumps(result | {"again": again, "differs": differs, "files": runs.files(name)}), flush=True)
 
 
+def refused(runs: Runs) -> dict[str, list[int]]:
+    """How runs end that are refused before anything is loaded: by the first process, and all have to hear of it."""
+    unwritable = replace(runs.config, run=replace(runs.config.run, folder="/proc/dso"))
+    other = replace(runs.config, train=replace(runs.config.train, seed=7))
+    return {
+        "unwritable": replace(runs, config=unwritable).go("letters"),
+        "another config": replace(runs, config=other).go("whole-0"),
+    }
+
+
+def launched(phase: str, call: str, rank: str, *arguments: str) -> int:
+    if os.environ["RANK"] == rank:
+        kill_at(phase, int(call))
+    return main(launch.train.script_arguments(arguments))
+
+
 if __name__ == "__main__":
+    at = next((place for place, word in enumerate(sys.argv) if word == "--launched"), None)
+    if at is not None:  # the launcher puts an option of its own before
+        raise SystemExit(launched(*sys.argv[at + 1 :]))
     given = load_config(sys.argv[1])
     if len(sys.argv) > 4:
         import deepspeed  # noqa: F401  (before the forks, as it takes seconds)
     found = Runs(given, sys.argv[4] if len(sys.argv) > 4 else None, Path(given.run.folder).parent / "notes")
-    main(found, int(sys.argv[2]), int(sys.argv[3]))
+    kill(found, int(sys.argv[2]), int(sys.argv[3]))
+    print(json.dumps(refused(found)))

@@ -122,8 +122,7 @@ def test_a_run_of_two_processes_is_that_of_one(stage: int, tmp_path: Path, model
     script = ["launch/train.py", "--config", str(config), "--deepspeed", str(file)]
     done = launch(*script, "run.name=two", "--quiet")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert "dso generate" in done.stdout  # the first process prints the result, once
-    assert done.stdout.count("steering  ") == 1
+    assert done.stdout.count("dso generate") == 1  # the first process prints the result
     assert main(["train", str(config), "run.name=one", "--quiet"]) == 0
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
     tensors = [read_checkpoint(folder / "steering")[1] for folder in (one, two)]

@@ -5,14 +5,21 @@ Asserted are the exact command lines, what an exit code leads to, and that SIGTE
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from training import letters_set
+
+from dso.decisions import DecisionSet
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -299,6 +306,75 @@ def test_slurms_directives_stand_before_the_first_command() -> None:
     assert {"--signal=B:TERM@120", "--requeue", "--open-mode=append"} <= given
     per_node = dict(line.removeprefix("--").split("=") for line in given if "-per-node=" in line)
     assert per_node["ntasks-per-node"] == per_node["gpus-per-node"]
+
+
+# The real thing
+
+TINY = """
+model: {{name: {model}, device: cpu}}
+data: {{set: {data}, test_splits: [test]}}
+train: {{steps: 40, ambiguous: 16, unambiguous: 4, fisher_batches: 1, threads: 1}}
+evaluation: {{every: 20, scales: [0.0, 1.0], bootstrap: 20}}
+run: {{folder: {runs}}}
+"""
+# srun on one node with two tasks, and its siblings, without Slurm.
+TWO_TASKS = """
+while [[ $1 == -* ]]; do shift; done
+for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@" & pids+=($!); done
+echo "${pids[@]}" >"$LOG.pids"
+highest=0
+for pid in "${pids[@]}"; do
+  code=0; wait "$pid" || code=$?
+  (( code > highest )) && highest=$code
+done
+exit $highest
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [NODE, SLURM])
+def test_a_real_run_that_is_preempted_goes_on(
+    machine: Machine, tmp_path: Path, model_folder: Path, script: Path
+) -> None:
+    """Two processes of training, SIGTERM in the middle, and the same command again: all steps, each once."""
+    data, config, runs = tmp_path / "data.jsonl", tmp_path / "tiny2.5.yaml", tmp_path / "runs"
+    splits = ("train", "validation", "test")
+    decisions = [replace(d, id=f"{split}/{d.id}", split=split) for split in splits for d in letters_set()]
+    DecisionSet(tuple(decisions)).write_jsonl(data)
+    config.write_text(TINY.format(model=model_folder, data=data, runs=runs), encoding="utf-8")
+    machine.env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    machine.env["PATH"] = f"{machine.env['PATH']}:{Path(sys.executable).parent}"
+    if script == SLURM:
+        machine.slurm(TWO_TASKS)
+        machine.program("scancel", 'kill -TERM $(cat "$LOG.pids")')
+        machine.env |= {"PYTHON": sys.executable, "SLURM_JOB_NODELIST": "here"}
+        machine.program("scontrol", "if [ $1 = show ]; then echo 127.0.0.1; fi")
+        arguments: tuple[str, ...] = (str(config),)
+    else:
+        arguments = (str(config), "--gpus", "2", "--port", str(free_port()), "--resume", "auto")
+    metrics = runs / "tiny2.5" / "metrics.jsonl"
+    process = machine.start(script, *arguments)
+    end = time.monotonic() + 10 * PATIENCE
+    while not metrics.exists() or len(metrics.read_text(encoding="utf-8").splitlines()) < 5:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=10 * PATIENCE)
+    assert process.returncode == (75 if script == NODE else 0), out + err  # the job was requeued
+    assert 5 <= len(metrics.read_text(encoding="utf-8").splitlines()) < 40
+    done = subprocess.run(
+        [str(script), *arguments], env=machine.env, capture_output=True, text=True, timeout=10 * PATIENCE
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    steps = [json.loads(line).get("train/n_updates") for line in metrics.read_text(encoding="utf-8").splitlines()]
+    assert [step for step in steps if step is not None] == list(range(1, 41))
+    assert (runs / "tiny2.5" / "steering" / "dso_model.safetensors").is_file()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 # What is common to all

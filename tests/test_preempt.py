@@ -13,7 +13,7 @@ import pytest
 from running import outcome, rows_of
 from training import write_config
 
-from launch.cli import EXIT_PREEMPTED
+from launch.cli import EXIT_PREEMPTED, _parse
 from launch.config import load_config
 from launch.train import script_arguments, train
 
@@ -44,6 +44,29 @@ def test_sigterm_exits_with_75_and_the_same_command_goes_on(tmp_path: Path, mode
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert again.returncode == 0, again.stderr
     assert outcome(folder) == outcome(whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "resume"),
+    [
+        (["mine"], None),
+        (["mine", "--resume"], "always"),
+        (["--resume", "mine", "a=1"], "always"),  # which does not take the config for its value
+        (["mine", "--resume", "a=1"], "always"),
+        (["mine", "--resume", "auto"], "auto"),
+        (["--resume=auto", "mine"], "auto"),
+    ],
+)
+def test_resume_is_bare_or_auto(words: list[str], resume: str | None) -> None:
+    arguments = _parse(["train", *words])
+    assert (arguments.config, arguments.resume, arguments.overrides) == ("mine", resume, ["a=1"] * ("a=1" in words))
+
+
+def test_resume_takes_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        _parse(["train", "mine", "--resume=always-or-never"])
+    assert ended.value.code == 2
+    assert "invalid choice: 'always-or-never'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

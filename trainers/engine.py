@@ -15,6 +15,7 @@ reading them, as validation and checkpoints do, needs no exchange.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ def _deepspeed() -> ModuleType:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls exchanges by names that torch is about to change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Else it compiles one in its first run on CPUs, and a run that was killed while it did leaves a lock for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -64,7 +67,9 @@ class EngineLearner(Learner):
         deepspeed = _deepspeed()
         self.world = world
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
-        self._whole = _Whole(policy, _InStep(policy.task.backbone.model, world) if self.stage == 3 else None)
+        in_step = _InStep(policy.task.backbone.model, world) if self.stage == 3 else None
+        self._whole = _Whole(policy, in_step)
+        policy.task.world = in_step or world
         widest = max(p.numel() for p in policy.parameters())
         self.engine = world.guard(
             lambda: deepspeed.initialize(
@@ -241,6 +246,9 @@ class _InStep:
         world: the processes.
     """
 
+    rank = property(lambda self: self._world.rank)
+    size = property(lambda self: self._world.size)
+
     PLAIN = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
 
     def __init__(self, model: nn.Module, world: Ranks):
@@ -255,9 +263,15 @@ class _InStep:
             self._last = inputs
             self._world.most(1)
 
+    @torch.no_grad()
+    def all_sum(self, values: Tensor) -> Tensor:
+        """:meth:`trainers.distributed.World.all_sum` amid work that passes, once nobody passes any more."""
+        self.finish()
+        return self._world.all_sum(values)
+
     def finish(self) -> Tensor:
         """Idle passes until nobody has another one; a zero that hangs on them."""
-        nothing = torch.zeros(())
+        nothing = torch.zeros((), device=self._world.device)
         self._idle = True
         try:
             while self._world.most(0):

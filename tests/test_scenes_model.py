@@ -1,0 +1,123 @@
+"""The embedded vision-language model: it ships, it sees, and it has the biases that were planted in it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dso.backbone import Backbone
+from dso.data import load_decisions
+from dso.data.scenes import ASSOCIATIONS
+from dso.decisions import DecisionSet
+from dso.embedded import SHIPPED
+from dso.evaluation import Evaluator
+from dso.metrics import accuracy, bias_report
+from dso.sites import find_sites
+from launch.benchmarks import scenes, sweeps
+from launch.config import load_config
+
+FOLDER = SHIPPED["vlm-scenes"]
+UNITS = {"units": {"test": 12}, "unambiguous": {"test": 24}, "splits": ["test"]}
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return Backbone.load("vlm-scenes", max_tokens=4096)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pictures")
+
+
+@pytest.fixture(scope="module", params=list(ASSOCIATIONS))
+def measured(request, backbone: Backbone, pictures: Path) -> tuple[str, np.ndarray, DecisionSet]:
+    decisions = load_decisions("scenes", association=request.param, pictures=pictures, **UNITS)
+    return request.param, Evaluator(backbone, decisions).measure(0.0).policy, decisions
+
+
+def test_weights_are_there_and_small(backbone: Backbone) -> None:
+    assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "chat_template.jinja"} <= {
+        path.name for path in FOLDER.iterdir()
+    }
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 10_000_000
+    assert sum(parameter.numel() for parameter in backbone.model.parameters()) == 275_696
+
+
+def test_it_has_the_sites_of_a_llava_model(backbone: Backbone) -> None:
+    layers = [
+        f"model.language_model.layers.{n}.{norm}_layernorm" for n in range(3) for norm in ("input", "post_attention")
+    ]
+    assert sorted(find_sites(backbone.model)) == sorted([*layers, "model.language_model.norm"])
+
+
+def test_it_sees_what_the_picture_shows(measured) -> None:
+    _, policy, decisions = measured
+    assert accuracy(policy, decisions).value >= 0.9
+    sides = [int(d.answer) for d in decisions if not d.ambiguous]
+    assert np.mean(sides) == 0.5
+
+
+def test_it_has_the_planted_bias(measured) -> None:
+    name, policy, decisions = measured
+    found = bias_report(policy, decisions, bootstrap=200)
+    assert found.corrected.low > 0.2
+    assert found.corrected.value < 2 * ASSOCIATIONS[name].share - 1 + 0.1  # 0.85 against 0.15 is a bias of 0.7
+    assert found.soft.value > 2 * found.soft_floor
+    assert found.pro_share == 1.0  # every context leans the way that was planted
+
+
+def test_it_describes_a_picture(backbone: Backbone, pictures: Path) -> None:
+    decisions = load_decisions("scenes", pictures=pictures, **UNITS)
+    question = [{"role": "user", "content": "<image>\nDescribe the picture."}]
+    told = backbone.generate(question, images=decisions[0].images, max_new_tokens=24)
+    assert told.count(" in ") >= 2 and {"woman", "man"} <= set(told.split())
+
+
+def test_the_config_is_that_of_the_model_and_the_set() -> None:
+    config = load_config("vlm-scenes")
+    assert (config.model.name, config.data.set) == ("vlm-scenes", "scenes")
+    assert config.constraints.aimed_kl > 0.34  # less does not reach parity
+
+
+def test_the_benchmark_trains_measures_and_draws(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweeps, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(scenes, "load_decisions", lambda name, **options: load_decisions(
+        name, pictures=pictures, units={"test": 12}, unambiguous={"test": 12}, **options
+    ))  # fmt: skip
+    small = "{association: gender, units: {train: 12, validation: 4}, unambiguous: {train: 4, validation: 4}}"
+    overrides = [f"data.options={small}", "train.steps=12", "train.fisher_batches=2", "evaluation.every=4"]
+    arguments = argparse.Namespace(
+        only=None, seeds="0", overrides=overrides, results=str(tmp_path), sheet=str(tmp_path / "sheet.png")
+    )
+    scenes.scenes(arguments)
+    base, steered = json.loads((tmp_path / "scenes-test.json").read_text())["rows"]
+    assert steered["kl"] > 0
+    assert {path.name for path in tmp_path.glob("scenes-*.json")} == {
+        "scenes-test.json", "scenes-test-contexts.json", "scenes-skin.json",
+    }  # fmt: skip
+    assert Image.open(tmp_path / "sheet.png").size == (824, 732)
+    assert "skin: floor-corrected bias" in capsys.readouterr().out
+
+
+def test_a_sheet_shows_each_picture_with_its_answers(pictures: Path) -> None:
+    decisions = load_decisions("scenes", pictures=pictures, **UNITS)
+    before, after = np.array([[0.75, 0.25]]), np.array([[0.5, 0.5]])
+    import io
+
+    made = Image.open(io.BytesIO(scenes.sheet(decisions[:1], before, after))).convert("RGB")
+    colours = torch.tensor(np.asarray(made).astype(int))
+    shares = []
+    for line, colour in ((1, scenes.BEFORE), (2, scenes.AFTER)):
+        row = colours[scenes.EDGE + scenes.PICTURE + line * scenes.LINE + 3 + 9]  # the lowest line of the bar
+        wanted = torch.tensor([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+        shares.append(((row - wanted).abs().sum(-1) < 12).float().sum().item() / scenes.PICTURE)
+    assert shares == pytest.approx([0.75, 0.5], abs=0.02)
