@@ -48,7 +48,7 @@ def killed(folder: Path, model: Path, number: int, *deepspeed: str) -> Killed:
     command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(config), str(number), "0", *deepspeed]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
-    known, *kills, refused = [json.loads(line) for line in done.stdout.splitlines() if line[0] in "[{" and line[-1] in "]}"]
+    known, *kills, refused = [json.loads(line) for line in done.stdout.splitlines() if line[0] in "[{" and line[-1] in "]}"]  # noqa: E501
     return Killed(known, kills, refused, config)
 
 

@@ -100,7 +100,7 @@ class Exchanges:
     _inside: bool = False
 
     def count(self) -> None:
-        """Count torch.distributed's exchanges from here on, each one waited for; before DeepSpeed takes hold of them."""
+        """Count torch.distributed's exchanges from here on, each one waited for; before DeepSpeed takes hold of them."""  # noqa: E501
         import torch.distributed as dist
 
         for name in EXCHANGES:
