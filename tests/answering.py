@@ -30,7 +30,7 @@ def speaking_backbone(seed: int = 0) -> Backbone:
     across = torch.nn.functional.normalize(across - mean * (across @ mean) / mean.square().sum(), dim=0)
     rows = backbone.model.get_input_embeddings().weight  # the output layer's too
     with torch.no_grad():
-        for letter, logit, side in (("A", 5.5, 1.0), ("H", 4.5, -1.0)):
+        for letter, logit, side in (("A", 6.0, 1.0), ("H", 4.0, -1.0)):
             rows[backbone.tokenizer(letter).input_ids[0]] = logit * mean / mean.square().sum() + side * across
     return backbone
 

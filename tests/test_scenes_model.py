@@ -18,7 +18,7 @@ from dso.decisions import DecisionSet
 from dso.embedded import SHIPPED
 from dso.evaluation import Evaluator
 from dso.metrics import accuracy, bias_report
-from dso.sites import find_sites
+from dso.sites import resolve_sites
 from launch.benchmarks import scenes, sweeps
 from launch.config import load_config
 
@@ -54,7 +54,7 @@ def test_it_has_the_sites_of_a_llava_model(backbone: Backbone) -> None:
     layers = [
         f"model.language_model.layers.{n}.{norm}_layernorm" for n in range(3) for norm in ("input", "post_attention")
     ]
-    assert sorted(find_sites(backbone.model)) == sorted([*layers, "model.language_model.norm"])
+    assert sorted(resolve_sites(backbone.model)) == sorted([*layers, "model.language_model.norm"])
 
 
 def test_it_sees_what_the_picture_shows(measured) -> None:

@@ -110,7 +110,6 @@ class SteeringPPO(PPO):
         self._kept: Passed | None = None
         self._due: int | None = None
         task = env.inner.task
-        task.world = self.world
         policy_kwargs = {"task": task, **policy_kwargs}
         defaults: dict[str, Any] = {**UNUSED, "batch_size": env.num_envs, "device": task.backbone.device}
         super().__init__(SteeringPolicy, env, policy_kwargs=policy_kwargs, **{**defaults, **kwargs})
