@@ -1,4 +1,4 @@
-"""What README.md and CONTRIBUTING.md show is true: their Python runs, their commands exist.
+"""What README.md, CONTRIBUTING.md and docs/ show is true: their Python runs, their commands and links exist.
 
 Conventions:
 
@@ -6,8 +6,9 @@ Conventions:
   ``path/to/model`` and a steering for it in ``path/to/steering``. The strings ``"smollm2-135m"`` and ``"runs/..."``
   stand for these two. A block right below the line ``<!-- not run -->`` is only compiled.
 - In ```` ```console ```` blocks the lines that start with ``$`` are commands, in ```` ```bash ```` blocks all are.
-  ``make`` targets, ``dso`` subcommands with their options, the configs and overrides of ``dso train``, and modules of
-  ``python -m`` must exist; other commands are not looked at. Words in capitals stand for anything.
+  ``make`` targets, ``dso`` subcommands with their options, the configs and overrides of ``dso train`` and ``dso
+  freeform``, modules of ``python -m``, and what ``launch.bench`` is given must exist; other commands are not looked at.
+  Words in capitals stand for anything.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from typing import NamedTuple
 
 import pytest
 
+from launch.bench import build_parser
 from launch.config import load_config
+from launch.freeform_config import load_freeform
 
 ROOT = Path(__file__).parents[1]
-TEXTS = ("README.md", "CONTRIBUTING.md", "docs/resume.md", "docs/tracking.md", "docs/launching.md")
-FILES = tuple(name for name in TEXTS if (ROOT / name).is_file())
+FILES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 FENCE = re.compile(r"^(?P<before>[^\n]*)\n```(?P<kind>\w+)[^\n]*\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 STANDS_FOR = ((r'"smollm2-135m"', '"path/to/model"'), (r'"runs/[^"]*"', '"path/to/steering"'))
 
@@ -98,16 +100,29 @@ def test_dso_commands_exist(words: list[str], capsys: pytest.CaptureFixture[str]
     assert ended.value.code == 0
     known = set(re.findall(r"--?[a-z][a-z-]*", capsys.readouterr().out))
     assert {word.split("=")[0] for word in words if word.startswith("-")} <= known
-    if subcommand == ["train"]:
+    loaders = {"train": load_config, "freeform": load_freeform}
+    if load := loaders.get(*subcommand, None):
         config, *rest = (word for word in words[2:] if not word.startswith("-"))
         if not config.isupper():
-            load_config(config, [word for word in rest if "=" in word])
+            load(config, [word for word in rest if "=" in word])
 
 
 @pytest.mark.parametrize("words", documented("python", "python3"), ids=" ".join)
 def test_python_modules_exist(words: list[str]) -> None:
     if words[1:2] == ["-m"]:
         assert importlib.util.find_spec(words[2]) is not None
+    if words[1:3] == ["-m", "launch.bench"]:
+        build_parser().parse_args(words[3:])  # which exits where an option is not known
+
+
+# Text
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_links_lead_somewhere(name: str) -> None:
+    text = FENCE.sub("", (ROOT / name).read_text(encoding="utf-8"))
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / name).parent.joinpath(link.partition("#")[0]).exists()] == []
 
 
 # Python
