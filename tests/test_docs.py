@@ -101,7 +101,7 @@ def test_dso_commands_exist(words: list[str], capsys: pytest.CaptureFixture[str]
     known = set(re.findall(r"--?[a-z][a-z-]*", capsys.readouterr().out))
     assert {word.split("=")[0] for word in words if word.startswith("-")} <= known
     loaders = {"train": load_config, "freeform": load_freeform}
-    if load := loaders.get(*subcommand, None):
+    if load := loaders.get(" ".join(subcommand)):
         config, *rest = (word for word in words[2:] if not word.startswith("-"))
         if not config.isupper():
             load(config, [word for word in rest if "=" in word])
