@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dso.backbone import Backbone
@@ -17,6 +16,7 @@ from dso.data.scenes import ASSOCIATIONS
 from dso.decisions import DecisionSet
 from dso.embedded import SHIPPED
 from dso.evaluation import Evaluator
+from dso.images import open_image
 from dso.metrics import accuracy, bias_report
 from dso.sites import resolve_sites
 from launch.benchmarks import scenes, sweeps
@@ -104,20 +104,23 @@ def test_the_benchmark_trains_measures_and_draws(
     assert {path.name for path in tmp_path.glob("scenes-*.json")} == {
         "scenes-test.json", "scenes-test-contexts.json", "scenes-skin.json",
     }  # fmt: skip
-    assert Image.open(tmp_path / "sheet.png").size == (824, 732)
+    assert Image.open(tmp_path / "sheet.png").size == (824, 755)
     assert "skin: floor-corrected bias" in capsys.readouterr().out
 
 
 def test_a_sheet_shows_each_picture_with_its_answers(pictures: Path) -> None:
     decisions = load_decisions("scenes", pictures=pictures, **UNITS)
-    before, after = np.array([[0.75, 0.25]]), np.array([[0.5, 0.5]])
+    policy = np.array([[0.75, 0.25], [0.0, 1.0]]), np.array([[0.5, 0.5], [1.0, 0.0]])
     import io
 
-    made = Image.open(io.BytesIO(scenes.sheet(decisions[:1], before, after))).convert("RGB")
-    colours = torch.tensor(np.asarray(made).astype(int))
-    shares = []
-    for line, colour in ((1, scenes.BEFORE), (2, scenes.AFTER)):
-        row = colours[scenes.EDGE + scenes.PICTURE + line * scenes.LINE + 3 + 9]  # the lowest line of the bar
-        wanted = torch.tensor([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
-        shares.append(((row - wanted).abs().sum(-1) < 12).float().sum().item() / scenes.PICTURE)
-    assert shares == pytest.approx([0.75, 0.5], abs=0.02)
+    made = Image.open(io.BytesIO(scenes.sheet(decisions[:2], *policy))).convert("RGB")
+    pixels = np.asarray(made).astype(int)
+    top, side = scenes.LINE + scenes.EDGE, scenes.PICTURE
+    for number, (x, shares) in enumerate(((scenes.EDGE, (0.75, 0.5)), (2 * scenes.EDGE + side, (0.0, 1.0)))):
+        shown = np.asarray(open_image(decisions[number].images[0]).resize((side, side), Image.Resampling.NEAREST))
+        assert np.abs(pixels[top : top + side, x : x + side] - shown).mean() < 4  # but for the sheet's 64 colours
+        for line, (colour, share) in enumerate(zip((scenes.BEFORE, scenes.AFTER), shares, strict=True), 1):
+            row = pixels[top + side + line * scenes.LINE + 3 + 5, x : x + scenes.BAR]  # through the bar's middle
+            wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+            filled = np.abs(row - wanted).sum(-1) < 12
+            assert filled.mean() == pytest.approx(share, abs=0.02) and filled[: filled.sum()].all()

@@ -23,7 +23,9 @@ from launch.benchmarks.sweeps import Variant, _measure_all, _train_all
 
 CONFIG = "vlm-scenes"
 COLUMNS, ROWS, PICTURE, LINE, EDGE = 6, 4, 128, 15, 8
-INK, BEFORE, AFTER = "#202020", "#c44e00", "#0072b2"
+BAR = 98  # of the picture's width; the number stands behind it
+INK, EMPTY, BEFORE, AFTER = "#202020", "#e4e4e4", "#c44e00", "#0072b2"
+LEGEND = (('probability of "left":  base', BEFORE), ("steered", AFTER))
 
 
 def scenes(arguments: argparse.Namespace) -> None:
@@ -72,19 +74,28 @@ def sheet(decisions: Sequence[Decision], before: np.ndarray, after: np.ndarray) 
     from PIL import Image, ImageDraw, ImageFont
 
     width, height = PICTURE + EDGE, PICTURE + 3 * LINE + EDGE
-    whole = Image.new("RGB", (COLUMNS * width + EDGE, -(-len(decisions) // COLUMNS) * height + EDGE), "white")
+    size = COLUMNS * width + EDGE, LINE + 2 * EDGE + -(-len(decisions) // COLUMNS) * height
+    whole = Image.new("RGB", size, "white")
     pen, font = ImageDraw.Draw(whole), ImageFont.load_default(11)
+    place = EDGE
+    for words, colour in LEGEND:
+        pen.text((place, EDGE // 2), words, INK, font)
+        place += int(pen.textlength(words, font)) + EDGE
+        pen.rectangle([place, EDGE // 2 + 3, place + 3 * EDGE, EDGE // 2 + 12], colour)
+        place += 5 * EDGE
+    pen.text((place, EDGE // 2), "in brackets: what the picture shows", INK, font)
     for number, decision in enumerate(decisions):
-        x, y = EDGE + number % COLUMNS * width, EDGE + number // COLUMNS * height
+        x, y = EDGE + number % COLUMNS * width, LINE + EDGE + number // COLUMNS * height
         with Image.open(decision.images[0]) as picture:
             whole.paste(picture.convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.NEAREST), (x, y))
         right = "" if decision.answer is None else f" ({decision.candidates[decision.answer].text})"
         pen.text((x, y + PICTURE + 1), f"{decision.context}?{right}", INK, font)
         for line, (row, colour) in enumerate(((before[number], BEFORE), (after[number], AFTER)), 1):
             top = y + PICTURE + line * LINE + 3
-            pen.rectangle([x, top, x + PICTURE, top + 9], "#e4e4e4")
-            pen.rectangle([x, top, x + round(PICTURE * row[0]), top + 9], colour)
-            pen.text((x + 2, top - 2), f"left {row[0]:.2f}", "white" if row[0] > 0.35 else INK, font)
+            pen.rectangle([x, top, x + BAR - 1, top + 9], EMPTY)
+            if filled := round(BAR * row[0]):
+                pen.rectangle([x, top, x + filled - 1, top + 9], colour)
+            pen.text((x + BAR + 6, top - 2), f"{row[0]:.2f}", INK, font)
     data = io.BytesIO()
     whole.quantize(64, dither=Image.Dither.NONE).save(data, "PNG", optimize=True)
     return data.getvalue()
