@@ -231,7 +231,7 @@ class Relay:
     def _tell_where(self, before: str) -> None:
         facts, reason = self._worker.facts, before.rstrip(".")
         if not self._is_offline():
-            self._say(f"W&B: {facts['url']}")
+            self._say(f"W&B: {facts['url'] or f'{self._worker.mode}, as its own settings say'}")
         elif reason:
             self._warn(f"W&B: {reason}; the run is kept offline, send it later with: wandb sync {facts['folder']}")
         else:
