@@ -91,7 +91,7 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        return next(self.model.get_input_embeddings().parameters()).device
 
     def encode(self, decision: Decision) -> Encoded:
         """Token ids of the decision; the candidates are tokenised in their place behind the prompt.

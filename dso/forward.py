@@ -39,7 +39,7 @@ def run_padded(
     input_ids = torch.tensor([[*s, *([0] * (longest - len(s)))] for s in sequences])
     attention_mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
     keep = sorted({column for s, start in zip(sequences, starts, strict=True) for column in range(start, len(s))})
-    device = _unwrapped(model).get_input_embeddings().weight.device
+    device = next(_unwrapped(model).get_input_embeddings().parameters()).device
     logits, states = _forward(
         model,
         torch.tensor(keep, device=device),
@@ -67,7 +67,7 @@ def run_with_images(model, encoded: Sequence[Encoded]) -> tuple[list[list[int]],
     starts = [len(e.prompt) - 1 for e in encoded for _ in e.candidates]
     keep = sorted({c for (_, s), start in zip(places, starts, strict=True) for c in range(start, len(s))})
     inner = _unwrapped(model)
-    device = inner.get_input_embeddings().weight.device
+    device = next(inner.get_input_embeddings().parameters()).device
     inputs = {
         "input_ids": _pad([torch.tensor([row]) for row in rows]),
         "attention_mask": _pad([torch.ones(1, len(row), dtype=torch.long) for row in rows]),

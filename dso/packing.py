@@ -37,7 +37,7 @@ class PackedRow:
         mask = self.attention_mask
         if model.config.get_text_config()._attn_implementation == "eager":  # it adds its mask to the attention scores
             mask = torch.zeros(mask.shape, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
-        device = model.get_input_embeddings().weight.device
+        device = next(model.get_input_embeddings().parameters()).device
         tensors = {"input_ids": self.input_ids, "position_ids": self.position_ids, "attention_mask": mask}
         return {name: tensor.to(device) for name, tensor in tensors.items()}
 

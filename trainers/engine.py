@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from trainers.distributed import Ranks
 from trainers.learner import Learner
+from trainers.lockstep import InStep, Kept, Whole
 from trainers.policy import SteeringPolicy
 
 T = TypeVar("T")
@@ -67,8 +68,8 @@ class EngineLearner(Learner):
         deepspeed = _deepspeed()
         self.world = world
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
-        in_step = _InStep(policy.task.backbone.model, world) if self.stage == 3 else None
-        self._whole = _Whole(policy, in_step)
+        in_step = InStep(policy.task.backbone.model, world) if self.stage == 3 else None
+        self._whole = Whole(policy, in_step)
         policy.task.world = in_step or world
         widest = max(p.numel() for p in policy.parameters())
         self.engine = world.guard(
@@ -78,6 +79,7 @@ class EngineLearner(Learner):
                 config=complete(settings, world.size, parts, max_norm, widest),
             )[0]
         )
+        self._kept = Kept(self.engine.optimizer.parameter_offload) if self.stage == 3 else None
         super().__init__(policy, max_norm, parts)
 
     def pass_through(self, work: Callable[[], T]) -> T:
@@ -87,7 +89,6 @@ class EngineLearner(Learner):
             box.append(self._whole.in_step(work))
 
         self._run(self._whole, fill)
-        self._gather()
         return box[0]
 
     def forward(self, work: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -117,7 +118,7 @@ class EngineLearner(Learner):
             # A norm that is not finite counts as an overflow there, and the step was left out in every process.
             norm = float(self.engine.optimizer._global_grad_norm)
             usable = usable and not self.engine.optimizer.overflow
-        self._gather()
+        self._hold()
         return norm, usable
 
     def optimizer_state(self) -> dict[str, Tensor]:
@@ -134,7 +135,7 @@ class EngineLearner(Learner):
 
     def take_over(self) -> None:
         if self.stage > 0:
-            self._gather()
+            self._hold()
             for parameter in self.parameters:
                 self._put(parameter, parameter, None)
         if self.stage == 3:
@@ -146,7 +147,7 @@ class EngineLearner(Learner):
 
     def _prime(self) -> None:
         """One step without a gradient: the state is made where the engine has put the parameters."""
-        self._gather()
+        self._hold()
         self.optimizer.priming = True
         for part in range(self.parts):
             (nothing,) = self.forward(lambda: (sum(p.sum() * 0.0 for p in self.parameters),))
@@ -196,10 +197,10 @@ class EngineLearner(Learner):
         entries = self.world.all_sum(flat).split(sizes)
         return [entry.view(p.shape).clone() for entry, p in zip(entries, self.parameters, strict=True)]
 
-    def _gather(self) -> None:
-        """Stage 3: make the operators whole again, as passes and steps that were left out do not always leave them."""
-        if self.stage == 3 and any(not p.numel() for p in self.parameters):
-            self.parameters[0].all_gather(self.parameters)
+    def _hold(self) -> None:
+        """Stage 3: make whole again what a step divides and passes need at once."""
+        if self._kept:
+            self.world.guard(self._kept.hold)
 
     def _store(self) -> None:
         """Stage 3: the slices that operators are gathered from follow what was written into the whole ones."""
@@ -207,81 +208,6 @@ class EngineLearner(Learner):
             size = parameter.ds_tensor.numel()
             padded = torch.nn.functional.pad(parameter.detach().flatten(), (0, size * self.world.size))
             parameter.ds_tensor.data.copy_(padded[size * self.world.rank : size * (self.world.rank + 1)])
-
-
-class _Whole(nn.Module):
-    """All parameters under one roof, as the engine wants them; a pass is whatever ``work`` does with them."""
-
-    def __init__(self, policy: SteeringPolicy, in_step: _InStep | None):
-        super().__init__()
-        self.backbone = policy.task.backbone.model
-        self.steering = policy.steering
-        self.value_head = policy.value_head
-        self.work: Callable[[], Any] | None = None
-        self._in_step = in_step
-
-    def forward(self) -> Any:
-        return self.work()
-
-    def in_step(self, work: Callable[[], T]) -> T:
-        """Do work with as many passes as it takes the other processes."""
-        result = work()
-        if self._in_step is None:
-            return result
-        nothing = self._in_step.finish()
-        if not nothing.requires_grad:
-            return result
-        # Gradients go back through idle passes too, in every process alike.
-        return (result[0] + nothing, *result[1:]) if isinstance(result, tuple) else result + nothing
-
-
-class _InStep:
-    """Passes through a model whose weights are divided: each takes all processes, as each has to send its part.
-
-    Before a pass every process says that it has one. One that has no more says so, and as long as others have, it makes
-    an idle pass for each of theirs: of one token, or of the last inputs where there was more to them than tokens.
-
-    Args:
-        model: the backbone.
-        world: the processes.
-    """
-
-    rank = property(lambda self: self._world.rank)
-    size = property(lambda self: self._world.size)
-
-    PLAIN = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-
-    def __init__(self, model: nn.Module, world: Ranks):
-        self._model = model
-        self._world = world
-        self._idle = False
-        self._last: dict[str, Any] = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-
-    def _before(self, model: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
-        if not self._idle:
-            self._last = inputs
-            self._world.most(1)
-
-    @torch.no_grad()
-    def all_sum(self, values: Tensor) -> Tensor:
-        """:meth:`trainers.distributed.World.all_sum` amid work that passes, once nobody passes any more."""
-        self.finish()
-        return self._world.all_sum(values)
-
-    def finish(self) -> Tensor:
-        """Idle passes until nobody has another one; a zero that hangs on them."""
-        nothing = torch.zeros((), device=self._world.device)
-        self._idle = True
-        try:
-            while self._world.most(0):
-                inputs = self._last
-                if set(inputs) <= self.PLAIN:
-                    inputs = {"input_ids": inputs["input_ids"][:, :1].to(self._world.device), "use_cache": False}
-                nothing = nothing + 0.0 * self._model(**inputs).logits[..., 0].float().sum()
-        finally:
-            self._idle = False
-        return nothing
 
 
 def complete(settings: dict[str, Any], size: int, parts: int, max_norm: float, widest: int) -> dict[str, Any]:
