@@ -4,10 +4,10 @@
 
 Everything is imported once; each run is a fork of this process, or two that train together if a configuration of
 DeepSpeed is given. A process of it is killed either at a call of a Python or C function, chosen among those of one
-phase (a step, an evaluation, a save, the writing of a file), or once it has used so much CPU time, wherever it is then;
-in the last case once more as the run goes on. At last come one run that dies in the middle of writing a state, and one
-of which one process gets SIGTERM. Prints what each process is known to do, one JSON object a kill, and how runs ended
-that are refused.
+phase (a step, an evaluation, a save, the time between the making of a temporary file and its renaming), or once it has
+used so much CPU time, wherever it is then; in the last case once more as the run goes on. At last come one run that
+dies in the middle of writing a state, and one of which one process gets SIGTERM. Prints, each as JSON after ``found``,
+what each process is known to do, every kill, and how runs ended that are refused.
 
     deepspeed ... tests/killing.py --launched PHASE CALL RANK ARGUMENTS
 
@@ -23,6 +23,7 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -51,9 +52,10 @@ PHASES: dict[str, tuple[Callable[..., Any], ...]] = {
     "save": (Keeper.save,),
     "evaluation": (Evaluator.settings,),
     "step": (SteeringPPO.collect_rollouts, SteeringPPO.train),
-    "write": (write_bytes,),
+    "write": (),  # what write_bytes does once it has a temporary file
 }
 CODES = {function.__code__: phase for phase, functions in PHASES.items() for function in functions}
+WRITES, BEGINS = write_bytes.__code__, tempfile.mkstemp.__code__
 HALF = 10_000  # bytes, less than a state and more than the records of these runs
 Trick = Callable[[Path], None]  # what is done to a process before it runs; tells a file of what comes of it
 
@@ -73,8 +75,13 @@ class Watch:
         self._kill = phase, call, number, notes
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        if frame.f_code in CODES and event in ("call", "return"):
-            self._within.append(CODES[frame.f_code]) if event == "call" else self._within.pop()
+        code = frame.f_code
+        if event == "return" and code is BEGINS and frame.f_back.f_code is WRITES:
+            self._within[-1] = "write"
+        elif event == "return" and (code in CODES or code is WRITES):
+            self._within.pop()
+        elif event == "call" and (code in CODES or code is WRITES):
+            self._within.append(CODES.get(code, self._within[-1]))
         now = self._within[-1]
         self.calls[now] += 1
         phase, call, number, notes = self._kill
@@ -89,15 +96,19 @@ def kill_at(phase: str, call: int, notes: Path | None = None, number: int = sign
 
 
 def kill_after(seconds: float, notes: Path) -> None:
-    """Have this process killed wherever it is when it has used so much CPU time more."""
+    """Have this process killed wherever it is when it has used so much CPU time more, or as it ends before that."""
     until = time.process_time() + seconds
+
+    def end(_: int) -> None:
+        notes.write_text(f"after {seconds:.3f} s")
+        os.kill(os.getpid(), signal.SIGKILL)
 
     def wait() -> None:
         while time.process_time() < until:
             time.sleep(0.0005)
-        notes.write_text(f"after {seconds:.3f} s")
-        os.kill(os.getpid(), signal.SIGKILL)
+        end(0)
 
+    os._exit = end
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -192,6 +203,10 @@ class Runs:
         return outcome(Path(self.config.run.folder) / name)
 
 
+def say(found: Any) -> None:
+    print("found", json.dumps(found), flush=True)  # libraries print too
+
+
 def kill(runs: Runs, kills: int, seed: int) -> None:
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     launch.train.scale_figure = lambda *_, **__: None  # it would take most of the time
@@ -202,7 +217,7 @@ def kill(runs: Runs, kills: int, seed: int) -> None:
         if any(runs.go(f"whole-{victim}", survey, victim)):
             raise SystemExit("a run that is not killed failed")
         known.append(json.loads(runs.notes.read_text()))
-    print(json.dumps(known), flush=True)
+    say(known)
     wanted = runs.outcome("whole-0")
     kinds = [(*PHASES, "time")[number % 5] for number in range(kills)]
     for number, kind in enumerate([*kinds, "half", "term"]):
@@ -224,7 +239,7 @@ def kill(runs: Runs, kills: int, seed: int) -> None:
         again = runs.go(name)
         found = {} if any(again) else runs.outcome(name)
         differs = [key for key in wanted if found.get(key) != wanted[key]]
-        print(json.dumps(result | {"again": again, "differs": differs, "files": runs.files(name)}), flush=True)
+        say(result | {"again": again, "differs": differs, "files": runs.files(name)})
 
 
 def refused(runs: Runs) -> dict[str, list[int]]:
@@ -252,4 +267,4 @@ if __name__ == "__main__":
         import deepspeed  # noqa: F401  (before the forks, as it takes seconds)
     found = Runs(given, sys.argv[4] if len(sys.argv) > 4 else None, Path(given.run.folder).parent / "notes")
     kill(found, int(sys.argv[2]), int(sys.argv[3]))
-    print(json.dumps(refused(found)))
+    say(refused(found))

@@ -35,7 +35,7 @@ ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PY
 
 
 class Killed(NamedTuple):
-    """What tests/killing.py found: what each process of a run does, the kills, runs that were refused; the config."""
+    """What tests/killing.py found: what each process of a run does, the kills, the runs that were refused."""
 
     known: list[dict[str, Any]]
     kills: list[dict[str, Any]]
@@ -46,9 +46,13 @@ class Killed(NamedTuple):
 def killed(folder: Path, model: Path, number: int, *deepspeed: str) -> Killed:
     config = write_config(folder, model, **SETTINGS)
     command = [sys.executable, str(ROOT / "tests" / "killing.py"), str(config), str(number), "0", *deepspeed]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
+    compiled = folder / "compiled"
+    environment = ENVIRONMENT | {"TORCH_EXTENSIONS_DIR": str(compiled)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
-    known, *kills, refused = [json.loads(line) for line in done.stdout.splitlines() if line[0] in "[{" and line[-1] in "]}"]  # noqa: E501
+    assert not compiled.exists()  # DeepSpeed would, at its first exchange on CPUs
+    found = [line.removeprefix("found ") for line in done.stdout.splitlines() if line.startswith("found ")]
+    known, *kills, refused = map(json.loads, found)
     return Killed(known, kills, refused, config)
 
 
@@ -93,6 +97,15 @@ def test_one_of_two_processes_killed(pair: Killed) -> None:
     assert pair.refused == {"unwritable": [2, 2], "another config": [2, 2]}
     runs = pair.config.parent / "runs"
     assert outcome(runs / "whole-0") == outcome(runs / "whole-1")
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_killed_at_twenty_moments(tmp_path: Path, model_folder: Path) -> None:
+    pytest.importorskip("deepspeed")
+    kills = killed(tmp_path, model_folder, 20, ZERO2).kills
+    assert len({(kill["victim"], kill["moment"]) for kill in kills[:20]}) == 20
+    for kill in kills:
+        assert_unharmed(kill, processes=2)
 
 
 def test_a_process_of_the_real_launcher_killed(pair: Killed) -> None:
