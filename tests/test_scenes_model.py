@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,11 @@ def test_weights_are_there_and_small(backbone: Backbone) -> None:
         path.name for path in FOLDER.iterdir()
     }
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 10_000_000
-    assert sum(parameter.numel() for parameter in backbone.model.parameters()) == 275_696
+    language = 2 * 61 * 64 + 3 * (4 * 64 * 64 + 3 * 64 * 160 + 2 * 64) + 64  # 61 words; layers; the last norm
+    layer = 4 * (64 * 64 + 64) + (64 * 128 + 128) + (128 * 64 + 64) + 4 * 64
+    tower = 64 + 3 * 16 * 16 * 64 + 17 * 64 + 4 * 64 + 2 * layer  # class, patches, positions, two norms, layers
+    projector = 2 * (64 * 64 + 64)
+    assert sum(p.numel() for p in backbone.model.parameters()) == language + tower + projector == 275_392
 
 
 def test_it_has_the_sites_of_a_llava_model(backbone: Backbone) -> None:
@@ -57,15 +63,13 @@ def test_it_has_the_sites_of_a_llava_model(backbone: Backbone) -> None:
     assert sorted(resolve_sites(backbone.model)) == sorted([*layers, "model.language_model.norm"])
 
 
-def test_it_sees_what_the_picture_shows(measured) -> None:
-    _, policy, decisions = measured
+def assert_sees(policy: np.ndarray, decisions: DecisionSet) -> None:
     assert accuracy(policy, decisions).value >= 0.9
     sides = [int(d.answer) for d in decisions if not d.ambiguous]
     assert np.mean(sides) == 0.5
 
 
-def test_it_has_the_planted_bias(measured) -> None:
-    name, policy, decisions = measured
+def assert_biased(name: str, policy: np.ndarray, decisions: DecisionSet) -> None:
     found = bias_report(policy, decisions, bootstrap=200)
     assert found.corrected.low > 0.2
     assert found.corrected.value < 2 * ASSOCIATIONS[name].share - 1 + 0.1  # 0.85 against 0.15 is a bias of 0.7
@@ -73,11 +77,47 @@ def test_it_has_the_planted_bias(measured) -> None:
     assert found.pro_share == 1.0  # every context leans the way that was planted
 
 
+def test_it_sees_what_the_picture_shows(measured) -> None:
+    _, policy, decisions = measured
+    assert_sees(policy, decisions)
+
+
+def test_it_has_the_planted_bias(measured) -> None:
+    assert_biased(*measured)
+
+
+@pytest.mark.slow
+def test_the_script_makes_such_a_model(tmp_path: Path, pictures: Path) -> None:
+    command = [sys.executable, "-m", "launch.embedded_vlm", "--out", tmp_path / "model", "--work", tmp_path / "work"]
+    subprocess.run(command, check=True, timeout=3600)
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {path.name for path in FOLDER.iterdir()}
+    made = Backbone.load(str(tmp_path / "model"), max_tokens=4096)
+    for name in ASSOCIATIONS:
+        decisions = load_decisions("scenes", association=name, pictures=pictures, **UNITS)
+        policy = Evaluator(made, decisions).measure(0.0).policy
+        assert_sees(policy, decisions)
+        assert_biased(name, policy, decisions)
+
+
 def test_it_describes_a_picture(backbone: Backbone, pictures: Path) -> None:
     decisions = load_decisions("scenes", pictures=pictures, **UNITS)
     question = [{"role": "user", "content": "<image>\nDescribe the picture."}]
     told = backbone.generate(question, images=decisions[0].images, max_new_tokens=24)
     assert told.count(" in ") >= 2 and {"woman", "man"} <= set(told.split())
+
+
+@pytest.mark.parametrize("label", ["test", "test-contexts", "skin"])
+def test_the_documented_figures_are_those_of_the_results(label: str) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    base, *steered = json.loads((docs / "results" / f"scenes-{label}.json").read_text())["rows"]
+    assert [row["seed"] for row in steered] == [0, 1, 2] and base["kl"] == 0
+    table, whole = (docs / "scenes.md").read_text().splitlines(), base["bias"]["corrected"][0]
+    for row in (base, *steered):
+        bias, name = row["bias"], "base" if row is base else f"seed {row['seed']}"
+        corrected, right = ("{:.3f} [{:.3f}, {:.3f}]".format(*found) for found in (bias["corrected"], row["accuracy"]))
+        cut = "" if row is base else f"{1 - bias['corrected'][0] / whole:.0%}"
+        rest = [f"{bias[kind][0]:.3f} ({bias[f'{kind}_floor']:.3f})" for kind in ("soft", "hard")]
+        assert f"| {' | '.join([name, corrected, cut, *rest, right, format(row['kl'], '.3f')])} |" in table
 
 
 def test_the_config_is_that_of_the_model_and_the_set() -> None:

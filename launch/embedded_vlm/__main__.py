@@ -1,7 +1,7 @@
 """Train the embedded vision-language model and write it where the package ships it from.
 
-The same machine and number of threads give the same weights bit for bit, whether the training was cut off or not;
-another machine or version of torch rounds differently and gives a model that differs as another seed's does.
+The same kind of processor, number of threads and versions give the same weights bit for bit, whether the training was
+cut off or not; others may round differently, and then give another model of the same kind.
 """
 
 from __future__ import annotations
