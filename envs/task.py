@@ -155,14 +155,16 @@ class DecisionTask:
 
     def _passed_together(self, handles: list[int]) -> dict[int, Tensor]:
         """The portions that decisions are in, by decision; the processes take turns at them."""
-        portions = dict.fromkeys(tuple(self._together.get(handle, [handle])) for handle in handles)
+        portions = list(dict.fromkeys(tuple(self._together.get(handle, [handle])) for handle in handles))
         members = [handle for portion in portions for handle in portion]
         rank, size = (0, 1) if self.world is None else (self.world.rank, self.world.size)
-        for portion in list(portions)[rank::size]:
+        own = portions[rank::size]
+        # Who has none passes another's: it would wait anyway, or, where the weights are divided, have to take part.
+        for portion in own or [portions[rank % len(portions)]]:
             self._cached(portion[:1], self._score_base)
-        own = {handle for portion in list(portions)[rank::size] for handle in portion}
+        mine = {handle for portion in own for handle in portion}
         nothing = torch.zeros(self.n_candidates)
-        table = torch.stack([self._own_policy[handle] if handle in own else nothing for handle in members])
+        table = torch.stack([self._own_policy[handle] if handle in mine else nothing for handle in members])
         return dict(zip(members, table if self.world is None else self.world.all_sum(table), strict=True))
 
     def _score_base(self, handles: list[int]) -> Tensor:

@@ -7,6 +7,7 @@ scaling      steps of 1 and 2 processes: decisions a second, exchanges, memory w
 estimators   expected, reinforce, ppo and the published form: decisions until bias halves, bias at equal KL
 groups       gender x race, four groups
 transfer     trained steerings on sets they never saw: held-out occupations, WinoBias, pronouns
+freeform     written answers of the embedded model: what is said before and after
 scenes       the embedded vision-language model: both planted associations before and after, and a sheet of pictures
 """
 
@@ -36,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     scaling.add_argument("--processes", default="1,2", help="numbers of processes (default: 1,2)")
     scaling.add_argument("--deepspeed", default="configs/deepspeed/zero2.json", metavar="FILE")
     scaling.add_argument("--steps", type=int, default=4, help="that are timed, after one more (default: 4)")
+    scaling.add_argument("--rounds", type=int, default=2, help="in which measurements take turns (default: 2)")
     scaling.add_argument("--threads", type=int, help="of each process (default: the CPU's cores shared out)")
     scaling.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
 
@@ -54,6 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "scenes":
             sweep.add_argument("--sheet", default="docs/scenes.png", help="where the pictures with answers are written")
 
+    freeform = names.add_parser("freeform", help="written answers before and after")
+    freeform.add_argument("--config", default="smollm2-roles", help="name in configs/freeform (default: smollm2-roles)")
+    freeform.add_argument("--seeds", default="0")
+    freeform.add_argument("--also", action="append", default=[], metavar="STEERING", help="measure this one too")
+    freeform.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+
     transfer = names.add_parser("transfer", help="sets that were never trained on")
     transfer.add_argument("steerings", nargs="+", help="folders of steerings")
     transfer.add_argument("--winobias", help="folder with the published WinoBias files")
@@ -70,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark."""
     arguments = build_parser().parse_args(argv)
     from dso.errors import UserError
-    from launch.benchmarks import scaling, scenes, sweeps, timing
+    from launch.benchmarks import answers, scaling, scenes, sweeps, timing
     from launch.train import Stopped
 
     functions = {
@@ -82,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "groups": sweeps.groups,
         "transfer": sweeps.transfer,
         "scenes": scenes.scenes,
+        "freeform": answers.freeform,
     }
     try:
         functions[arguments.name](arguments)

@@ -40,21 +40,35 @@ CASES: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
     "zero1": {"stage": 1},
     "zero2": {"stage": 2, "accumulation": 2},
-    "zero3": {"stage": 3},
+    "zero3": {"stage": 3, "max_tokens": 60},  # so that shares take unequal numbers of passes
     "bfloat16": {"stage": 3, "accumulation": 2, "dtype": torch.bfloat16, "checkpointing": True},
     "reinforce": {"stage": 0, "estimator": "reinforce", "accumulation": 3},
     "ppo": {"stage": 1, "estimator": "ppo", "accumulation": 2},
 }
-OWN = ("stage", "dtype", "checkpointing")
+OWN = ("stage", "dtype", "checkpointing", "max_tokens")
+TIMEOUT = 90  # seconds that a process waits for the other: a run that hangs ends by then
 STEPS = 3
+
+
+class Noting(Ranks):
+    """Notes which passes this process had to make: 1 without gradient, 2 with."""
+
+    passes: list[int] = []
+
+    def most(self, number: int) -> int:
+        self.passes.append(number)
+        return super().most(number)
 
 
 def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
     """The trainer of a case: of one process, or as one of several."""
     options = COMMON | {key: value for key, value in case.items() if key not in OWN}
-    settings = {"zero_optimization": {"stage": case["stage"]}} if world else None
+    # Else stage 3 would leave weights as small as these whole.
+    zero = {"stage": case["stage"], "stage3_param_persistence_threshold": 0}
+    settings = {"zero_optimization": zero} if world else None
     training.tiny_llama = lambda **k: tiny_llama(**k).to(case.get("dtype", torch.float32))
     trainer = make_trainer(letters_set(), kl=KLBudget(0.05), world=world, deepspeed=settings, **options)
+    trainer.task.backbone.max_tokens = case.get("max_tokens", trainer.task.backbone.max_tokens)
     if case.get("checkpointing"):
         checkpoint_layers(trainer.task.backbone.model)
     return trainer
@@ -138,11 +152,13 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    world = Ranks(torch.device("cpu"), timeout=300)
+    world = Noting(torch.device("cpu"), timeout=TIMEOUT)
     found: dict[str, Any] = {}
     for name in arguments.cases:
+        world.passes = []
         trainer = trainer_of(CASES[name], world)
         found[name] = run(trainer)
+        found[f"passes {name}"] = [world.passes.count(1), world.passes.count(2)]
         trainer.learner.close()
     if arguments.fail:
         for name in ("zero0", "zero1", "zero3"):

@@ -7,7 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from dso.evaluation import Evaluator
 from dso.steering import Steering
 from envs.sampler import divide
 from launch import cli
+from launch.benchmarks.scaling import EXCHANGES, Exchanges, merged, table, work
 from launch.config import TrainConfig, load_config
 from launch.processes import LaunchError, open_world, read_deepspeed
 from trainers.checkpointing import checkpoint_layers
@@ -353,6 +356,26 @@ def test_bad_input_ends_every_process_before_they_meet(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_more_processes_than_decisions_end_before_they_meet(
+    rank: str,
+    launched: pytest.MonkeyPatch,
+    tmp_path: Path,
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    launched.setenv("RANK", rank)
+    launched.setenv("WORLD_SIZE", "21")
+    config = write_config(tmp_path, model_folder)
+    assert cli.main(["train", str(config), "--deepspeed", str(JSONS[0])]) == 2
+    told = "dso: " if rank == "0" else "dso: process 1: "
+    assert capsys.readouterr().err == (
+        f"{told}a step has 20 decisions, too few to divide among 21 processes; start fewer processes, "
+        "or raise train.ambiguous\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 def test_processes_without_a_gpu_of_their_own_are_refused(launched: pytest.MonkeyPatch) -> None:
     launched.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(LaunchError, match="process 1 of this machine has no GPU: it has 1"):
@@ -415,3 +438,52 @@ def test_who_waits_for_a_process_that_does_not_come_says_so(timeout: float, slee
 def test_another_error_is_not_taken_for_a_lost_process() -> None:
     assert not _is_lost(RuntimeError("CUDA out of memory"))
     assert _is_lost(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+
+
+# The benchmark
+
+
+def test_exchanges_are_counted_once_by_what_a_process_hands_over() -> None:
+    exchanges = Exchanges()
+    handles = []
+
+    def gather(out: torch.Tensor, own: torch.Tensor, **_: object) -> SimpleNamespace:
+        reduce(out)  # some exchanges are made of others
+        handle = SimpleNamespace(wait=lambda: handles.append("waited"))
+        return handle
+
+    reduce = exchanges._wrapped("all_reduce", lambda tensor: None)
+    gather = exchanges._wrapped("all_gather_into_tensor", gather)
+    gather(torch.zeros(8), torch.zeros(4), async_op=True)
+    reduce(torch.zeros(3, dtype=torch.float64))
+    exchanges._wrapped("reduce_scatter", lambda *a: None)(torch.zeros(2), [torch.zeros(2), torch.zeros(2)])
+    seconds, sizes = exchanges.reset()
+    assert sizes == {"all_gather_into_tensor": 16, "all_reduce": 24, "reduce_scatter": 16}
+    assert handles == ["waited"] and seconds > 0
+    assert exchanges.reset() == (0.0, {})
+
+
+def test_rounds_are_merged_by_their_median_step_and_largest_memory() -> None:
+    rows = [
+        {"decisions": 6, "seconds": [1.0, 2.0], "shares": [0.1, 0.2], "step_bytes": 5, "bytes": 40},
+        {"decisions": 6, "seconds": [4.0], "shares": [0.6], "step_bytes": 7, "bytes": 40},
+    ]
+    found = merged(rows)
+    assert (found["step_s"], found["decisions_per_s"], found["exchange_share"]) == (2.0, 3.0, 0.2)
+    assert (found["step_bytes"], found["bytes"], found["seconds"]) == (7, 40, [1.0, 2.0, 4.0])
+
+
+def test_one_process_is_measured(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in EXCHANGES:  # put back afterwards
+        if hasattr(torch.distributed, name):
+            monkeypatch.setattr(torch.distributed, name, getattr(torch.distributed, name))
+    config = str(write_config(tmp_path, model_folder))
+    work(Namespace(config=config, overrides=[], deepspeed=None, steps=2, out=str(tmp_path / "row.json")))
+    row = json.loads((tmp_path / "row.json").read_text(encoding="utf-8"))
+    assert (row["processes"], row["decisions"], row["bytes"], len(row["seconds"])) == (1, 20, 0, 2)
+    # Float32: a and b of 5 norms of width 16; the model's weights; and of each coefficient itself, two moments, its
+    # step size, beside what a state says of all else.
+    assert row["gradient_bytes"] == 4 * 5 * 2 * 16
+    assert row["model_bytes"] == 4 * sum(p.numel() for p in tiny_llama().parameters())
+    assert row["state_bytes"] > 4 * row["gradient_bytes"] and row["steering_bytes"] > row["gradient_bytes"]
+    assert "on disk: state" in table([merged([row | {"checkpointed": False}])])

@@ -2,7 +2,8 @@
 
 Every measurement is made by processes of its own (:func:`work`), which a launcher starts where they are several. What
 is said of exchanges is counted at torch.distributed, below DeepSpeed: bytes are those that one process hands over,
-seconds include waiting for the others.
+seconds include waiting for the others. Measurements that are compared take turns, in several rounds, as what else the
+machine does changes with time.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dso.files import write_text
 from launch.config import load_config
 from launch.processes import open_world
 from launch.session import Session, open_session
+from trainers.state import save_state
 
 EXCHANGES = (
     "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_single", "reduce_scatter",
@@ -43,14 +45,28 @@ def scaling(arguments: argparse.Namespace) -> None:
     """Measure each number of processes, and one process with gradient checkpointing, and print a table."""
     counts = [int(part) for part in arguments.processes.split(",")]
     threads = arguments.threads or max(1, (os.cpu_count() or 1) // max(counts))
-    rows = []
-    for count in counts:
-        rows.append(_measured(arguments, count, [f"train.threads={threads}"]))
-    rows.append(_measured(arguments, 1, [f"train.threads={threads}", "train.gradient_checkpointing=true"]))
-    rows[-1]["checkpointed"] = True
+    variants = [(count, False) for count in counts] + [(1, True)]
+    rounds: list[list[dict[str, Any]]] = []
+    for _ in range(arguments.rounds):
+        rounds.append([_measured(arguments, *variant, threads) for variant in variants])
+    rows = [merged(list(found)) for found in zip(*rounds, strict=True)]
     print(table(rows))
-    record = {"config": arguments.config, "deepspeed": arguments.deepspeed, "threads": threads, "rows": rows}
+    record = {"config": arguments.config, "overrides": arguments.overrides, "deepspeed": arguments.deepspeed}
+    record |= {"threads": threads, "rounds": arguments.rounds, "rows": rows}
     write_text(Path(arguments.results) / "scaling.json", json.dumps(record, indent=1) + "\n")
+
+
+def merged(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of those that were measured alike in several rounds: the median step, the largest memory."""
+    steps = [second for row in found for second in row["seconds"]]
+    return found[0] | {
+        "seconds": steps,
+        "step_s": median(steps),
+        "decisions_per_s": found[0]["decisions"] / median(steps),
+        "exchange_share": median(share for row in found for share in row["shares"]),
+        "shares": [share for row in found for share in row["shares"]],
+        "step_bytes": max(row["step_bytes"] for row in found),
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -60,18 +76,20 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"  {'bytes a step (gradients alone)':>30}{'memory of a step':>18}"
     ]
     for row in rows:
-        name = f"{row['processes']}" + (", checkpointed" if row.get("checkpointed") else "")
+        name = f"{row['processes']}" + (", checkpointed" if row["checkpointed"] else "")
         exchanged = f"{row['bytes']:,.0f} ({row['gradient_bytes']:,})" if row["processes"] > 1 else "nothing"
         lines.append(
             f"{name:<17}{row['decisions_per_s']:13.2f}{row['decisions_per_s'] / rows[0]['decisions_per_s']:10.2f}"
-            f"{row['step_s']:10.2f}{row['exchange_s'] / row['step_s']:12.1%}  {exchanged:>30}"
+            f"{row['step_s']:10.2f}{row['exchange_share']:12.1%}  {exchanged:>30}"
             f"{row['step_bytes'] / 1e6:15.0f} MB"
         )
-    return "\n".join(lines)
+    saved = f"state {rows[0]['state_bytes']:,} bytes, steering {rows[0]['steering_bytes']:,}"
+    return "\n".join([*lines, f"on disk: {saved}, the model {rows[0]['model_bytes']:,}"])
 
 
-def _measured(arguments: argparse.Namespace, count: int, overrides: list[str]) -> dict[str, Any]:
+def _measured(arguments: argparse.Namespace, count: int, checkpointed: bool, threads: int) -> dict[str, Any]:
     """What the first of ``count`` processes measures."""
+    overrides = [f"train.threads={threads}", f"train.gradient_checkpointing={str(checkpointed).lower()}"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         words = ["--steps", str(arguments.steps), "--out", str(out), arguments.config, *overrides, *arguments.overrides]
@@ -83,7 +101,7 @@ def _measured(arguments: argparse.Namespace, count: int, overrides: list[str]) -
         done = subprocess.run([*start, *words], capture_output=True, text=True)
         if done.returncode or not out.exists():
             raise UserError(f"{count} processes could not be measured:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
-        return json.loads(out.read_text())
+        return json.loads(out.read_text()) | {"checkpointed": checkpointed}
 
 
 @dataclass(slots=True)
@@ -100,7 +118,10 @@ class Exchanges:
     _inside: bool = False
 
     def count(self) -> None:
-        """Count torch.distributed's exchanges from here on, each one waited for; before DeepSpeed takes hold of them."""  # noqa: E501
+        """Count torch.distributed's exchanges from here on, each one waited for.
+
+        To be called before DeepSpeed is imported, which takes hold of them.
+        """
         import torch.distributed as dist
 
         for name in EXCHANGES:
@@ -164,9 +185,23 @@ def work(arguments: argparse.Namespace) -> None:
             _synchronize()
         seconds.append(time.perf_counter() - started)
         seen.append(exchanges.reset())
+    sizes = _on_disk(session)
     if world.is_main:  # the first step warmed caches up
-        write_text(Path(arguments.out), json.dumps(_row(session, seconds[1:], seen[1:], memory[1:])))
+        write_text(Path(arguments.out), json.dumps(_row(session, seconds[1:], seen[1:], memory[1:]) | sizes))
     world.close()
+
+
+def _on_disk(session: Session) -> dict[str, int]:
+    """Bytes of what a run saves to go on from, of the steering it yields, and of the model's weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_state(Path(folder) / "state", session.trainer, {}, {})
+        session.steering.save_pretrained(Path(folder) / "steering")
+        state, steering = (  # the first process alone writes a state
+            sum(path.stat().st_size for path in Path(folder).glob(f"{name}/*")) for name in ("state", "steering")
+        )
+    weights = session.backbone.model.parameters()
+    model = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in weights)  # whole, where divided
+    return {"state_bytes": state, "steering_bytes": steering, "model_bytes": model}
 
 
 def _row(
@@ -177,9 +212,8 @@ def _row(
     return {
         "processes": trainer.world.size,
         "decisions": trainer.env.num_envs,
-        "step_s": median(seconds),
-        "decisions_per_s": trainer.env.num_envs / median(seconds),
-        "exchange_s": median(spent for spent, _ in seen),
+        "seconds": seconds,
+        "shares": [spent / second for (spent, _), second in zip(seen, seconds, strict=True)],
         "bytes": median(sum(sizes.values()) for _, sizes in seen),
         "bytes_by_kind": {kind: median(sizes.get(kind, 0) for _, sizes in seen) for kind in kinds},
         "gradient_bytes": sum(p.numel() * p.element_size() for p in trainer.policy.parameters()),
