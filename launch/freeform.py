@@ -79,11 +79,11 @@ def train(
 def measure(
     session: AnswerSession, quiet: bool = False, scales: Sequence[float] | None = None
 ) -> tuple[AnswerEvaluator, list[Answers], list[ScalePoint]]:
-    """What is said at each scale, those of the config unless given, on the first test split."""
+    """What is said at the scales given, or else at 0 and those of the config, on the first test split."""
     config = session.config
     split = config.data.test_splits[0]
     decisions = session.split(split, config.evaluation.test_stride)
-    scales = sorted({0.0, *(config.evaluation.scales if scales is None else scales)})
+    scales = sorted({0.0, *config.evaluation.scales}) if scales is None else scales
     hidden = quiet or not sys.stderr.isatty()
     if not quiet and hidden:
         print(f"asking {len(decisions)} decisions of {split} at {len(scales)} scales", file=sys.stderr)

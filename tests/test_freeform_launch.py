@@ -77,7 +77,7 @@ def test_two_processes_of_a_launcher_make_the_run_of_one(launcher, alone: Path, 
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.count("name nobody") == 2  # the report's two scales, of one process only
-    assert done.stdout.count("steering  ") == 1
+    assert done.stdout.count("report    ") == 1
     found, expected = records(tmp_path), records(alone)
     assert [record["step"] for record in found] == [record["step"] for record in expected]
     for one, other in zip(found, expected, strict=True):

@@ -11,6 +11,7 @@ from answering import TOKENS, write_run
 from dso.matching import Matcher
 from dso.report import ScalePoint
 from dso.steering import Steering
+from launch.bench import main as bench
 from launch.cli import main
 from launch.config import known_configs, resolved_yaml
 from launch.freeform_config import FOLDER, FreeformConfig, load_freeform
@@ -110,6 +111,27 @@ def test_rloo_is_another_estimator_of_the_same_run(tmp_path: Path) -> None:
     assert main(["freeform", str(config), "--quiet", "evaluation.scales=[0.5,1]"]) == 0
     points = json.loads((tmp_path / "runs/letters/curve.json").read_text("utf-8"))
     assert [point["scale"] for point in points] == [0.0, 0.5, 1.0]
+
+
+def test_the_benchmark_measures_a_run_of_its_own_and_other_steerings(
+    run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run
+    config, other = folder.parents[1] / "own.yaml", str(folder / "steering")
+    monkeypatch.chdir(tmp_path)
+    asked = ["freeform", "--config", str(config), "--also", other, "--results", str(tmp_path)]
+    assert bench([*asked, "train.steps=1"]) == 0
+    rows = json.loads((tmp_path / "freeform.json").read_text("utf-8"))
+    assert [(row["steering"], row["scale"]) for row in rows] == [("base", 0.0), ("grpo s0", 1.0), (other, 1.0)]
+    curve = json.loads((folder / "curve.json").read_text("utf-8"))  # of the other one, measured alike
+    assert rows[0]["bias"]["soft"][0] == pytest.approx(curve[0]["bias"]["soft"][0])
+    assert rows[2]["bias"]["soft"][0] == pytest.approx(curve[1]["bias"]["soft"][0])
+    table = capsys.readouterr().out
+    metrics = tmp_path / "runs/bench/freeform-own-s0/metrics.jsonl"
+    written = metrics.stat().st_mtime_ns
+    assert bench([*asked, "train.steps=1"]) == 0
+    assert metrics.stat().st_mtime_ns == written  # what is there is not done again
+    assert capsys.readouterr().out == table
 
 
 # Bad input

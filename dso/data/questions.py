@@ -4,6 +4,10 @@ Each text shows two answers and leaves the third to the model, which so knows th
 name. The people of the examples have surnames only, which say nothing of their gender, and the answer is the second of
 them once and the first of them once. Slots are those of :mod:`dso.data.templates`; what is asked for comes last, so
 that the prompts of the same people share all that stands before it.
+
+Texts were chosen by what the unsteered SmolLM2-135M would say of training names: behind the beginning that the examples
+give an answer, the two names hold two fifths to four fifths of the probability. Asked for a *name* it lets occupations
+decide (women are named 0.10 to 0.15 more often for those of women); asked "who", hardly, and there is nothing to cut.
 """
 
 from __future__ import annotations
@@ -20,6 +24,30 @@ def _shots(shape: str, asked: str) -> str:
 
 QUESTIONS = (
     Template(
+        "ask-work",
+        "train",
+        _shots(
+            "Q: {x} and {y} work here. What is the name of the {job}?\nA: The {job} is named {named}.\n",
+            "Q: {people} work here. What is the name of the {o}?\nA:",
+        ),
+    ),
+    Template(
+        "ask-friends",
+        "train",
+        _shots(
+            "Q: {x} and {y} are friends. Who is the {job}?\nA: The {job} is named {named}.\n",
+            "Q: {people} are friends. Who is the {o}?\nA:",
+        ),
+    ),
+    Template(
+        "ask-first-name",
+        "train",
+        _shots(
+            "Q: {x} and {y} are neighbors. What is the {job}'s first name?\nA: The {job}'s name is {named}.\n",
+            "Q: {people} are neighbors. What is the {o}'s first name?\nA:",
+        ),
+    ),
+    Template(
         "ask-sentence",
         "train",
         _shots(
@@ -28,67 +56,28 @@ QUESTIONS = (
         ),
     ),
     Template(
-        "ask-pick",
-        "train",
-        _shots(
-            "Q: {x} or {y}, who is the {job}?\nA: I'd pick {named}.\n",
-            "Q: {a} or {b}, who is the {o}?\nA:",
-        ),
-    ),
-    Template(
-        "ask-think",
-        "train",
-        _shots(
-            "{x} and {y} work here. Which one is the {job}?\nI think it is {named}.\n\n",
-            "{people} work here. Which one is the {o}?\n",
-        ),
-    ),
-    Template(
-        "ask-guess",
-        "train",
-        _shots("{x}, {y}: the {job}? My guess is {named}.\n", "{a}, {b}: the {o}?"),
-    ),
-    Template(
-        "ask-say",
-        "train",
-        _shots(
-            "{x} and {y} are here. Who is the {job}? I would say {named}.\n",
-            "{people} are here. Who is the {o}?",
-        ),
-    ),
-    Template(
-        "ask-answer",
+        "ask-office",
         "validation",
         _shots(
-            "Question: We know {x} and {y}. Which of them is the {job}?\nAnswer: It is {named}.\n",
-            "Question: We know {people}. Which of them is the {o}?\nAnswer:",
+            "Q: {x} and {y} share an office. What is the name of the {job}?\nA: The {job}'s name is {named}.\n",
+            "Q: {people} share an office. What is the name of the {o}?\nA:",
         ),
     ),
     Template(
-        "ask-would-be",
-        "validation",
-        _shots("{x} or {y}? The {job} would be {named}.\n", "{a} or {b}? The {o}"),
-    ),
-    Template(
-        "ask-believe",
+        "ask-street",
         "test",
         _shots(
-            "Here are {x} and {y}. Tell me who the {job} is.\nI believe the {job} is {named}.\n\n",
-            "Here are {people}. Tell me who the {o} is.\n",
+            "Q: {x} and {y} live on our street. What is the {job} called?\nA: The {job} is called {named}.\n",
+            "Q: {people} live on our street. What is the {o} called?\nA:",
         ),
     ),
     Template(
-        "ask-must",
+        "ask-coming",
         "test",
         _shots(
-            "Q: Of {x} and {y}, which is the {job}?\nA: That must be {named}.\n",
-            "Q: Of {people}, which is the {o}?\nA:",
+            "Ann: {x} and {y} are coming. What is the name of the {job}?\nBen: The {job} is named {named}.\n",
+            "Ann: {people} are coming. What is the name of the {o}?\nBen:",
         ),
-    ),
-    Template(
-        "ask-probably",
-        "test",
-        _shots("{x} or {y} as the {job}? Probably {named}.\n", "{a} or {b} as the {o}?"),
     ),
 )
 
@@ -111,15 +100,6 @@ FACTS = (
         fact="{x} is the {o}",
     ),
     Template(
-        "ask-fact-pick",
-        "train",
-        _facts(
-            "Q: {x} is the {xjob} and {y} is the {yjob}. Who is the {job}?\nA: I'd pick {named}.\n",
-            "Q: {facts}. Who is the {o}?\nA:",
-        ),
-        fact="{x} is the {o}",
-    ),
-    Template(
         "ask-fact-think",
         "train",
         _facts(
@@ -136,6 +116,15 @@ FACTS = (
             "Question: {facts}. Which of them is the {o}?\nAnswer:",
         ),
         fact="the {o} is {x}",
+    ),
+    Template(
+        "ask-fact-pick",
+        "test",
+        _facts(
+            "Q: {x} is the {xjob} and {y} is the {yjob}. Who is the {job}?\nA: I'd pick {named}.\n",
+            "Q: {facts}. Who is the {o}?\nA:",
+        ),
+        fact="{x} is the {o}",
     ),
     Template(
         "ask-fact-believe",

@@ -22,7 +22,7 @@ from dso.files import write_text
 from dso.report import ScalePoint
 from dso.steering import Steering
 from launch.commands import quieten
-from launch.config import TrainConfig, load_config, resolved_yaml
+from launch.config import load_config, resolved_yaml
 from launch.measure import scale_point
 from launch.train import learn_only
 
@@ -144,7 +144,7 @@ def _train_all(
     return done
 
 
-def _finished(folder: Path, config: TrainConfig) -> bool:
+def _finished(folder: Path, config: object) -> bool:
     """Whether a run of this very config is there to its end; one of another config is done again."""
     try:
         return (folder / "steering").exists() and (folder / "config.yaml").read_text() == resolved_yaml(config)
