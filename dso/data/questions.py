@@ -6,8 +6,8 @@ them once and the first of them once. Slots are those of :mod:`dso.data.template
 that the prompts of the same people share all that stands before it.
 
 Texts were chosen by what the unsteered SmolLM2-135M would say of training names: behind the beginning that the examples
-give an answer, the two names hold two fifths to four fifths of the probability. Asked for a *name* it lets occupations
-decide (women are named 0.10 to 0.15 more often for those of women); asked "who", hardly, and there is nothing to cut.
+give an answer, the two names hold a quarter to four fifths of the probability. Asked for a *name* it lets occupations
+decide (women are named 0.10 to 0.20 more often for those of women); asked "who", hardly, and there is nothing to cut.
 """
 
 from __future__ import annotations
