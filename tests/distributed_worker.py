@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
     "zero1": {"stage": 1},
     "zero2": {"stage": 2, "accumulation": 2},
-    "zero3": {"stage": 3, "max_tokens": 60},  # so that shares take unequal numbers of passes
+    "zero3": {"stage": 3, "max_tokens": 40},  # of the second process, which so takes more passes than the first
     "bfloat16": {"stage": 3, "accumulation": 2, "dtype": torch.bfloat16, "checkpointing": True},
     "reinforce": {"stage": 0, "estimator": "reinforce", "accumulation": 3},
     "ppo": {"stage": 1, "estimator": "ppo", "accumulation": 2},
@@ -68,7 +68,8 @@ def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
     settings = {"zero_optimization": zero} if world else None
     training.tiny_llama = lambda **k: tiny_llama(**k).to(case.get("dtype", torch.float32))
     trainer = make_trainer(letters_set(), kl=KLBudget(0.05), world=world, deepspeed=settings, **options)
-    trainer.task.backbone.max_tokens = case.get("max_tokens", trainer.task.backbone.max_tokens)
+    if world and world.rank == 1:
+        trainer.task.backbone.max_tokens = case.get("max_tokens", trainer.task.backbone.max_tokens)
     if case.get("checkpointing"):
         checkpoint_layers(trainer.task.backbone.model)
     return trainer

@@ -94,7 +94,7 @@ def test_two_processes_take_the_steps_of_one(case: str, together: dict[str, Any]
 def test_processes_take_unequal_numbers_of_passes_under_zero3(together: dict[str, Any]) -> None:
     """Else the cases would not show that those with fewer keep in step, with and without gradients."""
     first, second = (rank["passes zero3"] for rank in together["ranks"])
-    assert all(one != other and min(one, other) > 3 for one, other in zip(first, second, strict=True))
+    assert all(other > one > 3 for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero3"])

@@ -51,7 +51,7 @@ def test_a_process_passes_as_often_as_the_others() -> None:
     assert world.told == [2, 0, 0, 0]
     # Its own pass of three tokens, then one of a token for each of theirs, with gradient where theirs has one.
     assert model.seen == [([1, 3], False, True), ([1, 1], False, False), ([1, 1], False, True)]
-    assert float(nothing) == 0.0
+    assert nothing.item() == 0.0
     nothing.backward()
     assert model.weight.grad == 0.0
 
@@ -98,7 +98,7 @@ def test_a_model_passes_as_it_does_alone() -> None:
     wanted = model(input_ids=IDS).logits
     in_step = InStep(model, Others(0, 1, 0))
     assert torch.equal(model(input_ids=IDS).logits, wanted)
-    assert float(in_step.finish()) == 0.0
+    assert in_step.finish().item() == 0.0
 
 
 class Weight:
