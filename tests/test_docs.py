@@ -9,6 +9,7 @@ Conventions:
   ``make`` targets, ``dso`` subcommands with their options, the configs and overrides of ``dso train`` and ``dso
   freeform``, modules of ``python -m``, and what ``launch.bench`` is given must exist; other commands are not looked at.
   Words in capitals stand for anything.
+- A paragraph of nothing but capitals is a place that was to be filled in.
 """
 
 from __future__ import annotations
@@ -119,10 +120,11 @@ def test_python_modules_exist(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_links_lead_somewhere(name: str) -> None:
+def test_links_lead_somewhere_and_nothing_is_left_to_fill_in(name: str) -> None:
     text = FENCE.sub("", (ROOT / name).read_text(encoding="utf-8"))
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
     assert [link for link in links if not (ROOT / name).parent.joinpath(link.partition("#")[0]).exists()] == []
+    assert re.findall(r"^[A-Z][A-Z ]+$", text, re.MULTILINE) == []
 
 
 # Python
