@@ -64,7 +64,7 @@ _SPLITS = {
     "test-contexts": ("test", True),
 }  # fmt: skip
 _UNITS = {"train": 240, "validation": 32, "test": 96, "test-contexts": 96}
-_UNAMBIGUOUS = {"train": 60, "validation": 16, "test": 64, "test-contexts": 32}
+_UNAMBIGUOUS = {"train": 240, "validation": 48, "test": 64, "test-contexts": 64}
 
 Appearance = tuple[int, str, str]  # skin, hair, clothes
 
