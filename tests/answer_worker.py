@@ -2,7 +2,8 @@
 
     deepspeed --num_accelerators 2 --no_local_rank tests/answer_worker.py CONFIG [OPTION ...]
 
-So that runs of one process and of several learn from the same answers and can be compared.
+So that runs of one process and of several learn from the same answers and can be compared; what was learned last is
+kept too (in the folder ``last`` beside the run), whether the run keeps it or not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+from trainers.grpo import SteeredAnswers
+
+RELEASE = SteeredAnswers.release
 
 
 def scripted(trainer: Any, prompts: list[list[int]]) -> list[list[int]]:
@@ -30,9 +35,15 @@ def scripted(trainer: Any, prompts: list[list[int]]) -> list[list[int]]:
     return answers
 
 
+def keep_last(trainer: Any) -> None:
+    """What :meth:`SteeredAnswers.release` does, after the operators were saved as training left them."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        trainer.steering.save_pretrained(Path(trainer.args.output_dir) / "last")
+    RELEASE(trainer)
+
+
 if __name__ == "__main__":
     from launch.cli import main
-    from trainers.grpo import SteeredAnswers
 
-    SteeredAnswers._sample = scripted
+    SteeredAnswers._sample, SteeredAnswers.release = scripted, keep_last
     raise SystemExit(main(["freeform", *sys.argv[1:]]))
