@@ -144,7 +144,9 @@ def build(
     maker = _Maker(association, Path(pictures) if pictures else cache_folder() / "pictures" / "scenes")
     decisions: list[Decision] = []
     for split in splits or known:
-        rng = random.Random(f"scenes/{association}/{split}/{seed if split == 'train' else 0}")
+        # Draw 1 of the test: configs/vlm-scenes.yaml was chosen by pictures of draw 0.
+        draw = seed if split == "train" else int(split.startswith("test"))
+        rng = random.Random(f"scenes/{association}/{split}/{draw}")
         decisions += maker.ambiguous(rng, split, sizes[split])
         decisions += maker.unambiguous(rng, split, clear[split])
     return DecisionSet(tuple(decisions), maker.about.groups, f"scenes ({association})")
