@@ -72,6 +72,9 @@ class EngineLearner(Learner):
         self._whole = Whole(policy, in_step)
         policy.task.world = in_step or world
         widest = max(p.numel() for p in policy.parameters())
+        # Its default are buffers of 2 GB, and deterministic mode fills them anew in every step.
+        zero = {"reduce_bucket_size": sum(p.numel() for p in policy.parameters())} | settings.get("zero_optimization", {})
+        settings = settings | {"zero_optimization": zero}
         self.engine = world.guard(
             lambda: deepspeed.initialize(
                 model=self._whole,
