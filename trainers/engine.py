@@ -73,8 +73,8 @@ class EngineLearner(Learner):
         policy.task.world = in_step or world
         widest = max(p.numel() for p in policy.parameters())
         # Its default are buffers of 2 GB, and deterministic mode fills them anew in every step.
-        zero = {"reduce_bucket_size": sum(p.numel() for p in policy.parameters())} | settings.get("zero_optimization", {})
-        settings = settings | {"zero_optimization": zero}
+        bucket = {"reduce_bucket_size": sum(p.numel() for p in policy.parameters())}
+        settings = settings | {"zero_optimization": bucket | settings.get("zero_optimization", {})}
         self.engine = world.guard(
             lambda: deepspeed.initialize(
                 model=self._whole,
