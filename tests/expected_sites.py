@@ -60,9 +60,7 @@ VISION_SITES = {
     "Qwen2-VL": LANGUAGE,
     "Qwen2.5-VL": LANGUAGE,
     "Qwen3-VL": LANGUAGE,
-    "Gemma3-VL": [
-        name.replace("model.", "model.language_model.", 1) for name in twice(SANDWICH, "model.norm")
-    ],
+    "Gemma3-VL": [name.replace("model.", "model.language_model.", 1) for name in twice(SANDWICH, "model.norm")],
     "Mllama": [
         "model.language_model.layers.0.input_layernorm",
         "model.language_model.layers.0.post_attention_layernorm",

@@ -26,7 +26,7 @@ SETTINGS = {
     "train__preference": "controlled",  # which keeps what the base model prefers
     "train__deterministic": True,
     "run__save_every": 1,
-    "run__timeout": 300,
+    "run__timeout": 60,  # which a process waits that meets no other
     "evaluation__scales": [1.0],
     "evaluation__bootstrap": 2,
 }

@@ -8,8 +8,10 @@ processes that a launcher started.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -125,6 +127,16 @@ class Ranks(World):
     def close(self) -> None:
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
+
+    @contextmanager
+    def groups_in_time(self) -> Iterator[None]:
+        """Groups of processes that a library makes within the block give up as we do; else it takes 30 minutes."""
+        make = self._dist.new_group
+        self._dist.new_group = partial(make, timeout=timedelta(seconds=self.timeout))
+        try:
+            yield
+        finally:
+            self._dist.new_group = make
 
     def guard(self, work: Callable[[], T]) -> T:
         """Run work in which processes wait for each other.

@@ -48,7 +48,8 @@ def divide_weights(model: nn.Module, settings: dict[str, Any], world: Ranks) -> 
     deepspeed = _deepspeed()
     deepspeed.init_distributed()  # takes over the processes that there are; what follows counts them
     told = complete(settings, world.size, 1, 0.0, 0)
-    world.guard(lambda: deepspeed.zero.Init(module=model, config_dict_or_path=told))
+    with world.groups_in_time():
+        world.guard(lambda: deepspeed.zero.Init(module=model, config_dict_or_path=told))
     for buffer in model.buffers():
         buffer.data = buffer.data.to(world.device)
 
@@ -75,13 +76,14 @@ class EngineLearner(Learner):
         # Its default are buffers of 2 GB, and deterministic mode fills them anew in every step.
         bucket = {"reduce_bucket_size": sum(p.numel() for p in policy.parameters())}
         settings = settings | {"zero_optimization": bucket | settings.get("zero_optimization", {})}
-        self.engine = world.guard(
-            lambda: deepspeed.initialize(
-                model=self._whole,
-                optimizer=policy.optimizer,
-                config=complete(settings, world.size, parts, max_norm, widest),
-            )[0]
-        )
+        with world.groups_in_time():
+            self.engine = world.guard(
+                lambda: deepspeed.initialize(
+                    model=self._whole,
+                    optimizer=policy.optimizer,
+                    config=complete(settings, world.size, parts, max_norm, widest),
+                )[0]
+            )
         self._kept = Kept(self.engine.optimizer.parameter_offload) if self.stage == 3 else None
         super().__init__(policy, max_norm, parts)
 
