@@ -114,7 +114,7 @@ def test_no_shape_is_shipped_that_is_not_held_against_a_published_number() -> No
 def shape_of(config: TrainConfig) -> tuple[int, int, int]:
     """Of a model that comes with the package, by its own weights."""
     model = Backbone.load(config.model.name).model
-    widths = resolve_sites(model)
+    widths = resolve_sites(model, config.steering.sites)
     return sum(parameter.numel() for parameter in model.parameters()), len(widths), next(iter(widths.values()))
 
 

@@ -81,9 +81,11 @@ def test_two_processes_of_a_launcher_make_the_run_of_one(launcher, alone: Path, 
     assert done.stdout.count("report    ") == 1
     found, expected = records(tmp_path), records(alone)
     assert [record["step"] for record in found] == [record["step"] for record in expected]
-    assert [sorted(record) for record in found] == [sorted(record) for record in expected]
+    # DeepSpeed's stage 0 does not tell the norm of the gradient.
+    unsaid = {"train/grad_norm"} if launcher is deepspeed else set()
+    assert all(set(one) | unsaid == set(other) | unsaid for one, other in zip(found, expected, strict=True))
     for one, other in zip(found, expected, strict=True):
-        for key in (f"train/{name}" for name in COMPARED if f"train/{name}" in other):
+        for key in {f"train/{name}" for name in COMPARED} & set(other) - unsaid:
             assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-6), key
     learned, wanted = (Steering.from_pretrained(f / "runs/last").tensors() for f in (tmp_path, alone))
     assert any(bool(value.any()) for value in wanted.values())

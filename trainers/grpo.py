@@ -27,7 +27,9 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.models import unwrap_model_for_generation
@@ -139,7 +141,8 @@ class SteeredAnswers:
         group = {"params": list(steering.parameters()), "penalty": sparsity}
         optimizer = SteeringAdam([group], lr=rate(1.0), betas=betas, eps=eps)
         self._prime(optimizer, sampler, fisher_batches, fisher_damping)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(1 - step / steps) / rate(1.0))
+        self._own_optimizer = optimizer
+        self._rate = lambda step: rate(1 - step / steps) / rate(1.0)
         sampler.seed(seed)
         model.add_module(MODULE, steering.requires_grad_(True))
         super().__init__(
@@ -149,11 +152,21 @@ class SteeredAnswers:
             train_dataset=self._rows(sampler, steps),
             processing_class=task.backbone.tokenizer,
             callbacks=[_AfterStep(self, on_step)],
-            optimizers=(optimizer, schedule),
+            optimizers=(optimizer, self.create_scheduler(steps, optimizer)),
         )
         self.remove_callback(PrinterCallback)
         self.answer_rewards.gather = self.accelerator.gather
         self.beta, self.ref_model = kl.coefficient, BASE
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """The optimiser of the steering; under DeepSpeed transformers asks for one again, and has AdamW by itself."""
+        self.optimizer = self._own_optimizer
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        """The schedule of the learning rate; the same holds of it."""
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._rate)
+        return self.lr_scheduler
 
     def release(self) -> None:
         """Leave the model as it was found, with the steering attached to it."""
