@@ -16,6 +16,7 @@ from dso.files import write_text
 from launch.answer_report import answer_point
 from launch.answer_session import AnswerSession, open_trainer
 from launch.folder import RunError, Stopped, on_main
+from launch.learn import validation_row
 from trainers.callbacks import Selection, Validation
 from trainers.jsonlines import JsonLines
 from trainers.stopping import OrderlyStop
@@ -124,16 +125,7 @@ class _Course:
         model.train(training)
         if step == 0:
             self.base_named = self._require_named(point.answer_mass)
-        bias = point.bias.corrected.value
-        return Validation(
-            step=step,
-            bias=point.bias.soft.value if math.isnan(bias) else bias,  # a context needs two units to be corrected
-            soft_bias=point.bias.soft.value,
-            floor=point.bias.soft_floor,
-            accuracy=point.accuracy.value,
-            kl=point.kl,
-            answer_mass=point.answer_mass / self.base_named if self.base_named else math.nan,
-        )
+        return validation_row(step, point, self.base_named)
 
     def _require_named(self, share: float) -> float:
         """Nothing can be learned where nobody is ever named: every answer would earn the same."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,10 +19,17 @@ from dso.steering import Handle, Steering
 from envs.task import DecisionTask
 from launch.freeform_config import FreeformConfig
 from launch.measure import thin
-from launch.processes import LaunchError
-from launch.session import load_backbone, open_decisions, open_steering, reward_config, schedule, seed_everything
+from launch.processes import LaunchError, read_json
+from launch.session import (
+    kl_constraint,
+    load_backbone,
+    open_decisions,
+    open_steering,
+    reward_config,
+    schedule,
+    seed_everything,
+)
 from trainers.answers import divide
-from trainers.constraints import FixedKL, KLBudget
 from trainers.distributed import Ranks, World
 
 if TYPE_CHECKING:
@@ -113,15 +119,12 @@ def open_trainer(session: AnswerSession, on_step: OnStep) -> SteeringGRPO | Stee
         reward_config(train),
         session.handle,
     )
-    kl: KLBudget | FixedKL = FixedKL(limits.kl_coefficient or 0.0)
-    if limits.kl_budget is not None:
-        kl = KLBudget(limits.kl_budget, limits.dual_learning_rate, limits.initial_beta, floor=limits.minimum_beta)
     own = {"scale_rewards": train.scale_rewards} if train.estimator == "grpo" else {}
     return (SteeringGRPO if train.estimator == "grpo" else SteeringRLOO)(
         task,
         session.steering,
         session.matcher,
-        kl,
+        kl_constraint(limits),
         schedule(train),
         steps=train.steps,
         ambiguous=train.ambiguous,
@@ -184,10 +187,9 @@ def _prepare_deepspeed() -> None:
         raise LaunchError("--deepspeed needs DeepSpeed: pip install 'dso[train,grpo,distributed]'")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one, and says so
-    import deepspeed
+    from trainers.engine import import_deepspeed
 
-    # Else it compiles one in its first run on CPUs, and a run that was killed while it did leaves a lock for ever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    import_deepspeed()
 
 
 def read_deepspeed(path: str, config: FreeformConfig) -> dict[str, Any]:
@@ -199,14 +201,7 @@ def read_deepspeed(path: str, config: FreeformConfig) -> dict[str, Any]:
     Raises:
         LaunchError: naming the file and the key.
     """
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LaunchError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise LaunchError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise LaunchError(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    settings = read_json(path)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
     if stage != 0:
         reason = "written answers are sampled from whole weights, and what is trained is too small to divide"

@@ -25,11 +25,11 @@ from launch.answer_report import HOW, abstention_lines, answer_point, write_resu
 from launch.answer_session import AnswerSession, open_answers, open_world, require_trl
 from launch.folder import Claim, Plan, RunError, Stopped, check_folder, failing_together, on_main, prepare_folder
 from launch.freeform_config import FreeformConfig
-from launch.strict import to_dict
+from launch.session import open_run_tracker
 from launch.train import Result
 from trainers.distributed import World
 from trainers.stopping import OrderlyStop, Preempted
-from trainers.tracking import Tracker, check_tracker, open_tracker
+from trainers.tracking import check_tracker
 
 
 def train(
@@ -63,7 +63,7 @@ def train(
                 session = open_answers(config, world, settings)
             on_main(world, lambda: prepared(plan))
             quiet = quiet or not world.is_main
-            with _keeping(plan.folder, world.is_main), _tracker(session, plan.folder, quiet) as tracker:
+            with _keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
                 seconds = learn(session, plan.folder, stop, tracker, quiet)
                 evaluator, said, points = measure(session, quiet)
                 on_main(world, lambda: write_results(session, plan.folder, evaluator, said, points, seconds))
@@ -128,22 +128,6 @@ def report(result: Result) -> str:
             f"report    {folder / 'report.md'}",
             f"steering  {folder / 'steering'}   (dso generate {folder / 'steering'} --scale 0.5 PROMPT)",
         ]
-    )
-
-
-def _tracker(session: AnswerSession, folder: Path, quiet: bool) -> Tracker:
-    config = session.config
-
-    def warn(line: str) -> None:
-        tqdm.write(f"dso: {line}", file=sys.stderr)
-
-    def say(line: str) -> None:
-        if not quiet:
-            tqdm.write(line, file=sys.stderr)
-
-    wandb = to_dict(config.run.wandb)
-    return open_tracker(
-        config.run.tracking, folder, config=to_dict(config), say=say, warn=warn, is_main=session.world.is_main, **wandb
     )
 
 

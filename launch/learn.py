@@ -13,6 +13,7 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger
 
 from dso.files import free_bytes, write_text
+from dso.report import ScalePoint
 from launch.folder import LOW_BYTES, Plan, RunError, Stopped, failing_together, on_main
 from launch.measure import scale_point, thin
 from launch.session import Session
@@ -173,6 +174,20 @@ def _line(row: Validation, better: bool) -> str:
     )
 
 
+def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation:
+    """What selection looks at in a measured point; ``base_mass`` is the base model's answer mass."""
+    bias = point.bias.corrected.value
+    return Validation(
+        step=step,
+        bias=point.bias.soft.value if math.isnan(bias) else bias,  # a context needs two units to be corrected
+        soft_bias=point.bias.soft.value,
+        floor=point.bias.soft_floor,
+        accuracy=point.accuracy.value,
+        kl=point.kl,
+        answer_mass=point.answer_mass / base_mass if base_mass else math.nan,
+    )
+
+
 def _validator(session: Session) -> Callable[[int], Validation]:
     config = session.config
 
@@ -190,15 +205,6 @@ def _validator(session: Session) -> Callable[[int], Validation]:
         # An untrained steering is the identity: the base's numbers, which are already there.
         scale = float(step > 0)
         point = scale_point(scale, evaluator.measure(scale), decisions, config.data.target, 1)
-        bias = point.bias.corrected.value
-        return Validation(
-            step=step,
-            bias=point.bias.soft.value if math.isnan(bias) else bias,  # a context needs two units to be corrected
-            soft_bias=point.bias.soft.value,
-            floor=point.bias.soft_floor,
-            accuracy=point.accuracy.value,
-            kl=point.kl,
-            answer_mass=point.answer_mass / base_mass if base_mass else math.nan,
-        )
+        return validation_row(step, point, base_mass)
 
     return measure

@@ -68,7 +68,7 @@ def read_deepspeed(path: str | Path, config: TrainConfig, size: int) -> dict[str
     Raises:
         LaunchError: if the file cannot be read, or contradicts the config.
     """
-    settings = _read(path)
+    settings = read_json(path)
     for key in settings:
         if key in REFUSED:
             raise LaunchError(f"{path}: {key}: {REFUSED[key]}; remove it")
@@ -88,7 +88,12 @@ def read_deepspeed(path: str | Path, config: TrainConfig, size: int) -> dict[str
     return kept | {"zero_optimization": {key: value for key, value in zero.items() if value != "auto"}}
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        LaunchError: if the file cannot be read, or holds something else.
+    """
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

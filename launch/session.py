@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from dso.backbone import Backbone
 from dso.data import load_decisions
@@ -19,12 +21,15 @@ from dso.evaluation import Evaluator
 from dso.steering import Handle, Steering
 from envs.decision import DecisionVectorEnv
 from envs.task import DecisionTask, RewardConfig
-from launch.config import ConfigError, TrainConfig, TrainSection
+from launch.config import ConfigError, ConstraintsSection, TrainConfig, TrainSection
+from launch.freeform_config import AnswerConstraintsSection, FreeformConfig
+from launch.strict import to_dict
 from trainers.checkpointing import checkpoint_layers
 from trainers.constraints import FixedKL, KLBudget
 from trainers.distributed import World
 from trainers.measuring import SharedEvaluator
 from trainers.ppo import SteeringPPO
+from trainers.tracking import Tracker, open_tracker
 from trainers.vec import DecisionVecEnv
 
 
@@ -163,6 +168,22 @@ def open_steering(config: TrainConfig, backbone: Backbone, decisions: DecisionSe
     return steering.to(backbone.device)
 
 
+def open_run_tracker(config: TrainConfig | FreeformConfig, folder: Path, world: World, quiet: bool) -> Tracker:
+    """Who else hears of a run, by its section ``run``."""
+
+    def warn(line: str) -> None:
+        tqdm.write(f"dso: {line}", file=sys.stderr)
+
+    def say(line: str) -> None:
+        if not quiet:
+            tqdm.write(line, file=sys.stderr)
+
+    wandb = to_dict(config.run.wandb)
+    return open_tracker(
+        config.run.tracking, folder, config=to_dict(config), say=say, warn=warn, is_main=world.is_main, **wandb
+    )
+
+
 def seed_everything(seed: int) -> None:
     """Seed every generator that a run may draw from."""
     random.seed(seed)
@@ -175,16 +196,6 @@ def _trainer(
 ) -> SteeringPPO:
     train, limits = config.train, config.constraints
     env = DecisionVecEnv(DecisionVectorEnv(task, train.ambiguous, train.unambiguous, seed=train.seed))
-    if limits.kl_budget is not None:
-        kl: KLBudget | FixedKL = KLBudget(
-            limits.kl_budget,
-            limits.dual_learning_rate,
-            limits.initial_beta,
-            margin=limits.kl_margin,
-            floor=limits.minimum_beta,
-        )
-    else:
-        kl = FixedKL(limits.kl_coefficient or 0.0)
     return SteeringPPO(
         env,
         policy_kwargs={
@@ -194,7 +205,7 @@ def _trainer(
             "optimizer_kwargs": {"betas": tuple(train.betas), "eps": train.adam_eps},
         },
         estimator=train.estimator,
-        kl=kl,
+        kl=kl_constraint(limits, margin=limits.kl_margin),
         unambiguous_weight=train.unambiguous_weight,
         sparsity=limits.sparsity,
         hard_preference=train.hard_preference,
@@ -208,6 +219,15 @@ def _trainer(
         world=world,
         deepspeed=deepspeed,
         seed=train.seed,
+    )
+
+
+def kl_constraint(limits: ConstraintsSection | AnswerConstraintsSection, **budget: float) -> KLBudget | FixedKL:
+    """The price of KL that a section ``constraints`` asks for; ``budget`` is further told to :class:`KLBudget`."""
+    if limits.kl_budget is None:
+        return FixedKL(limits.kl_coefficient or 0.0)
+    return KLBudget(
+        limits.kl_budget, limits.dual_learning_rate, limits.initial_beta, floor=limits.minimum_beta, **budget
     )
 
 

@@ -40,12 +40,11 @@ from launch.folder import (
 from launch.learn import learn
 from launch.measure import scale_points
 from launch.processes import open_world
-from launch.session import Session, open_session
-from launch.strict import to_dict
+from launch.session import Session, open_run_tracker, open_session
 from trainers.distributed import World
 from trainers.records import decision_samples
 from trainers.stopping import OrderlyStop, Preempted
-from trainers.tracking import Tracker, check_tracker, open_tracker
+from trainers.tracking import Tracker, check_tracker
 
 __all__ = ["Result", "RunError", "Stopped", "learn_only", "report", "train"]
 
@@ -128,7 +127,7 @@ def _run(
             with failing_together(world):  # before the folder is touched, as most mistakes show here
                 session = open_session(config, world, settings)
             on_main(world, prepared)
-            with keeping(plan.folder, world.is_main), _tracker(config, plan.folder, world, quiet) as tracker:
+            with keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
                 yield session, plan, stop, tracker
             world.close()  # not after an error: other processes may still be at it
     except Preempted as error:
@@ -148,20 +147,6 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-def _tracker(config: TrainConfig, folder: Path, world: World, quiet: bool) -> Tracker:
-    def warn(line: str) -> None:
-        tqdm.write(f"dso: {line}", file=sys.stderr)
-
-    def say(line: str) -> None:
-        if not quiet:
-            tqdm.write(line, file=sys.stderr)
-
-    wandb = to_dict(config.run.wandb)
-    return open_tracker(
-        config.run.tracking, folder, config=to_dict(config), say=say, warn=warn, is_main=world.is_main, **wandb
-    )
 
 
 def _samples(session: Session) -> list[list[Any]]:

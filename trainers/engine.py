@@ -31,7 +31,7 @@ from trainers.policy import SteeringPolicy
 T = TypeVar("T")
 
 
-def _deepspeed() -> ModuleType:
+def import_deepspeed() -> ModuleType:
     """DeepSpeed, quiet and without what it would compile."""
     import deepspeed
 
@@ -45,7 +45,7 @@ def _deepspeed() -> ModuleType:
 
 def divide_weights(model: nn.Module, settings: dict[str, Any], world: Ranks) -> None:
     """Divide a model's weights among the processes, as ZeRO-3 does, tensor by tensor: none holds all on its device."""
-    deepspeed = _deepspeed()
+    deepspeed = import_deepspeed()
     deepspeed.init_distributed()  # takes over the processes that there are; what follows counts them
     told = complete(settings, world.size, 1, 0.0, 0)
     with world.groups_in_time():
@@ -66,7 +66,7 @@ class EngineLearner(Learner):
     shared = True
 
     def __init__(self, policy: SteeringPolicy, max_norm: float, parts: int, world: Ranks, settings: dict[str, Any]):
-        deepspeed = _deepspeed()
+        deepspeed = import_deepspeed()
         self.world = world
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))
         in_step = InStep(policy.task.backbone.model, world) if self.stage == 3 else None

@@ -152,19 +152,19 @@ class SteeredAnswers:
             train_dataset=self._rows(sampler, steps),
             processing_class=task.backbone.tokenizer,
             callbacks=[_AfterStep(self, on_step)],
-            optimizers=(optimizer, self.create_scheduler(steps, optimizer)),
+            optimizers=(optimizer, None),
         )
         self.remove_callback(PrinterCallback)
         self.answer_rewards.gather = self.accelerator.gather
         self.beta, self.ref_model = kl.coefficient, BASE
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """The optimiser of the steering; under DeepSpeed transformers asks for one again, and has AdamW by itself."""
+        """The optimiser of the steering: under DeepSpeed transformers asks for one, and has AdamW by itself."""
         self.optimizer = self._own_optimizer
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
-        """The schedule of the learning rate; the same holds of it."""
+        """The schedule of the learning rate."""
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._rate)
         return self.lr_scheduler
 

@@ -14,7 +14,7 @@ from dso.files import write_text
 from dso.report import ScalePoint
 from dso.steering import Steering
 from launch.answer_session import open_answers
-from launch.benchmarks.sweeps import RUNS, _finished
+from launch.benchmarks.sweeps import RUNS, finished
 from launch.commands import quieten
 from launch.freeform import measure, train
 from launch.freeform_config import FreeformConfig, load_freeform
@@ -55,7 +55,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _trained(config: FreeformConfig, folder: Path) -> list[ScalePoint]:
     """The curve of a run, which is made unless it is there."""
-    if _finished(folder, config) and (folder / "curve.json").exists():
+    if finished(folder, config) and (folder / "curve.json").exists():
         return [ScalePoint.from_json(record) for record in json.loads((folder / "curve.json").read_text("utf-8"))]
     return train(config, name=folder.name, overwrite=True).points
 

@@ -132,7 +132,7 @@ def _train_all(
                 *arguments.overrides,
             ]
             config = load_config(config_name, settings)
-            if _finished(folder, config):
+            if finished(folder, config):
                 continue
             started = time.monotonic()
             learn_only(config, name=folder.name)
@@ -144,7 +144,7 @@ def _train_all(
     return done
 
 
-def _finished(folder: Path, config: object) -> bool:
+def finished(folder: Path, config: object) -> bool:
     """Whether a run of this very config is there to its end; one of another config is done again."""
     try:
         return (folder / "steering").exists() and (folder / "config.yaml").read_text() == resolved_yaml(config)
