@@ -19,36 +19,24 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from launch.bounds import (
+    at_least,
+    below_one,
+    different,
+    filled,
+    of_adam,
+    one_price,
+    place_of_run,
+    positive,
+    rising,
+    share,
+    within,
+)
 from launch.strict import ConfigError, build, dump_yaml, nearest, override, parse_override, parse_yaml, require
 
 __all__ = ["ConfigError", "TrainConfig", "known_configs", "load_config", "read_config", "resolved_yaml"]
 
 T = TypeVar("T")
-
-
-def _at_least(low: float, **values: float | None) -> None:
-    for name, value in values.items():
-        require(value is None or value >= low, name, f"must be at least {low}, found {value}")
-
-
-def _positive(**values: float | None) -> None:
-    for name, value in values.items():
-        require(value is None or value > 0, name, f"must be above 0, found {value}")
-
-
-def _share(**values: float) -> None:
-    for name, value in values.items():
-        require(0 <= value <= 1, name, f"must be within 0 and 1, found {value}")
-
-
-def _filled(**values: Sequence | None) -> None:
-    for name, value in values.items():
-        require(value is None or len(value) > 0, name, "must not be empty")
-
-
-def _different(**values: Sequence | None) -> None:
-    for name, value in values.items():
-        require(value is None or len(set(value)) == len(value), name, f"has a value twice: {list(value or ())}")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -62,8 +50,8 @@ class ModelSection:
     max_tokens: int = 512  # of one forward pass
 
     def __post_init__(self) -> None:
-        _at_least(16, max_tokens=self.max_tokens)
-        _filled(name=self.name, revision=self.revision, device=self.device)
+        at_least(16, max_tokens=self.max_tokens)
+        filled(name=self.name, revision=self.revision, device=self.device)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -79,12 +67,12 @@ class DataSection:
     test_splits: tuple[str, ...] = ("test", "test-names", "test-templates", "test-contexts")
 
     def __post_init__(self) -> None:
-        _filled(set=self.set, train_split=self.train_split, validation_split=self.validation_split)
-        _filled(test_splits=self.test_splits)
-        _different(groups=self.groups, test_splits=self.test_splits)
+        filled(set=self.set, train_split=self.train_split, validation_split=self.validation_split)
+        filled(test_splits=self.test_splits)
+        different(groups=self.groups, test_splits=self.test_splits)
         require(self.groups is None or len(self.groups) >= 2, "groups", "must name at least two groups")
         if self.target is not None:
-            _share(**{f"target.{group}": share for group, share in self.target.items()})
+            share(**{f"target.{group}": share for group, share in self.target.items()})
             total = math.fsum(self.target.values())
             require(abs(total - 1) <= 1e-6, "target", f"the shares must sum to 1, found {total:g}")
             same = self.groups is None or {*self.groups} == {*self.target}
@@ -108,9 +96,9 @@ class SteeringSection:
         low_rank = self.operator == "low_rank"
         require(self.rank is not None or not low_rank, "rank", "operator low_rank needs one, as in rank: 4")
         require(self.rank is None or low_rank, "rank", f"operator {self.operator} has none; remove it")
-        _at_least(1, rank=self.rank)
-        _filled(sites=self.sites)
-        _different(sites=self.sites)
+        at_least(1, rank=self.rank)
+        filled(sites=self.sites)
+        different(sites=self.sites)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -155,23 +143,23 @@ class TrainSection:
     deterministic: bool = False  # refuse operations that would keep a resumed run from being the same bit for bit
 
     def __post_init__(self) -> None:
-        _at_least(1, steps=self.steps, ambiguous=self.ambiguous, ppo_epochs=self.ppo_epochs, threads=self.threads)
-        _at_least(1, accumulation=self.accumulation, max_skipped=self.max_skipped)
-        _at_least(0, unambiguous=self.unambiguous, fisher_batches=self.fisher_batches)
+        at_least(1, steps=self.steps, ambiguous=self.ambiguous, ppo_epochs=self.ppo_epochs, threads=self.threads)
+        at_least(1, accumulation=self.accumulation, max_skipped=self.max_skipped)
+        at_least(0, unambiguous=self.unambiguous, fisher_batches=self.fisher_batches)
         enough = self.accumulation <= self.ambiguous + self.unambiguous
         require(enough, "accumulation", f"a step has fewer decisions than {self.accumulation} parts")
-        _positive(fisher_damping=self.fisher_damping)
-        _at_least(0, unambiguous_weight=self.unambiguous_weight)
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "must be two numbers in [0, 1)")
+        positive(fisher_damping=self.fisher_damping)
+        at_least(0, unambiguous_weight=self.unambiguous_weight)
+        of_adam(self.betas)
         sampled = self.estimator != "expected" or not self.hard_preference
         require(sampled, "hard_preference", "estimator expected samples no answers; use reinforce or ppo")
-        _positive(
+        positive(
             learning_rate=self.learning_rate,
             adam_eps=self.adam_eps,
             smooth_width=self.smooth_width,
             max_grad_norm=self.max_grad_norm,
         )
-        _share(
+        share(
             dead_zone=self.dead_zone,
             batch_weight=self.batch_weight,
             local_weight=self.local_weight,
@@ -179,16 +167,11 @@ class TrainSection:
             warmup=self.warmup,
         )
         require(self.dead_zone < 1, "dead_zone", "must be below 1: no deviation is larger")
-        for name in ("preference_decay", "context_decay"):
-            require(
-                0 <= getattr(self, name) < 1,
-                name,
-                "must be within 0 and below 1: nothing would be learned from a batch",
-            )
+        why = ": nothing would be learned from a batch"
+        below_one(why, preference_decay=self.preference_decay, context_decay=self.context_decay)
         require(0 < self.clip_range < 1, "clip_range", f"must be between 0 and 1, found {self.clip_range}")
-        within = -1 <= self.abstain_reward <= 1
-        require(within, "abstain_reward", f"must be within -1 and 1, found {self.abstain_reward}")
-        require(0 <= self.seed < 2**32, "seed", f"must be within 0 and {2**32 - 1}, found {self.seed}")
+        within(-1, 1, abstain_reward=self.abstain_reward)
+        within(0, 2**32 - 1, seed=self.seed)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -205,19 +188,17 @@ class ConstraintsSection:
     anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too
 
     def __post_init__(self) -> None:
-        _positive(
+        positive(
             kl_budget=self.kl_budget,
             dual_learning_rate=self.dual_learning_rate,
             initial_beta=self.initial_beta,
             minimum_beta=self.minimum_beta,
         )
-        _at_least(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
-        _share(kl_margin=self.kl_margin)
-        _positive(kl_margin=self.kl_margin)
-        _filled(anchors=self.anchors)
-        both = self.kl_budget is not None and self.kl_coefficient is not None
-        reason = "contradicts kl_budget, which sets the coefficient itself; for a fixed one add kl_budget: null"
-        require(not both, "kl_coefficient", reason)
+        at_least(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
+        share(kl_margin=self.kl_margin)
+        positive(kl_margin=self.kl_margin)
+        filled(anchors=self.anchors)
+        one_price(self.kl_budget, self.kl_coefficient)
 
     @property
     def aimed_kl(self) -> float | None:
@@ -235,11 +216,8 @@ class EvaluationSection:
     bootstrap: int = 1000  # resamples of an interval
 
     def __post_init__(self) -> None:
-        _at_least(1, every=self.every, bootstrap=self.bootstrap, validation_stride=self.validation_stride)
-        _filled(scales=self.scales)
-        _at_least(0, **{f"scales[{i}]": scale for i, scale in enumerate(self.scales)})
-        rising = all(low < high for low, high in zip(self.scales, self.scales[1:], strict=False))
-        require(rising, "scales", f"must rise, found {list(self.scales)}")
+        at_least(1, every=self.every, bootstrap=self.bootstrap, validation_stride=self.validation_stride)
+        rising(scales=self.scales)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -254,13 +232,13 @@ class WandbSection:
     timeout: float = 30.0  # seconds that the server has to let a run begin, and again at the end for the rest
 
     def __post_init__(self) -> None:
-        _filled(project=self.project, entity=self.entity, group=self.group)
+        filled(project=self.project, entity=self.entity, group=self.group)
         nameable = len(self.project) <= 128 and not {*self.project} & {*"/\\#?%:"}
         require(nameable, "project", f"must be up to 128 characters without / \\ # ? % :, found {self.project!r}")
-        _different(tags=self.tags)
+        different(tags=self.tags)
         for place, tag in enumerate(self.tags):
             require(0 < len(tag) <= 64, f"tags[{place}]", f"must have 1 to 64 characters, found {len(tag)}")
-        _at_least(1, timeout=self.timeout)
+        at_least(1, timeout=self.timeout)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -275,10 +253,8 @@ class RunSection:
     timeout: float = 600.0  # seconds that processes of a run wait for each other before they give up
 
     def __post_init__(self) -> None:
-        _at_least(1, save_every=self.save_every, timeout=self.timeout)
-        _filled(folder=self.folder, name=self.name)
-        plain = self.name is None or (self.name not in (".", "..") and not {*self.name} & {*"/\\\0"})
-        require(plain, "name", f"must be a name, not a path, found {self.name!r}; the place is run.folder")
+        at_least(1, save_every=self.save_every, timeout=self.timeout)
+        place_of_run(self.folder, self.name)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -11,19 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dso.errors import UserError
+from launch.bounds import at_least, below_one, of_adam, one_price, place_of_run, positive, rising, share, within
 from launch.config import DataSection, ModelSection, SteeringSection, WandbSection, read_config
 from launch.strict import ConfigError, require
 
 FOLDER = "freeform"
-
-
-def _within(low: float, high: float | None = None, *, above: bool = False, **values: float | None) -> None:
-    """Each value is at least (or above) the one bound, and at most the other; None is not looked at."""
-    bound = f"above {low:g}" if above else f"at least {low:g}"
-    span = bound if high is None else f"{bound} and at most {high:g}"
-    for name, value in values.items():
-        fine = value is None or ((value > low if above else value >= low) and (high is None or value <= high))
-        require(fine, name, f"must be {span}, found {value}")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -66,25 +58,28 @@ class AnswerTrainSection:
     threads: int | None = None  # torch's own choice
 
     def __post_init__(self) -> None:
-        _within(1, steps=self.steps, ambiguous=self.ambiguous, micro_batch=self.micro_batch, threads=self.threads)
-        _within(0, unambiguous=self.unambiguous, unambiguous_weight=self.unambiguous_weight)
-        _within(0, fisher_batches=self.fisher_batches)
+        at_least(1, steps=self.steps, ambiguous=self.ambiguous, micro_batch=self.micro_batch, threads=self.threads)
+        at_least(0, unambiguous=self.unambiguous, unambiguous_weight=self.unambiguous_weight)
+        at_least(0, fisher_batches=self.fisher_batches)
         least = "must be at least 1 token: an empty answer names nobody"
         require(
             self.max_completion_length >= 1, "max_completion_length", f"{least}, found {self.max_completion_length}"
         )
         alike = "must be at least 2: an answer is held against the others to its prompt"
         require(self.num_generations >= 2, "num_generations", f"{alike}, found {self.num_generations}")
-        _within(0, above=True, temperature=self.temperature, learning_rate=self.learning_rate, adam_eps=self.adam_eps)
-        _within(0, above=True, smooth_width=self.smooth_width, max_grad_norm=self.max_grad_norm)
-        _within(0, above=True, fisher_damping=self.fisher_damping)
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "must be two numbers in [0, 1)")
-        shares = {name: getattr(self, name) for name in ("warmup", "batch_weight", "local_weight", "unit_weight")}
-        _within(0, 1, **shares)
-        for name in ("dead_zone", "preference_decay", "context_decay"):
-            require(0 <= getattr(self, name) < 1, name, f"must be within 0 and below 1, found {getattr(self, name)}")
-        _within(-1, 1, abstain_reward=self.abstain_reward)
-        _within(0, 2**32 - 1, seed=self.seed)
+        positive(temperature=self.temperature, learning_rate=self.learning_rate, adam_eps=self.adam_eps)
+        positive(smooth_width=self.smooth_width, max_grad_norm=self.max_grad_norm)
+        positive(fisher_damping=self.fisher_damping)
+        of_adam(self.betas)
+        share(
+            warmup=self.warmup,
+            batch_weight=self.batch_weight,
+            local_weight=self.local_weight,
+            unit_weight=self.unit_weight,
+        )
+        below_one(**{name: getattr(self, name) for name in ("dead_zone", "preference_decay", "context_decay")})
+        within(-1, 1, abstain_reward=self.abstain_reward)
+        within(0, 2**32 - 1, seed=self.seed)
         plain = self.estimator == "grpo" or self.scale_rewards == "none"
         require(plain, "scale_rewards", "estimator rloo does not divide rewards; remove it, or use grpo")
         batch = (self.ambiguous + self.unambiguous) * self.num_generations
@@ -129,12 +124,10 @@ class AnswerConstraintsSection:
     sparsity: float = 0.0  # lambda of the L1 norm
 
     def __post_init__(self) -> None:
-        _within(0, above=True, kl_budget=self.kl_budget, initial_beta=self.initial_beta)
-        _within(0, above=True, minimum_beta=self.minimum_beta, dual_learning_rate=self.dual_learning_rate)
-        _within(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
-        both = self.kl_budget is not None and self.kl_coefficient is not None
-        reason = "contradicts kl_budget, which sets the coefficient itself; for a fixed one add kl_budget: null"
-        require(not both, "kl_coefficient", reason)
+        positive(kl_budget=self.kl_budget, initial_beta=self.initial_beta)
+        positive(minimum_beta=self.minimum_beta, dual_learning_rate=self.dual_learning_rate)
+        at_least(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
+        one_price(self.kl_budget, self.kl_coefficient)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -150,12 +143,10 @@ class AnswerEvaluationSection:
     bootstrap: int = 1000  # resamples of an interval
 
     def __post_init__(self) -> None:
-        _within(1, every=self.every, samples=self.samples, bootstrap=self.bootstrap)
-        _within(1, validation_stride=self.validation_stride, test_stride=self.test_stride)
-        _within(0, 1, max_accuracy_loss=self.max_accuracy_loss)
-        _within(0, **{f"scales[{place}]": scale for place, scale in enumerate(self.scales)})
-        rising = all(low < high for low, high in zip(self.scales, self.scales[1:], strict=False))
-        require(bool(self.scales) and rising, "scales", f"must be one or more that rise, found {list(self.scales)}")
+        at_least(1, every=self.every, samples=self.samples, bootstrap=self.bootstrap)
+        at_least(1, validation_stride=self.validation_stride, test_stride=self.test_stride)
+        within(0, 1, max_accuracy_loss=self.max_accuracy_loss)
+        rising(scales=self.scales)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -169,10 +160,8 @@ class AnswerRunSection:
     timeout: float = 1800.0  # seconds that a process waits for the others
 
     def __post_init__(self) -> None:
-        require(len(self.folder) > 0, "folder", "must not be empty")
-        _within(1, timeout=self.timeout)
-        plain = self.name is None or (self.name not in ("", ".", "..") and not {*self.name} & {*"/\\\0"})
-        require(plain, "name", f"must be a name, not a path, found {self.name!r}; the place is run.folder")
+        at_least(1, timeout=self.timeout)
+        place_of_run(self.folder, self.name)
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

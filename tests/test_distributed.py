@@ -336,43 +336,42 @@ def test_processes_that_were_not_told_of_each_other_are_refused(launched: pytest
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    ("size", "settings", "message"),
+    [
+        (
+            "2",
+            '{"train_batch_size": 3}',
+            "{path}: train_batch_size is 3, but the config says 20 (train.ambiguous + train.unambiguous); "
+            "make them agree",
+        ),
+        (
+            "21",
+            "{}",
+            "a step has 20 decisions, too few to divide among 21 processes; start fewer processes, "
+            "or raise train.ambiguous",
+        ),
+    ],
+    ids=["contradiction", "more processes than decisions"],
+)
 def test_bad_input_ends_every_process_before_they_meet(
     rank: str,
+    size: str,
+    settings: str,
+    message: str,
     launched: pytest.MonkeyPatch,
     tmp_path: Path,
     model_folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     launched.setenv("RANK", rank)
+    launched.setenv("WORLD_SIZE", size)
     config = write_config(tmp_path, model_folder)
     path = tmp_path / "ds.json"
-    path.write_text('{"train_batch_size": 3}', encoding="utf-8")
+    path.write_text(settings, encoding="utf-8")
     assert cli.main(["train", str(config), "--deepspeed", str(path)]) == 2
     told = "dso: " if rank == "0" else "dso: process 1: "
-    assert capsys.readouterr().err == (
-        f"{told}{path}: train_batch_size is 3, but the config says 20 (train.ambiguous + train.unambiguous); "
-        "make them agree\n"
-    )
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_more_processes_than_decisions_end_before_they_meet(
-    rank: str,
-    launched: pytest.MonkeyPatch,
-    tmp_path: Path,
-    model_folder: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    launched.setenv("RANK", rank)
-    launched.setenv("WORLD_SIZE", "21")
-    config = write_config(tmp_path, model_folder)
-    assert cli.main(["train", str(config), "--deepspeed", str(JSONS[0])]) == 2
-    told = "dso: " if rank == "0" else "dso: process 1: "
-    assert capsys.readouterr().err == (
-        f"{told}a step has 20 decisions, too few to divide among 21 processes; start fewer processes, "
-        "or raise train.ambiguous\n"
-    )
+    assert capsys.readouterr().err == f"{told}{message.format(path=path)}\n"
     assert not (tmp_path / "runs").exists()
 
 
