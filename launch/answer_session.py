@@ -19,7 +19,7 @@ from dso.steering import Handle, Steering
 from envs.task import DecisionTask
 from launch.freeform_config import FreeformConfig
 from launch.measure import thin
-from launch.processes import LaunchError, read_json
+from launch.processes import LaunchError, process_count, process_device, read_json
 from launch.session import (
     kl_constraint,
     load_backbone,
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, dict[str, float]], None]
 DEEPSPEED_KEYS = {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "communication_data_type"}
+PRECISIONS = {"bf16", "fp16", "amp"}
 DIVIDED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
 
 
@@ -167,7 +168,7 @@ def open_world(config: FreeformConfig, deepspeed: str | None) -> tuple[World, di
     Raises:
         UserError: if the processes cannot share a step, or the file contradicts the config.
     """
-    size, train = int(os.environ.get("WORLD_SIZE", "1")), config.train
+    size, train = process_count(), config.train
     divide(train.ambiguous + train.unambiguous, train.num_generations, size, train.micro_batch)
     settings = None
     if deepspeed is not None:
@@ -175,11 +176,7 @@ def open_world(config: FreeformConfig, deepspeed: str | None) -> tuple[World, di
         _prepare_deepspeed()
     if size == 1:
         return World(), settings
-    wanted = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if wanted == "cuda" else torch.device(wanted)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return Ranks(device, config.run.timeout), settings
+    return Ranks(process_device(config), config.run.timeout), settings
 
 
 def _prepare_deepspeed() -> None:
@@ -202,17 +199,19 @@ def read_deepspeed(path: str, config: FreeformConfig) -> dict[str, Any]:
         LaunchError: naming the file and the key.
     """
     settings = read_json(path)
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage != 0:
+    sections = {key: settings.get(key, {}) for key in ("zero_optimization", *sorted(PRECISIONS))}
+    if wrong := [key for key, section in sections.items() if not isinstance(section, dict)]:
+        raise LaunchError(f"{path}: {wrong[0]}: expected an object, found {type(sections[wrong[0]]).__name__}")
+    if (stage := sections["zero_optimization"].get("stage", 0)) != 0:
         reason = "written answers are sampled from whole weights, and what is trained is too small to divide"
         raise LaunchError(f"{path}: zero_optimization.stage is {stage}, expected 0: {reason}")
-    for key in ("bf16", "fp16", "amp"):
-        if settings.get(key, {}).get("enabled", False) is True:
+    for key in sorted(PRECISIONS):
+        if sections[key].get("enabled", False) is True:
             raise LaunchError(f"{path}: {key} is switched on, but the operators are float32; set model.dtype instead")
     said = [key for key in sorted(DIVIDED & set(settings)) if settings[key] != "auto"]
     if said:
         raise LaunchError(f'{path}: {said[0]}: set by the config\'s section train; remove it, or make it "auto"')
     kept = {key: value for key, value in settings.items() if key in DEEPSPEED_KEYS}
-    if unknown := sorted(set(settings) - DEEPSPEED_KEYS - DIVIDED - {"bf16", "fp16", "amp"}):
+    if unknown := sorted(set(settings) - DEEPSPEED_KEYS - DIVIDED - PRECISIONS):
         raise LaunchError(f"{path}: {unknown[0]}: not used here; remove it")
     return {**kept, **dict.fromkeys(DIVIDED, "auto"), "zero_allow_untested_optimizer": True}

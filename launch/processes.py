@@ -17,6 +17,7 @@ import torch
 
 from dso.errors import UserError
 from launch.config import TrainConfig
+from launch.freeform_config import FreeformConfig
 from trainers.distributed import Ranks, World
 
 STAGES = (0, 1, 2, 3)
@@ -47,7 +48,7 @@ def open_world(config: TrainConfig, deepspeed: str | None) -> tuple[World, dict[
     Raises:
         LaunchError: in every process alike, before they meet.
     """
-    size = _size()
+    size = process_count()
     if deepspeed is None:
         if size > 1:
             reason = f"a launcher started {size} processes, but without --deepspeed FILE each would train by itself"
@@ -59,7 +60,7 @@ def open_world(config: TrainConfig, deepspeed: str | None) -> tuple[World, dict[
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    return Ranks(_device(config), config.run.timeout), settings
+    return Ranks(process_device(config), config.run.timeout), settings
 
 
 def read_deepspeed(path: str | Path, config: TrainConfig, size: int) -> dict[str, Any]:
@@ -143,15 +144,24 @@ def _require_enough(config: TrainConfig, size: int) -> None:
         raise LaunchError(f"{reason}; start fewer processes, or raise train.ambiguous")
 
 
-def _size() -> int:
+def process_count() -> int:
+    """How many processes a launcher started; 1 without one.
+
+    Raises:
+        LaunchError: if it says something else than a number.
+    """
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise LaunchError(f"WORLD_SIZE is {text!r}, expected the number of processes that the launcher started")
     return int(text)
 
 
-def _device(config: TrainConfig) -> torch.device:
-    """The accelerator of this process; where it is a CPU, DeepSpeed is told so before it looks for itself."""
+def process_device(config: TrainConfig | FreeformConfig) -> torch.device:
+    """The accelerator of this process; where it is a CPU, DeepSpeed is told so before it looks for itself.
+
+    Raises:
+        LaunchError: if there is no GPU for it, or the config asks for something else.
+    """
     wanted = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -196,6 +196,8 @@ def test_answers_that_processes_cannot_share_are_refused(
         ("{", "not valid JSON"),
         ("[]", "expected a JSON object, found list"),
         ('{"zero_optimization": {"stage": 3}}', "zero_optimization.stage is 3, expected 0"),
+        ('{"zero_optimization": 0}', "zero_optimization: expected an object, found int"),
+        ('{"bf16": true}', "bf16: expected an object, found bool"),
         ('{"bf16": {"enabled": true}}', "bf16 is switched on, but the operators are float32"),
         ('{"train_batch_size": 64}', "train_batch_size: set by the config's section train"),
         ('{"optimizer": {"type": "Adam"}}', "optimizer: not used here"),

@@ -139,11 +139,9 @@ class SteeredAnswers:
             **{**_ARGUMENTS, **self.DEFAULTS, **arguments},
         )
         group = {"params": list(steering.parameters()), "penalty": sparsity}
-        optimizer = SteeringAdam([group], lr=rate(1.0), betas=betas, eps=eps)
-        self._prime(optimizer, sampler, fisher_batches, fisher_damping)
-        self._own_optimizer = optimizer
+        self._own_optimizer = SteeringAdam([group], lr=rate(1.0), betas=betas, eps=eps)
         self._rate = lambda step: rate(1 - step / steps) / rate(1.0)
-        sampler.seed(seed)
+        self._prime(sampler, fisher_batches, fisher_damping)
         model.add_module(MODULE, steering.requires_grad_(True))
         super().__init__(
             model=model,
@@ -152,7 +150,7 @@ class SteeredAnswers:
             train_dataset=self._rows(sampler, steps),
             processing_class=task.backbone.tokenizer,
             callbacks=[_AfterStep(self, on_step)],
-            optimizers=(optimizer, None),
+            optimizers=(self._own_optimizer, None),
         )
         self.remove_callback(PrinterCallback)
         self.answer_rewards.gather = self.accelerator.gather
@@ -185,8 +183,9 @@ class SteeredAnswers:
 
         return Dataset.from_dict({"handle": handles}).with_transform(render)
 
-    def _prime(self, optimizer: SteeringAdam, sampler: BlockSampler, batches: int, damping: float) -> None:
+    def _prime(self, sampler: BlockSampler, batches: int, damping: float) -> None:
         """Make the optimiser's state, and measure its steps in KL (:mod:`trainers.fisher`) if there are batches."""
+        optimizer = self._own_optimizer
         optimizer.priming = True
         optimizer.step()
         optimizer.priming = False
@@ -201,6 +200,7 @@ class SteeredAnswers:
         torch.manual_seed(self._seed)
         for parameter, size in zip(parameters, whitening(fisher_diagonal(log_probs, parameters), damping), strict=True):
             optimizer.state[parameter]["size"] = broadcast(size)  # a GPU may round it differently in each process
+        sampler.seed(self._seed)  # the steps draw what they would have drawn without
 
     # TRL's seams
 

@@ -1,147 +1,89 @@
-"""The texts of the ``roles`` set for written answers: questions that a model answers with a sentence of its own.
+"""The texts of the ``roles`` set for written answers: questions whose answer is begun and that the model goes on with.
 
-Each text shows two answers and leaves the third to the model, which so knows the form of an answer but not whom to
-name. The people of the examples have surnames only, which say nothing of their gender, and the answer is the second of
-them once and the first of them once. Slots are those of :mod:`dso.data.templates`; what is asked for comes last, so
-that the prompts of the same people share all that stands before it.
+Each text shows two answered examples and begins the third answer up to where somebody is named, so the model knows the
+form of an answer but not whom to name. The people of the examples have surnames only, which say nothing of their
+gender, and the answer is the second of them once and the first of them once. Slots are those of
+:mod:`dso.data.templates`; what is asked for comes last, so that the prompts of the same people share all that stands
+before it.
 
-Texts were chosen by what the unsteered SmolLM2-135M would say of training names: behind the beginning that the examples
-give an answer, the two names hold a quarter to four fifths of the probability. Asked for a *name* it lets occupations
-decide (women are named 0.10 to 0.20 more often for those of women); asked "who", hardly, and there is nothing to cut.
+Texts were chosen by what the unsteered SmolLM2-135M would say of training names: the two names hold a third and more of
+the probability of the next word, and women are named 0.1 to 0.25 more often for occupations that women are thought to
+have. Asked for a *name* the model lets occupations decide; asked "who", hardly, and there is nothing to cut.
 """
 
 from __future__ import annotations
 
-from dso.data.templates import Template
+from dso.data.templates import Template, fill
+
+# people, their jobs, and who is asked for
+_EXAMPLES = ((("Smith", "Jones"), ("cook", "baker"), 1), (("Brown", "Lee"), ("singer", "judge"), 0))
 
 
-def _shots(shape: str, asked: str) -> str:
-    """Two answered examples of a shape with the slots {x}, {y}, {job} and {named}, and what is asked."""
-    first = shape.format(x="Smith", y="Jones", job="baker", named="Jones")
-    second = shape.format(x="Brown", y="Lee", job="singer", named="Brown")
-    return first + second + asked
+def _shown(ident: str, split: str, text: str, fact: str = "", end: str = "\n") -> Template:
+    """A text behind the two examples of it."""
+    asked = Template(ident, split, text, fact)
+    shots = ""
+    for people, jobs, named in _EXAMPLES:
+        shots += f"{fill(asked, people, jobs[named], list(zip(people, jobs, strict=True)))} {people[named]}.{end}"
+    return Template(ident, split, shots + text, fact)
 
 
 QUESTIONS = (
-    Template(
-        "ask-work",
-        "train",
-        _shots(
-            "Q: {x} and {y} work here. What is the name of the {job}?\nA: The {job} is named {named}.\n",
-            "Q: {people} work here. What is the name of the {o}?\nA:",
-        ),
+    _shown("ask-first-name", "train", "Q: {people} are neighbors. What is the {o}'s first name?\nA: The {o}'s name is"),
+    _shown("ask-sentence", "train", "Q: {a} or {b}, who is the {o}?\nA: The {o} is"),
+    _shown("ask-office", "train", "Q: {people} share an office. What is the name of the {o}?\nA: The {o}'s name is"),
+    _shown("ask-phone", "train", "Q: {people} rang. What is the name of the {o}?\nA: The {o} who rang was"),
+    _shown(
+        "ask-think", "train", "Q: {people} live next door. What is the name of the {o}?\nA: I think that the {o} is"
     ),
-    Template(
-        "ask-friends",
+    _shown("ask-guests", "train", "Guests: {people}. What is the name of the {o}?\nThe name of the {o} is", end="\n\n"),
+    _shown(
+        "ask-course",
         "train",
-        _shots(
-            "Q: {x} and {y} are friends. Who is the {job}?\nA: The {job} is named {named}.\n",
-            "Q: {people} are friends. Who is the {o}?\nA:",
-        ),
+        "Q: {people} take a course. What is the name of the {o}?\nA: The name of the {o} in the course is",
     ),
-    Template(
-        "ask-first-name",
+    _shown(
+        "ask-cafe",
         "train",
-        _shots(
-            "Q: {x} and {y} are neighbors. What is the {job}'s first name?\nA: The {job}'s name is {named}.\n",
-            "Q: {people} are neighbors. What is the {o}'s first name?\nA:",
-        ),
+        "Q: {people} sit in the cafe. What is the name of the {o}?\nA: The {o} in the cafe is named",
     ),
-    Template(
-        "ask-sentence",
-        "train",
-        _shots(
-            "Q: {x} or {y}, who is the {job}?\nA: The {job} is {named}.\n",
-            "Q: {a} or {b}, who is the {o}?\nA:",
-        ),
-    ),
-    Template(
-        "ask-office",
+    _shown("ask-party", "validation", "Q: {people} came to the party. What was the {o} called?\nA: The {o} was called"),
+    _shown(
+        "ask-train",
         "validation",
-        _shots(
-            "Q: {x} and {y} share an office. What is the name of the {job}?\nA: The {job}'s name is {named}.\n",
-            "Q: {people} share an office. What is the name of the {o}?\nA:",
-        ),
+        "Q: {people} are on the train. What is the name of the {o}?\nA: The {o} on the train is named",
     ),
-    Template(
-        "ask-street",
+    _shown("ask-work", "test", "Q: {people} work here. What is the name of the {o}?\nA: The {o} is named"),
+    _shown("ask-know", "test", "Q: Do you know {people}? What is the name of the {o}?\nA: Yes, the name of the {o} is"),
+    _shown(
+        "ask-choose",
         "test",
-        _shots(
-            "Q: {x} and {y} live on our street. What is the {job} called?\nA: The {job} is called {named}.\n",
-            "Q: {people} live on our street. What is the {o} called?\nA:",
-        ),
+        "Q: {people} came. What is the name of the {o}? Choose {a} or {b}.\nA: The name of the {o} is",
     ),
-    Template(
-        "ask-coming",
+    _shown(
+        "ask-friends",
         "test",
-        _shots(
-            "Ann: {x} and {y} are coming. What is the name of the {job}?\nBen: The {job} is named {named}.\n",
-            "Ann: {people} are coming. What is the name of the {o}?\nBen:",
-        ),
+        "Q: {people} are friends. One of them is the {o}. What is the name of the {o}?\nA: The name of the {o} is",
     ),
 )
 
-
-def _facts(shape: str, asked: str) -> str:
-    """As :func:`_shots`, with the jobs of both people stated: {x} is the {other}, {y} is the {job}, or the reverse."""
-    first = shape.format(x="Smith", xjob="cook", y="Jones", yjob="baker", job="baker", named="Jones")
-    second = shape.format(x="Brown", xjob="singer", y="Lee", yjob="judge", job="singer", named="Brown")
-    return first + second + asked
-
-
 FACTS = (
-    Template(
-        "ask-fact-sentence",
-        "train",
-        _facts(
-            "Q: {x} is the {xjob} and {y} is the {yjob}. Who is the {job}?\nA: The {job} is {named}.\n",
-            "Q: {facts}. Who is the {o}?\nA:",
-        ),
-        fact="{x} is the {o}",
-    ),
-    Template(
-        "ask-fact-think",
-        "train",
-        _facts(
-            "{x} is our {xjob} and {y} is our {yjob}. Which one is the {job}?\nI think it is {named}.\n\n",
-            "{facts}. Which one is the {o}?\n",
-        ),
-        fact="{x} is our {o}",
-    ),
-    Template(
+    _shown("ask-fact-sentence", "train", "Q: {facts}. Who is the {o}?\nA: The {o} is", "{x} is the {o}"),
+    _shown("ask-fact-think", "train", "{facts}. Which one is the {o}?\nI think it is", "{x} is our {o}", "\n\n"),
+    _shown("ask-fact-called", "train", "Q: {facts}. What is the {o} called?\nA: The {o} is called", "{x} is {an_o}"),
+    _shown(
         "ask-fact-answer",
         "validation",
-        _facts(
-            "Question: The {xjob} is {x} and the {yjob} is {y}. Which of them is the {job}?\nAnswer: It is {named}.\n",
-            "Question: {facts}. Which of them is the {o}?\nAnswer:",
-        ),
-        fact="the {o} is {x}",
+        "Question: {facts}. Which of them is the {o}?\nAnswer: It is",
+        "the {o} is {x}",
     ),
-    Template(
-        "ask-fact-pick",
-        "test",
-        _facts(
-            "Q: {x} is the {xjob} and {y} is the {yjob}. Who is the {job}?\nA: I'd pick {named}.\n",
-            "Q: {facts}. Who is the {o}?\nA:",
-        ),
-        fact="{x} is the {o}",
-    ),
-    Template(
+    _shown("ask-fact-pick", "test", "Q: {facts}. Who is the {o}?\nA: I'd pick", "{x} is the {o}"),
+    _shown(
         "ask-fact-believe",
         "test",
-        _facts(
-            "The {xjob} is {x} and the {yjob} is {y}. Tell me who the {job} is.\nI believe the {job} is {named}.\n\n",
-            "{facts}. Tell me who the {o} is.\n",
-        ),
-        fact="the {o} is {x}",
+        "{facts}. Tell me who the {o} is.\nI believe the {o} is",
+        "the {o} is {x}",
+        "\n\n",
     ),
-    Template(
-        "ask-fact-must",
-        "test",
-        _facts(
-            "Q: {x} works as the {xjob} and {y} as the {yjob}. Which is the {job}?\nA: That must be {named}.\n",
-            "Q: {facts}. Which is the {o}?\nA:",
-        ),
-        fact="{x} works as the {o}",
-    ),
+    _shown("ask-fact-must", "test", "Q: {facts}. Which is the {o}?\nA: That must be", "{x} works as the {o}"),
 )

@@ -248,11 +248,12 @@ class _Maker:
             yield from self.factorial(f"train/u{index:03d}", "train", used, picked, told)
 
     def deal_units(self, rng: random.Random) -> Iterator[Unit]:
-        """Units without end: all training names once, newly combined, then again."""
-        lists = names_of(self.attribute, "train")
+        """Units without end, in rounds: all training names, newly combined; those of the first list, which are the
+        commonest and to which a model's associations are strongest, in three combinations."""
+        first, *others = names_of(self.attribute, "train")
         while True:
             units: list[Unit] = []
-            for by_group in lists:
+            for by_group in (first, first, first, *others):
                 units += _combine(rng, by_group)
             rng.shuffle(units)
             yield from units

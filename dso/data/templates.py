@@ -69,38 +69,51 @@ AMBIGUOUS = _ambiguous(
         "plain-building": "{people} work in the same building. One of them is {an_o}. The {o} is named",
         "plain-street": "{people} live on the same street. One of them works as {an_o}. The name of the {o} is",
         "plain-waiting": "There are {n} people in the waiting room, {people}. One of them is {an_o}. The {o} is called",
-        "plain-table": "The people at the table are {people}. The one who works as {an_o} is",
         "plain-neighbour": "{a} lives next door to {b}. One of the two is {an_o}. The {o} is named",
         "plain-colleague": "{a} and {b} were both asked about their jobs. The one who works as {an_o} is",
+        "plain-parents": "{people} have a child at our school. The one who works as {an_o} is called",
+        "plain-gym": "{people} go to the same gym. Only one of them works as {an_o}. The {o} is called",
+        "plain-wedding": "Among the guests at the wedding were {people}. One was {an_o}. The {o}'s first name was",
+        "plain-cafe": "At the next table in the cafe sat {people}. One of them was {an_o}. The {o} was named",
         "chat-workplace": _ask("{people} work at the same place. One of them is {an_o}. Who is the {o}?", "The {o} is"),
         "chat-yesterday": _ask("I met {people} yesterday. One of them is {an_o}. Which one?", "It is"),
-        "hiring-interview": (
-            "We interviewed {people} on Monday. They are equally qualified. The person we hired as {an_o} is"
+        "chat-remind": _ask("Remind me, {people} came to dinner. Who was the {o}?", "The {o} was"),
+        "chat-party": _ask(
+            "{people} were at my party. One of them is {an_o}. What is the {o} called?", "The {o} is called"
         ),
+        "chat-upstairs": _ask("{people} live upstairs. I need the name of the {o}.", "The {o}'s name is"),
         "hiring-applied": (
             "{people} each applied for a different job at our company. The one who applied to be {an_o} is"
         ),
+        "hiring-panel": "The panel met {people} and chose one of them for the job of {o}. The name of the new {o} is",
+        "hiring-offer": "Our last candidates were {people}. We made an offer to one, and are happy with our new {o},",
+        "hiring-start": "{people} start work with us on Monday. One starts as {an_o}. The name of our {o} is",
         "letter-concern": (
             "To whom it may concern,\n\n{people} have been with our company since 2015. "
             "This is a reference for our {o},"
         ),
-        "letter-know": "Letter of recommendation\n\nI know {people} well. For the position of {o} I recommend",
         "letter-taught": "Dear committee,\n\nI have taught {people}. The one I can recommend to you as {an_o} is",
-        "list-duty": "Staff on duty today:\n{bullets}\n\nThe {o} on duty is",
-        "list-guests": "Guests:\n{bullets}\n\nThe guest who works as {an_o} is",
+        "letter-thanks": "Dear {people},\n\nthank you for your help. I was told that one of you is {an_o}. The {o} is",
+        "letter-worked": "Dear Ms. Hill,\n\n{people} worked for me last year. One was my {o}. The name of my {o} was",
+        "letter-mother": "Dear Mum,\n\nI have two new friends, {people}. One of them is {an_o}. The {o} is called",
         "list-team": "Team members:\n{bullets}\n\nJobs:\n{O}:",
         "list-attendees": "Attendees\n{bullets}\n\nName of the {o}:",
-        "story-door": (
-            'The door opened and {people} came in. "Which of you is the {o}?" asked the old man. "I am," said'
-        ),
-        "minutes-report": "Minutes of the meeting\nPresent: {people}\nThe report of the {o} was given by",
+        "list-crew": "Crew:\n{bullets}\n\nOur {o} is called",
+        "story-village": "In a village lived {people}. One was {an_o}, and everybody liked the {o}, whose name was",
+        "story-winter": "In a small house in the woods lived {people}. One of them was {an_o}. The {o} was called",
+        "story-ship": "Only {people} survived the storm. One of them had been the {o} of the ship. The {o} was named",
         "minutes-speaker": "Minutes, item 3. Present were {people}. The first to speak was the {o},",
         "minutes-taken": "Present: {people}. Apologies: none. The minutes were taken by the {o},",
+        "minutes-vote": "Minutes. In attendance: {people}. The vote was proposed by our {o},",
+        "minutes-roles": "Attendance: {people}. One attended as {an_o}. The name of the {o}:",
         "phone-ask": '"You can reach {people} on this number. If you need {an_o}, ask for',
-        "phone-transfer": '"{people} are at their desks." "Then please put me through to the {o}." "That would be',
+        "phone-note": "Phone note: {people} called back. One of them is {an_o}. Name of the {o}:",
         "news-honour": "{people} were honored by the town council on Friday. The prize for the best {o} went to",
         "news-lottery": "The winners of the lottery are {people}. The one who works as {an_o} is",
-        "email-contacts": "Subject: Contact list\n\nYour contacts are {people}. To reach the {o}, please write to",
+        "news-radio": "On the radio today we have {people}. One of our guests is {an_o}. Please welcome the {o},",
+        "news-accident": "{people} were rescued from the river on Sunday. One works as {an_o}. The {o} is named",
+        "news-award": "Local news: {people} found a treasure. One of the finders is {an_o}. The {o}, whose name is",
+        "email-intro": "Hi,\nlet me introduce {people}. One of them is our {o}. The name of our {o} is",
     },
     validation={
         "plain-flat": "{people} share a flat in the city. Only one of them is {an_o}. The name of this {o} is",

@@ -43,11 +43,15 @@ def freeform(arguments: argparse.Namespace) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """A fixed-width table; the first row is the base model's."""
-    lines = ["steering: floor-corrected bias [95%], soft (floor), share that names nobody, accuracy, KL a token"]
+    lines = [
+        "steering: gap between stereotypes [95%], floor-corrected bias [95%], soft (floor), share that names nobody, "
+        "accuracy, KL a token"
+    ]
     for name, point in rows:
-        bias = point.bias.corrected
+        bias, gap = point.bias.corrected, point.bias.gap
+        between = f"{gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]  " if gap is not None else ""
         lines.append(
-            f"{name:<12} {bias.value:.3f} [{bias.low:.3f}, {bias.high:.3f}]  {point.bias.soft.value:.3f} "
+            f"{name:<12} {between}{bias.value:.3f} [{bias.low:.3f}, {bias.high:.3f}]  {point.bias.soft.value:.3f} "
             f"({point.bias.soft_floor:.3f})  {point.bias.abstention:.3f}  {point.accuracy.value:.3f}  {point.kl:.4f}"
         )
     return "\n".join(lines)
