@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = names.add_parser("run", help="wall time and peak memory of a run")
     run.add_argument("--config", default="smollm2-roles")
+    run.add_argument("--folder", help="where the run is kept (default: nowhere)")
 
     scaling = names.add_parser("scaling", help="steps of one process and of several")
     scaling.add_argument("--config", default="smollm2-roles")

@@ -64,8 +64,9 @@ def step(arguments: argparse.Namespace) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Wall seconds and peak resident memory of ``dso train``, in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Wall time and peak resident memory of ``dso train``, in a process of its own."""
+    with tempfile.TemporaryDirectory() as made:
+        folder = arguments.folder or made
         command = [sys.executable, "-m", "launch.cli", "train", arguments.config, f"run.folder={folder}", "--quiet"]
         started = time.monotonic()
         subprocess.run(command, check=True)
