@@ -116,7 +116,8 @@ class MatcherSection:
 class AnswerConstraintsSection:
     """What the steering may cost: nats of KL to the base model a token, neurons that are not zero."""
 
-    kl_budget: float | None = 0.05  # mean over the tokens of the answers; held by dual ascent
+    kl_budget: float | None = 0.2  # mean over the tokens of the answers; held by dual ascent
+    kl_margin: float = 0.45  # share of the budget to aim at: unseen prompts cost more, and KL varies from step to step
     kl_coefficient: float | None = None  # fixed instead
     dual_learning_rate: float = 0.2
     initial_beta: float = 0.5  # price of one nat at the start
@@ -127,6 +128,8 @@ class AnswerConstraintsSection:
         positive(kl_budget=self.kl_budget, initial_beta=self.initial_beta)
         positive(minimum_beta=self.minimum_beta, dual_learning_rate=self.dual_learning_rate)
         at_least(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
+        share(kl_margin=self.kl_margin)
+        positive(kl_margin=self.kl_margin)
         one_price(self.kl_budget, self.kl_coefficient)
 
 

@@ -205,7 +205,7 @@ def _trainer(
             "optimizer_kwargs": {"betas": tuple(train.betas), "eps": train.adam_eps},
         },
         estimator=train.estimator,
-        kl=kl_constraint(limits, margin=limits.kl_margin),
+        kl=kl_constraint(limits),
         unambiguous_weight=train.unambiguous_weight,
         sparsity=limits.sparsity,
         hard_preference=train.hard_preference,
@@ -222,12 +222,16 @@ def _trainer(
     )
 
 
-def kl_constraint(limits: ConstraintsSection | AnswerConstraintsSection, **budget: float) -> KLBudget | FixedKL:
-    """The price of KL that a section ``constraints`` asks for; ``budget`` is further told to :class:`KLBudget`."""
+def kl_constraint(limits: ConstraintsSection | AnswerConstraintsSection) -> KLBudget | FixedKL:
+    """The price of KL that a section ``constraints`` asks for."""
     if limits.kl_budget is None:
         return FixedKL(limits.kl_coefficient or 0.0)
     return KLBudget(
-        limits.kl_budget, limits.dual_learning_rate, limits.initial_beta, floor=limits.minimum_beta, **budget
+        limits.kl_budget,
+        limits.dual_learning_rate,
+        limits.initial_beta,
+        margin=limits.kl_margin,
+        floor=limits.minimum_beta,
     )
 
 
