@@ -100,7 +100,9 @@ def test_splits_share_no_names_templates_or_occupations_that_they_should_not(who
     for one, two in combinations(("train", "validation", "test"), 2):
         assert not people[one] & people[two] and not templates[one] & templates[two]
     assert not people["train"] & people["test-names"] and templates["test-names"] <= templates["train"]
-    assert people["test-templates"] <= people["train"] and templates["test-templates"] == templates["test"]
+    attribute = next(attribute for attribute in ATTRIBUTES if groups_of(attribute) == whole.groups)
+    known = {name for by_group in names_of(attribute, "train") for group in by_group for name in group}
+    assert people["train"] | people["test-templates"] <= known and templates["test-templates"] == templates["test"]
     assert not people["test-contexts"] & people["train"] and not templates["test-contexts"] & templates["train"]
     assert not contexts["test-contexts"] & set().union(*(contexts[s] for s in contexts if s != "test-contexts"))
     assert len(contexts["test-contexts"]) == 10 and len(contexts["train"]) == len(contexts["test"]) == 30
@@ -194,7 +196,8 @@ def test_prompts_treat_the_people_alike(whole: DecisionSet) -> None:
         for c in d.candidates:
             assert len(re.findall(rf"\b{c.text.strip()}\b", said)) == 1
             said = re.sub(rf"\b{c.text.strip()}\b", "X", said)
-        assert not re.search(r"\b(he|she|him|her|his|man|woman|mr|ms|mrs)\b", said.replace("old man", ""), re.I)
+        said = said.replace("Dear Ms. Hill", "")  # neither of the people who are decided between
+        assert not re.search(r"\b(he|she|him|her|his|man|woman|mr|ms|mrs)\b", said, re.I)
         stripped[d.template, d.context].add(said)
     assert all(len(texts) == 1 for texts in stripped.values())
 
