@@ -27,6 +27,7 @@ from wandb_tools import (
     tracking_processes,
 )  # fmt: skip
 
+import launch.session
 import launch.train
 from launch.config import TrainConfig, load_config
 from launch.train import Result, train
@@ -204,7 +205,7 @@ def run_online(
     said: list[str] = []
     monkeypatch.setattr(launch.train.tqdm, "write", lambda line, **_: said.append(line))
     took: list[float] = []
-    opened = launch.train.open_tracker
+    opened = launch.session.open_tracker
 
     def open_timed(*arguments: Any, **options: Any) -> Any:
         tracker = opened(*arguments, **options)
@@ -218,7 +219,7 @@ def run_online(
         tracker.close = timed
         return tracker
 
-    monkeypatch.setattr(launch.train, "open_tracker", open_timed)
+    monkeypatch.setattr(launch.session, "open_tracker", open_timed)
     result = train(config_of(tmp_path, model, timeout=timeout), name="unused", quiet=True)
     assert (result.folder / "report.md").exists()
     assert gone(result.folder)
