@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, dict[str, float]], None]
 DEEPSPEED_KEYS = {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "communication_data_type"}
-PRECISIONS = {"bf16", "fp16", "amp"}
+PRECISIONS = ("amp", "bf16", "fp16")
 DIVIDED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
 
 
@@ -176,7 +176,7 @@ def open_world(config: FreeformConfig, deepspeed: str | None) -> tuple[World, di
         _prepare_deepspeed()
     if size == 1:
         return World(), settings
-    return Ranks(process_device(config), config.run.timeout), settings
+    return Ranks(process_device(config.model.device), config.run.timeout), settings
 
 
 def _prepare_deepspeed() -> None:
@@ -199,19 +199,19 @@ def read_deepspeed(path: str, config: FreeformConfig) -> dict[str, Any]:
         LaunchError: naming the file and the key.
     """
     settings = read_json(path)
-    sections = {key: settings.get(key, {}) for key in ("zero_optimization", *sorted(PRECISIONS))}
+    sections = {key: settings.get(key, {}) for key in ("zero_optimization", *PRECISIONS)}
     if wrong := [key for key, section in sections.items() if not isinstance(section, dict)]:
         raise LaunchError(f"{path}: {wrong[0]}: expected an object, found {type(sections[wrong[0]]).__name__}")
     if (stage := sections["zero_optimization"].get("stage", 0)) != 0:
         reason = "written answers are sampled from whole weights, and what is trained is too small to divide"
         raise LaunchError(f"{path}: zero_optimization.stage is {stage}, expected 0: {reason}")
-    for key in sorted(PRECISIONS):
+    for key in PRECISIONS:
         if sections[key].get("enabled", False) is True:
             raise LaunchError(f"{path}: {key} is switched on, but the operators are float32; set model.dtype instead")
     said = [key for key in sorted(DIVIDED & set(settings)) if settings[key] != "auto"]
     if said:
         raise LaunchError(f'{path}: {said[0]}: set by the config\'s section train; remove it, or make it "auto"')
     kept = {key: value for key, value in settings.items() if key in DEEPSPEED_KEYS}
-    if unknown := sorted(set(settings) - DEEPSPEED_KEYS - DIVIDED - PRECISIONS):
+    if unknown := sorted(set(settings) - DEEPSPEED_KEYS - DIVIDED - {*PRECISIONS}):
         raise LaunchError(f"{path}: {unknown[0]}: not used here; remove it")
     return {**kept, **dict.fromkeys(DIVIDED, "auto"), "zero_allow_untested_optimizer": True}

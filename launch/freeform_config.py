@@ -77,7 +77,7 @@ class AnswerTrainSection:
             local_weight=self.local_weight,
             unit_weight=self.unit_weight,
         )
-        below_one(**{name: getattr(self, name) for name in ("dead_zone", "preference_decay", "context_decay")})
+        below_one(dead_zone=self.dead_zone, preference_decay=self.preference_decay, context_decay=self.context_decay)
         within(-1, 1, abstain_reward=self.abstain_reward)
         within(0, 2**32 - 1, seed=self.seed)
         plain = self.estimator == "grpo" or self.scale_rewards == "none"

@@ -17,7 +17,6 @@ import torch
 
 from dso.errors import UserError
 from launch.config import TrainConfig
-from launch.freeform_config import FreeformConfig
 from trainers.distributed import Ranks, World
 
 STAGES = (0, 1, 2, 3)
@@ -60,7 +59,7 @@ def open_world(config: TrainConfig, deepspeed: str | None) -> tuple[World, dict[
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    return Ranks(process_device(config), config.run.timeout), settings
+    return Ranks(process_device(config.model.device), config.run.timeout), settings
 
 
 def read_deepspeed(path: str | Path, config: TrainConfig, size: int) -> dict[str, Any]:
@@ -156,15 +155,18 @@ def process_count() -> int:
     return int(text)
 
 
-def process_device(config: TrainConfig | FreeformConfig) -> torch.device:
+def process_device(wanted: str | None) -> torch.device:
     """The accelerator of this process; where it is a CPU, DeepSpeed is told so before it looks for itself.
+
+    Args:
+        wanted: ``model.device`` of the config.
 
     Raises:
         LaunchError: if there is no GPU for it, or the config asks for something else.
     """
-    wanted = config.model.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         if device.index >= torch.cuda.device_count():
             raise LaunchError(f"process {device.index} of this machine has no GPU: it has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)

@@ -18,7 +18,8 @@ split               names                  templates   occupations
 
 ``train`` is a pool of blocks: one template, one unit, all orders, a few contexts; the ids of block 17 begin
 with ``train/b017/``. Templates, names and occupations are dealt from shuffled decks, so each is used equally often
-as nearly as the counts allow.
+as nearly as the counts allow, but for the commonest names, those of the first list, which are dealt three times as
+often: a model's associations with them are the strongest.
 
 Unambiguous decisions state everybody's occupation and ask for one. Order of the people, person asked for and
 assignment of the occupations are counterbalanced: G consecutive units share the occupations and complete the factorial.
@@ -248,8 +249,7 @@ class _Maker:
             yield from self.factorial(f"train/u{index:03d}", "train", used, picked, told)
 
     def deal_units(self, rng: random.Random) -> Iterator[Unit]:
-        """Units without end, in rounds: all training names, newly combined; those of the first list, which are the
-        commonest and to which a model's associations are strongest, in three combinations."""
+        """Units without end, in rounds: all training names, newly combined; the first list in three combinations."""
         first, *others = names_of(self.attribute, "train")
         while True:
             units: list[Unit] = []
