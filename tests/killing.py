@@ -16,6 +16,7 @@ does in a process of a real launcher what launch/train.py does with the argument
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -36,6 +37,7 @@ from typing import Any
 
 import torch
 from running import outcome
+from tqdm import tqdm
 
 import launch.train
 from dso.errors import UserError
@@ -56,6 +58,7 @@ PHASES: dict[str, tuple[Callable[..., Any], ...]] = {
 }
 CODES = {function.__code__: phase for phase, functions in PHASES.items() for function in functions}
 WRITES, BEGINS = write_bytes.__code__, tempfile.mkstemp.__code__
+PATIENCE = 600  # seconds after which a process that hangs says where, and ends; a run takes a few
 HALF = 10_000  # bytes, less than a state and more than the records of these runs
 Trick = Callable[[Path], None]  # what is done to a process before it runs; tells a file of what comes of it
 
@@ -173,6 +176,7 @@ class Runs:
 
     def _be(self, rank: int, port: int, name: str, trick: Trick | None) -> None:
         """Be a process of a run; never returns."""
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
         code = 1
         try:
             if self.size > 1:
@@ -209,6 +213,7 @@ def say(found: Any) -> None:
 
 def kill(runs: Runs, kills: int, seed: int) -> None:
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
+    tqdm.set_lock(threading.RLock())  # its own is shared by forks: one killed while it holds it would stop all others
     launch.train.scale_figure = lambda *_, **__: None  # it would take most of the time
     load_backbone(runs.config)  # what transformers compiles once a process is there in all
     rng = random.Random(seed)
@@ -240,6 +245,8 @@ def kill(runs: Runs, kills: int, seed: int) -> None:
         found = {} if any(again) else runs.outcome(name)
         differs = [key for key in wanted if found.get(key) != wanted[key]]
         say(result | {"again": again, "differs": differs, "files": runs.files(name)})
+        if any(again):
+            raise SystemExit(f"a run did not go on: {result | {'again': again}}")
 
 
 def refused(runs: Runs) -> dict[str, list[int]]:
