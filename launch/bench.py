@@ -54,6 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
         sweep.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
         if name == "budgets":
             sweep.add_argument("--budgets", default="0.02,0.05,0.1,0.2")
+        if name == "estimators":
+            sweep.add_argument("--kl", type=float, default=0.05, help="at which bias is compared (default: 0.05)")
+            sweep.add_argument("--stride", type=int, default=2, help="compare every so manieth context of each couple")
         if name == "scenes":
             sweep.add_argument("--sheet", default="docs/scenes.png", help="where the pictures with answers are written")
 
@@ -79,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a benchmark."""
     arguments = build_parser().parse_args(argv)
     from dso.errors import UserError
-    from launch.benchmarks import answers, scaling, scenes, sweeps, timing
+    from launch.benchmarks import answers, estimators, scaling, scenes, sweeps, timing
     from launch.train import Stopped
 
     functions = {
@@ -87,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": timing.run,
         "scaling": scaling.scaling,
         "budgets": sweeps.budgets,
-        "estimators": sweeps.estimators,
+        "estimators": estimators.estimators,
         "groups": sweeps.groups,
         "transfer": sweeps.transfer,
         "scenes": scenes.scenes,

@@ -6,12 +6,15 @@ import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dso.evaluation import Measurement
 from launch.bench import build_parser, main
-from launch.benchmarks import sweeps, timing
-from launch.benchmarks.sweeps import Variant, decisions_until
-from tests.training import write_config
+from launch.benchmarks import estimators, sweeps, timing
+from launch.benchmarks.estimators import decisions_until
+from launch.benchmarks.sweeps import Variant
+from tests.training import letters_set, write_config
 
 
 def test_decisions_until_the_bias_first_halves() -> None:
@@ -45,16 +48,68 @@ def test_a_sweep_trains_what_is_missing_and_measures_all(
     monkeypatch.setattr(sweeps, "RUNS", tmp_path / "bench")
     arguments = argparse.Namespace(only=None, seeds="0,1", overrides=[])
     variants = [Variant("plain", ()), Variant("reinforce", ("train.estimator=reinforce",))]
-    folders = sweeps._train_all(str(config), variants, arguments)
+    folders = sweeps.train_all(str(config), variants, arguments)
     assert [(name, seed) for name, seed, _ in folders] == [
         (name, seed) for seed in (0, 1) for name in ("plain", "reinforce")
     ]
     made = [(folder / "steering" / "dso_model.safetensors").stat().st_mtime_ns for _, _, folder in folders]
-    sweeps._train_all(str(config), variants, arguments)
+    sweeps.train_all(str(config), variants, arguments)
     assert made == [(folder / "steering" / "dso_model.safetensors").stat().st_mtime_ns for _, _, folder in folders]
     data = sweeps.load_decisions(str(tmp_path / "letters.jsonl")).select(split="test")
-    sweeps._measure_all(folders, data, "test", tmp_path / "results.json")
+    sweeps.measure_all(folders, data, "test", tmp_path / "results.json")
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [(row["variant"], row["seed"], row["scale"]) for row in rows][:2] == [("base", None, 0.0), ("plain", 0, 1.0)]
     assert len(rows) == 5 and rows[0]["kl"] == 0.0 and all(row["kl"] > 0 for row in rows[1:])
-    assert len(capsys.readouterr().out.strip().splitlines()) == 6
+    said = capsys.readouterr().out
+    assert len(said.strip().splitlines()) == 6
+    monkeypatch.setattr(sweeps.Backbone, "load", lambda *_, **__: pytest.fail("nothing is left to measure"))
+    sweeps.measure_all(folders, data, "test", tmp_path / "results.json")
+    assert capsys.readouterr().out == said
+    with pytest.raises(pytest.fail.Exception, match="nothing is left"):  # other decisions are no old acquaintances
+        sweeps.measure_all(folders, data.select(kind="ambiguous"), "test", tmp_path / "results.json")
+
+
+class Quadratic:
+    """Stands in for an evaluator: half the answers are female at any scale, KL is 0.8 times the square of the scale."""
+
+    def __init__(self) -> None:
+        self.decisions, self.scales = letters_set(facts=False), []
+
+    def measure(self, scale: float) -> Measurement:
+        self.scales.append(scale)
+        number = len(self.decisions)
+        return Measurement(np.full((number, 2), 0.5), np.ones(number), np.full(number, 0.8 * scale**2))
+
+
+def test_bias_is_compared_at_equal_kl() -> None:
+    evaluator = Quadratic()
+    found = estimators.at_kl(evaluator, 0.2)
+    assert found.kl == pytest.approx(0.2) and found.scale == pytest.approx(0.5)
+    assert evaluator.scales == [1.0, pytest.approx(0.5)]
+    assert estimators.at_kl(evaluator, 0.9).scale == 1.0  # a steering that spends less is not turned up
+
+
+def test_estimators_are_listed_by_seed_with_their_means() -> None:
+    def row(variant: str, seed: int, halved: int | None, bias: float) -> dict:
+        estimate = {"value": bias, "low": 0.0, "high": 2 * bias}
+        at_kl = {"kl": 0.05, "bias": {"corrected": estimate, "soft": estimate, "soft_floor": 0.04}}
+        return {"variant": variant, "seed": seed, "halved_at": halved, "decisions": 900, "at_kl": at_kl}
+
+    base = {"bias": {"corrected": {"value": 0.2}, "soft": {"value": 0.25}}}
+    rows = [row("expected", 0, 100, 0.04), row("expected", 1, 300, 0.02), row("published", 0, None, 0.1)]
+    lines = estimators.table({"kl": 0.05, "base": base, "rows": rows}).splitlines()
+    assert lines[0] == "base: bias 0.200, soft 0.250"
+    assert lines[2].split() == [
+        "expected",
+        "0",
+        "100",
+        "0.040",
+        "[0.000,",
+        "0.080]",
+        "80%",
+        "0.040",
+        "(0.040)",
+        "0.050",
+    ]
+    assert lines[4].split()[:4] == ["expected", "mean", "200", "0.030,"]
+    assert lines[5].split()[:4] == ["published", "0", ">", "900"]

@@ -19,7 +19,7 @@ from dso.decisions import Decision, DecisionSet
 from dso.evaluation import Evaluator
 from dso.files import write_bytes
 from dso.steering import Steering
-from launch.benchmarks.sweeps import Variant, _measure_all, _train_all
+from launch.benchmarks.sweeps import Variant, measure_all, train_all
 
 CONFIG = "vlm-scenes"
 COLUMNS, ROWS, PICTURE, LINE, EDGE = 6, 4, 128, 15, 8
@@ -30,12 +30,12 @@ LEGEND = (('probability of "left":  base', BEFORE), ("steered", AFTER))
 
 def scenes(arguments: argparse.Namespace) -> None:
     """Train a steering a seed, measure base and steerings on the three sets, and draw the sheet of the first one."""
-    folders = _train_all(CONFIG, [Variant("gender", ())], arguments)
+    folders = train_all(CONFIG, [Variant("gender", ())], arguments)
     gender = load_decisions("scenes", splits=["test", "test-contexts"])
     sets = {split: gender.select(split=split) for split in gender.splits}
     sets["skin"] = load_decisions("scenes", association="skin", splits=["test"])
     for label, data in sets.items():
-        _measure_all(folders, data, label, Path(arguments.results) / f"scenes-{label}.json")
+        measure_all(folders, data, label, Path(arguments.results) / f"scenes-{label}.json")
     write_sheet(Steering.from_pretrained(folders[0][2] / "steering"), sets["test"], Path(arguments.sheet))
 
 

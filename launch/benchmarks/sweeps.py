@@ -1,12 +1,14 @@
 """Training runs by variant and seed, and what they score on splits that they never saw.
 
-Every run is kept under ``runs/bench`` and every figure under the results folder; what is already there is not
-done again, so a sweep may be stopped and started at will.
+Every run, and what each steering answered, is kept under ``runs/bench``, every figure under the results folder; what is
+already there is not done again, so a sweep may be stopped and started at will.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
 import resource
 import time
@@ -14,32 +16,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from dso.backbone import Backbone
 from dso.data import load_decisions
 from dso.decisions import DecisionSet
-from dso.evaluation import Evaluator
-from dso.files import write_text
+from dso.evaluation import Evaluator, Measurement
+from dso.files import write_bytes, write_text
 from dso.report import ScalePoint
-from dso.steering import Steering
+from dso.steering import Handle, Steering
 from launch.commands import quieten
 from launch.config import load_config, resolved_yaml
 from launch.measure import scale_point
 from launch.train import learn_only
 
 RUNS = Path("runs/bench")
-PUBLISHED = (
-    "train.estimator=reinforce",
-    "train.reward=sign",
-    "train.hard_preference=true",
-    "train.preference=context",
-    "train.batch_weight=1.0",
-    "train.baseline=none",
-    "train.unambiguous=0",
-    "train.fisher_batches=0",
-    "train.adam_eps=1e-8",
-    "constraints.kl_budget=null",
-    "constraints.kl_coefficient=0.1",
-)
+FIELDS = ("policy", "answer_mass", "kl")  # of a Measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,36 +47,16 @@ def budgets(arguments: argparse.Namespace) -> None:
     variants = [
         Variant(f"kl-{budget}", (f"constraints.kl_budget={budget}",)) for budget in arguments.budgets.split(",")
     ]
-    folders = _train_all("smollm2-roles", variants, arguments)
+    folders = train_all("smollm2-roles", variants, arguments)
     data = load_decisions("roles", splits=["test"]).select(split="test")
-    _measure_all(folders, data, "test", Path(arguments.results) / "budgets.json")
+    measure_all(folders, data, "test", Path(arguments.results) / "budgets.json")
 
 
 def groups(arguments: argparse.Namespace) -> None:
     """Four groups, gender x race."""
-    folders = _train_all("smollm2-gender-race", [Variant("gender-race", ())], arguments)
+    folders = train_all("smollm2-gender-race", [Variant("gender-race", ())], arguments)
     data = load_decisions("roles", attribute="gender x race", splits=["test"]).select(split="test")
-    _measure_all(folders, data, "test", Path(arguments.results) / "groups.json")
-
-
-def estimators(arguments: argparse.Namespace) -> None:
-    """Decisions until the validation bias first halves, and the bias at equal KL, by estimator."""
-    variants = [
-        Variant("expected", ()),
-        Variant("reinforce", ("train.estimator=reinforce",)),
-        Variant("ppo", ("train.estimator=ppo", "train.ppo_epochs=1")),
-        Variant("published", PUBLISHED),
-    ]
-    rows = []
-    for name, seed, folder in _train_all("smollm2-estimators", variants, arguments):
-        history = json.loads((folder / "validation.json").read_text())
-        rows.append({"variant": name, "seed": seed, "halved_at": decisions_until(history, 0.5), "history": history})
-    write_text(Path(arguments.results) / "estimators.json", json.dumps(rows, indent=1) + "\n")
-    print("variant     seed  decisions until halved   lowest bias (KL there)")
-    for row in rows:
-        best = min(row["history"], key=lambda r: r["bias"])
-        halved = row["halved_at"] or "-"
-        print(f"{row['variant']:<11} {row['seed']:>4}  {halved:>22}   {best['bias']:.3f} ({best['kl']:.3f})")
+    measure_all(folders, data, "test", Path(arguments.results) / "groups.json")
 
 
 def transfer(arguments: argparse.Namespace) -> None:
@@ -102,16 +74,10 @@ def transfer(arguments: argparse.Namespace) -> None:
         (Path(folder).parent.name, number, Path(folder).parent) for number, folder in enumerate(arguments.steerings)
     ]
     for label, data in sets.items():
-        _measure_all(folders, data, label, Path(arguments.results) / f"transfer-{label}.json")
+        measure_all(folders, data, label, Path(arguments.results) / f"transfer-{label}.json")
 
 
-def decisions_until(history: Sequence[dict], share: float) -> int | None:
-    """Training decisions after which the bias was first at most ``share`` of the base's; None if never."""
-    base = history[0]["bias"]
-    return next((row["decisions"] for row in history if row["bias"] <= share * base), None)
-
-
-def _train_all(
+def train_all(
     config_name: str, variants: Iterable[Variant], arguments: argparse.Namespace
 ) -> list[tuple[str, int, Path]]:
     """Train every variant and seed that has no finished run yet; returns (variant, seed, run folder)."""
@@ -152,18 +118,46 @@ def finished(folder: Path, config: object) -> bool:
         return False
 
 
-def _measure_all(folders: Sequence[tuple[str, int, Path]], data: DecisionSet, label: str, results: Path) -> None:
-    """Measure the base and each steering on one set, sharing the base's passes; print and keep the points."""
+def measure_all(folders: Sequence[tuple[str, int, Path]], data: DecisionSet, label: str, results: Path) -> None:
+    """Measure the base and each steering on one set, sharing the base's passes; print and keep the points.
+
+    What each says to every decision is kept beside its run, so that only steerings that are new are run.
+    """
     quieten()
-    steerings = [Steering.from_pretrained(folder / "steering") for _, _, folder in folders]
-    backbone = Backbone.load(steerings[0].config.base_model)
-    handles = [steering.to(backbone.device).attach(backbone.model, 0.0) for steering in steerings]
-    measured = Evaluator(backbone, data).settings([(None, 0.0), *((handle, 1.0) for handle in handles)])
-    points = [scale_point(float(number > 0), m, data, None, 1000) for number, m in enumerate(measured)]
+    loaded = [Steering.from_pretrained(folder / "steering") for _, _, folder in folders]
     names = [("base", None), *((name, seed) for name, seed, _ in folders)]
+    steerings = [None, *loaded]
+    paths = [_kept(data, steering, loaded[0].config.base_model) for steering in steerings]
+    if missing := [place for place, path in enumerate(paths) if not path.exists()]:
+        backbone = Backbone.load(loaded[0].config.base_model)
+        settings = [(_attached(steerings[place], backbone), float(place > 0)) for place in missing]
+        for place, measured in zip(missing, Evaluator(backbone, data).settings(settings), strict=True):
+            buffer = io.BytesIO()
+            np.savez(buffer, **{field: getattr(measured, field) for field in FIELDS})
+            paths[place].parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(paths[place], buffer.getvalue())
+    points = []
+    for place, path in enumerate(paths):
+        with np.load(path) as arrays:
+            measured = Measurement(*(arrays[field] for field in FIELDS))
+        points.append(scale_point(float(place > 0), measured, data, None, 1000))
     records = [{"variant": n, "seed": s, **p.to_json(contexts=False)} for (n, s), p in zip(names, points, strict=True)]
     write_text(results, json.dumps({"set": label, "decisions": len(data), "rows": records}, indent=1) + "\n")
     print(table(label, names, points))
+
+
+def _kept(data: DecisionSet, steering: Steering | None, model: str) -> Path:
+    """Where answers are kept: named by the decisions, the model and the operators, so that no other's are taken."""
+    digest = hashlib.sha256(model.encode())
+    for decision in data:
+        digest.update(json.dumps(decision.to_json()).encode())
+    for name, tensor in sorted(steering.tensors().items()) if steering is not None else ():
+        digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+    return RUNS / "measured" / f"{digest.hexdigest()[:20]}.npz"
+
+
+def _attached(steering: Steering | None, backbone: Backbone) -> Handle | None:
+    return None if steering is None else steering.to(backbone.device).attach(backbone.model, 0.0)
 
 
 def table(label: str, names: Sequence[tuple[str, int | None]], points: Sequence[ScalePoint]) -> str:
@@ -174,10 +168,15 @@ def table(label: str, names: Sequence[tuple[str, int | None]], points: Sequence[
     ]
     for (name, seed), p in zip(names, points, strict=True):
         b = p.bias.corrected
-        cut = 1 - b.value / base.bias.corrected.value
+        share = cut(b.value, base.bias.corrected.value)
         lines.append(
-            f"{name:<12} {'' if seed is None else seed!s:>2} {b.value:.3f} [{b.low:.3f}, {b.high:.3f}] {cut:6.1%}  "
+            f"{name:<12} {'' if seed is None else seed!s:>2} {b.value:.3f} [{b.low:.3f}, {b.high:.3f}] {share:6.1%}  "
             f"{p.bias.soft.value:.3f} ({p.bias.soft_floor:.3f})  {p.accuracy.value:.3f}  "
             f"{p.answer_mass / base.answer_mass:.2f}  {p.kl:.3f}  {p.kl_unambiguous:.3f}"
         )
     return "\n".join(lines)
+
+
+def cut(bias: float, base: float) -> float:
+    """The share of the base's bias that is gone."""
+    return 1 - bias / base if base else float("nan")

@@ -1,0 +1,123 @@
+"""The estimators against each other, and against DSO as published: how soon bias halves, and what it costs in KL.
+
+All is measured on validation: how soon a run learns is a property of training, and the test split stays unseen by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from dso.backbone import Backbone
+from dso.data import load_decisions
+from dso.decisions import DecisionSet
+from dso.evaluation import Evaluator, Measurement
+from dso.files import write_text
+from dso.report import ScalePoint
+from dso.steering import Steering
+from launch.benchmarks.sweeps import Variant, cut, train_all
+from launch.measure import scale_point, thin
+
+CONFIG = "smollm2-estimators"
+# Sampled answers, +1/-1 by the group that a context prefers in the batch, a fixed price of KL, no unambiguous share.
+PUBLISHED = (
+    "train.estimator=reinforce",
+    "train.reward=sign",
+    "train.hard_preference=true",
+    "train.preference=context",
+    "train.batch_weight=1.0",
+    "train.baseline=none",
+    "train.unambiguous=0",
+    "train.fisher_batches=0",
+    "train.adam_eps=1e-8",
+    "constraints.kl_budget=null",
+    "constraints.kl_coefficient=0.1",
+)
+VARIANTS = (
+    Variant("expected", ()),
+    Variant("reinforce", ("train.estimator=reinforce",)),
+    Variant("ppo", ("train.estimator=ppo", "train.ppo_epochs=1")),
+    Variant("published", PUBLISHED),
+)
+TRIES, CLOSE = 4, 0.05  # passes that look for the scale of a KL, and how close to it is close enough
+
+
+def estimators(arguments: argparse.Namespace) -> None:
+    """Decisions until the validation bias first halves, and the bias at equal KL, by estimator and seed."""
+    folders = train_all(CONFIG, VARIANTS, arguments)
+    data = thin(load_decisions("roles", splits=["validation"]).select(split="validation"), arguments.stride)
+    base, rows = None, []
+    for name, seed, folder in folders:
+        history = json.loads((folder / "validation.json").read_text())
+        steering = Steering.from_pretrained(folder / "steering")
+        backbone = Backbone.load(steering.config.base_model)
+        with steering.to(backbone.device).on(backbone.model, 0.0) as handle:
+            evaluator = Evaluator(backbone, data, handle, keep_reference=True)
+            if base is None:
+                base = point(evaluator.measure(0.0), data, 0.0)
+            found = at_kl(evaluator, arguments.kl)
+        halved = decisions_until(history, 0.5)
+        rows.append(
+            {"variant": name, "seed": seed, "halved_at": halved, "decisions": history[-1]["decisions"]}
+            | {"at_kl": found.to_json(contexts=False), "history": history}
+        )
+        print(f"{name} {seed}: done", flush=True)
+    record = {"kl": arguments.kl, "base": base.to_json(contexts=False), "rows": rows}
+    write_text(Path(arguments.results) / "estimators.json", json.dumps(record, indent=1) + "\n")
+    print(table(record))
+
+
+def at_kl(evaluator: Evaluator, wanted: float) -> ScalePoint:
+    """A steering at the scale at which its mean KL on ambiguous decisions is ``wanted``, or at 1 if it has less there.
+
+    KL grows about as the square of the scale, which is where the next one is looked for.
+    """
+    scale, found = 1.0, None
+    for _ in range(TRIES):
+        found = point(evaluator.measure(scale), evaluator.decisions, scale)
+        if abs(found.kl / wanted - 1) <= CLOSE or (scale == 1.0 and found.kl <= wanted):
+            break
+        scale = min(1.0, scale * math.sqrt(wanted / found.kl))
+    return found
+
+
+def point(measured: Measurement, data: DecisionSet, scale: float) -> ScalePoint:
+    return scale_point(scale, measured, data, None, 1000)
+
+
+def decisions_until(history: Sequence[dict], share: float) -> int | None:
+    """Training decisions after which the bias was first at most ``share`` of the base's; None if never."""
+    base = history[0]["bias"]
+    return next((row["decisions"] for row in history if row["bias"] <= share * base), None)
+
+
+def table(record: dict) -> str:
+    """A fixed-width table: every run, each estimator's mean; "> N" where a run of N decisions never halved it."""
+    base, rows = record["base"], record["rows"]
+    lines = [
+        f"base: bias {base['bias']['corrected']['value']:.3f}, soft {base['bias']['soft']['value']:.3f}",
+        f"estimator   seed  decisions until bias halves   at KL {record['kl']:g}: bias [95%], cut, soft (floor), KL",
+    ]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == name]
+        for row in own:
+            found, kl = row["at_kl"]["bias"], row["at_kl"]["kl"]
+            b, share = found["corrected"], cut(found["corrected"]["value"], base["bias"]["corrected"]["value"])
+            lines.append(
+                f"{name:<11} {row['seed']:>4}  {_halved([row]):>27}   {b['value']:.3f} "
+                f"[{b['low']:.3f}, {b['high']:.3f}] {share:5.0%}  "
+                f"{found['soft']['value']:.3f} ({found['soft_floor']:.3f})  {kl:.3f}"
+            )
+        soft = mean(row["at_kl"]["bias"]["soft"]["value"] for row in own)
+        bias = mean(row["at_kl"]["bias"]["corrected"]["value"] for row in own)
+        lines.append(f"{name:<11} mean  {_halved(own):>27}   {bias:.3f}, soft {soft:.3f}")
+    return "\n".join(lines)
+
+
+def _halved(rows: Sequence[dict]) -> str:
+    least = mean(row["decisions"] if row["halved_at"] is None else row["halved_at"] for row in rows)
+    return f"{'> ' if any(row['halved_at'] is None for row in rows) else ''}{least:,.0f}"
