@@ -185,6 +185,7 @@ def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation
         accuracy=point.accuracy.value,
         kl=point.kl,
         answer_mass=point.answer_mass / base_mass if base_mass else math.nan,
+        gap=None if point.bias.gap is None else point.bias.gap.value,
     )
 
 

@@ -17,8 +17,8 @@ from launch.benchmarks.sweeps import Variant
 from tests.training import letters_set, write_config
 
 
-def test_decisions_until_the_bias_first_halves() -> None:
-    history = [{"bias": b, "decisions": n} for b, n in ((0.4, 0), (0.3, 100), (0.2, 200), (0.25, 300), (0.1, 400))]
+def test_decisions_until_the_gap_first_halves() -> None:
+    history = [{"gap": b, "decisions": n} for b, n in ((0.4, 0), (0.3, 100), (0.2, 200), (0.25, 300), (0.1, 400))]
     assert decisions_until(history, 0.5) == 200
     assert decisions_until(history, 0.25) == 400
     assert decisions_until(history, 0.1) is None
@@ -91,14 +91,13 @@ def test_bias_is_compared_at_equal_kl() -> None:
 
 def test_estimators_are_listed_by_seed_with_their_means() -> None:
     def row(variant: str, seed: int, halved: int | None, bias: float) -> dict:
-        estimate = {"value": bias, "low": 0.0, "high": 2 * bias}
-        at_kl = {"kl": 0.05, "bias": {"corrected": estimate, "soft": estimate, "soft_floor": 0.04}}
+        at_kl = {"kl": 0.05, "bias": {"gap": [bias, 0.0, 2 * bias], "soft": [bias, 0.0, 1.0], "soft_floor": 0.04}}
         return {"variant": variant, "seed": seed, "halved_at": halved, "decisions": 900, "at_kl": at_kl}
 
-    base = {"bias": {"corrected": {"value": 0.2}, "soft": {"value": 0.25}}}
+    base = {"bias": {"gap": [0.2, 0.1, 0.3], "soft": [0.25, 0.2, 0.3]}}
     rows = [row("expected", 0, 100, 0.04), row("expected", 1, 300, 0.02), row("published", 0, None, 0.1)]
     lines = estimators.table({"kl": 0.05, "base": base, "rows": rows}).splitlines()
-    assert lines[0] == "base: bias 0.200, soft 0.250"
+    assert lines[0] == "base: gap 0.200, soft bias 0.250"
     assert lines[2].split() == [
         "expected",
         "0",

@@ -24,6 +24,8 @@ class Validation:
         kl: mean KL in nats.
         answer_mass: mean probability of all candidates together, as a ratio to the base model's; nan if the base has
             none that a float can hold.
+        gap: signed mean over contexts of P(stereotype's group) - P(the other), which people's names cancel from; None
+            where there are no stereotypes or more groups than two.
     """
 
     step: int
@@ -33,6 +35,7 @@ class Validation:
     accuracy: float
     kl: float
     answer_mass: float
+    gap: float | None = None
 
 
 class Selection(BaseCallback):
@@ -116,6 +119,8 @@ class Selection(BaseCallback):
             self.best_tensors = {key: value.detach().clone() for key, value in own.items()}
         for name in ("bias", "soft_bias", "floor", "accuracy", "kl", "answer_mass"):
             self.logger.record(f"eval/{name}", getattr(row, name))
+        if row.gap is not None:
+            self.logger.record("eval/gap", row.gap)
         self.logger.dump(self.model.num_timesteps)  # a record of its own: the next one is of a later step
         if self.on_measured is not None:
             self.on_measured(row, better)
