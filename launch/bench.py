@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
             sweep.add_argument("--budgets", default="0.02,0.05,0.1,0.2")
         if name == "estimators":
             sweep.add_argument("--kl", type=float, default=0.05, help="at which bias is compared (default: 0.05)")
-            sweep.add_argument("--stride", type=int, default=2, help="compare every so manieth context of each couple")
+            sweep.add_argument("--stride", type=int, default=3, help="take every so manieth context (default: 3)")
         if name == "scenes":
             sweep.add_argument("--sheet", default="docs/scenes.png", help="where the pictures with answers are written")
 

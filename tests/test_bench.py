@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
-from dso.evaluation import Measurement
 from launch.bench import build_parser, main
 from launch.benchmarks import estimators, sweeps, timing
 from launch.benchmarks.estimators import decisions_until
 from launch.benchmarks.sweeps import Variant
-from tests.training import letters_set, write_config
+from tests.training import write_config
 
 
 def test_decisions_until_the_gap_first_halves() -> None:
@@ -69,24 +68,19 @@ def test_a_sweep_trains_what_is_missing_and_measures_all(
         sweeps.measure_all(folders, data.select(kind="ambiguous"), "test", tmp_path / "results.json")
 
 
-class Quadratic:
-    """Stands in for an evaluator: half the answers are female at any scale, KL is 0.8 times the square of the scale."""
-
-    def __init__(self) -> None:
-        self.decisions, self.scales = letters_set(facts=False), []
-
-    def measure(self, scale: float) -> Measurement:
-        self.scales.append(scale)
-        number = len(self.decisions)
-        return Measurement(np.full((number, 2), 0.5), np.ones(number), np.full(number, 0.8 * scale**2))
-
-
 def test_bias_is_compared_at_equal_kl() -> None:
-    evaluator = Quadratic()
-    found = estimators.at_kl(evaluator, 0.2)
-    assert found.kl == pytest.approx(0.2) and found.scale == pytest.approx(0.5)
-    assert evaluator.scales == [1.0, pytest.approx(0.5)]
-    assert estimators.at_kl(evaluator, 0.9).scale == 1.0  # a steering that spends less is not turned up
+    scales = []
+
+    def measure(scale: float) -> SimpleNamespace:  # whose KL is 0.8 times the square of the scale
+        scales.append(scale)
+        return SimpleNamespace(scale=scale, kl=0.8 * scale**2)
+
+    assert estimators.at_kl(measure, 0.2).scale == pytest.approx(0.5)
+    assert scales == [1.0, pytest.approx(0.5)]
+    assert estimators.at_kl(measure, 0.9).scale == 1.0  # a steering that spends less is not turned up
+    assert estimators.at_kl(lambda scale: SimpleNamespace(scale=scale, kl=2 * scale), 0.5).kl == pytest.approx(
+        0.5, 0.05
+    )
 
 
 def test_estimators_are_listed_by_seed_with_their_means() -> None:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
 from dso.backbone import Backbone
 from dso.data import load_decisions
-from dso.decisions import DecisionSet
-from dso.evaluation import Evaluator, Measurement
+from dso.evaluation import Evaluator
 from dso.files import write_text
 from dso.report import ScalePoint
-from dso.steering import Steering
+from dso.steering import Handle, Steering
 from launch.benchmarks.sweeps import Variant, cut, train_all
 from launch.measure import scale_point, thin
 
@@ -45,50 +44,52 @@ VARIANTS = (
     Variant("ppo", ("train.estimator=ppo", "train.ppo_epochs=1")),
     Variant("published", PUBLISHED),
 )
-TRIES, CLOSE = 4, 0.05  # passes that look for the scale of a KL, and how close to it is close enough
+TRIES, CLOSE = 3, 0.05  # scales that are tried after 1 for a KL, and how close to it is close enough
 
 
 def estimators(arguments: argparse.Namespace) -> None:
     """Decisions until the validation gap first halves, and gap and bias at equal KL, by estimator and seed."""
     folders = train_all(CONFIG, VARIANTS, arguments)
-    data = thin(load_decisions("roles", splits=["validation"]).select(split="validation"), arguments.stride)
-    base, rows = None, []
+    data = load_decisions("roles", splits=["validation"]).select(split="validation", kind="ambiguous")
+    data = thin(data, arguments.stride)
+    backbone = Backbone.load(Steering.from_pretrained(folders[0][2] / "steering").config.base_model)
+    evaluator = Evaluator(backbone, data, keep_reference=True)
+    base, rows = _point(evaluator, None, 0.0), []
     for name, seed, folder in folders:
         history = json.loads((folder / "validation.json").read_text())
-        steering = Steering.from_pretrained(folder / "steering")
-        backbone = Backbone.load(steering.config.base_model)
-        with steering.to(backbone.device).on(backbone.model, 0.0) as handle:
-            evaluator = Evaluator(backbone, data, handle, keep_reference=True)
-            if base is None:
-                base = point(evaluator.measure(0.0), data, 0.0)
-            found = at_kl(evaluator, arguments.kl)
+        steering = Steering.from_pretrained(folder / "steering").to(backbone.device)
+        with steering.on(backbone.model, 0.0) as handle:
+            found = at_kl(lambda scale, handle=handle: _point(evaluator, handle, scale), arguments.kl)
         halved = decisions_until(history, 0.5)
         rows.append(
             {"variant": name, "seed": seed, "halved_at": halved, "decisions": history[-1]["decisions"]}
             | {"at_kl": found.to_json(contexts=False), "history": history}
         )
-        print(f"{name} {seed}: done", flush=True)
     record = {"kl": arguments.kl, "base": base.to_json(contexts=False), "rows": rows}
     write_text(Path(arguments.results) / "estimators.json", json.dumps(record, indent=1) + "\n")
     print(table(record))
 
 
-def at_kl(evaluator: Evaluator, wanted: float) -> ScalePoint:
+def at_kl(measure: Callable[[float], ScalePoint], wanted: float) -> ScalePoint:
     """A steering at the scale at which its mean KL on ambiguous decisions is ``wanted``, or at 1 if it has less there.
 
     KL grows about as the square of the scale, which is where the next one is looked for.
+
+    Args:
+        measure: scale -> what is measured there.
+        wanted: in nats, above 0.
     """
-    scale, found = 1.0, None
+    scale, found = 1.0, measure(1.0)
     for _ in range(TRIES):
-        found = point(evaluator.measure(scale), evaluator.decisions, scale)
         if abs(found.kl / wanted - 1) <= CLOSE or (scale == 1.0 and found.kl <= wanted):
             break
         scale = min(1.0, scale * math.sqrt(wanted / found.kl))
+        found = measure(scale)
     return found
 
 
-def point(measured: Measurement, data: DecisionSet, scale: float) -> ScalePoint:
-    return scale_point(scale, measured, data, None, 1000)
+def _point(evaluator: Evaluator, handle: Handle | None, scale: float) -> ScalePoint:
+    return scale_point(scale, evaluator.settings([(handle, scale)])[0], evaluator.decisions, None, 1000)
 
 
 def decisions_until(history: Sequence[dict], share: float) -> int | None:
