@@ -73,18 +73,20 @@ def estimators(arguments: argparse.Namespace) -> None:
 def at_kl(measure: Callable[[float], ScalePoint], wanted: float) -> ScalePoint:
     """A steering at the scale at which its mean KL on ambiguous decisions is ``wanted``, or at 1 if it has less there.
 
-    KL grows about as the square of the scale, which is where the next one is looked for.
+    KL grows about as the square of the scale; after the first step the power is what the last two scales tell.
 
     Args:
         measure: scale -> what is measured there.
         wanted: in nats, above 0.
     """
-    scale, found = 1.0, measure(1.0)
+    scale, power, found = 1.0, 2.0, measure(1.0)
     for _ in range(TRIES):
         if abs(found.kl / wanted - 1) <= CLOSE or (scale == 1.0 and found.kl <= wanted):
             break
-        scale = min(1.0, scale * math.sqrt(wanted / found.kl))
+        before, kl, scale = scale, found.kl, min(1.0, scale * (wanted / found.kl) ** (1 / power))
         found = measure(scale)
+        if scale != before and found.kl != kl:
+            power = math.log(found.kl / kl) / math.log(scale / before)
     return found
 
 
