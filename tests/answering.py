@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def answer_trainer(kind: Any, task: DecisionTask, steering: Steering, **options:
         "unambiguous": 4,
         "num_generations": 4,
         "max_completion_length": TOKENS,
+        "output_dir": tempfile.gettempdir(),  # TRL would make a folder where the tests are started; nothing is written
     }
     return kind(task, steering, LETTERS, kl, rate, **{**defaults, **options})
 

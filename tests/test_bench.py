@@ -9,10 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from dso.backbone import Backbone
+from dso.evaluation import Evaluator
 from launch.bench import build_parser, main
 from launch.benchmarks import estimators, sweeps, timing
 from launch.benchmarks.estimators import decisions_until
 from launch.benchmarks.sweeps import Variant
+from launch.measure import scale_point
 from tests.training import write_config
 
 
@@ -66,6 +69,25 @@ def test_a_sweep_trains_what_is_missing_and_measures_all(
     assert capsys.readouterr().out == said
     with pytest.raises(pytest.fail.Exception, match="nothing is left"):  # other decisions are no old acquaintances
         sweeps.measure_all(folders, data.select(kind="ambiguous"), "test", tmp_path / "results.json")
+
+
+def test_estimators_are_compared_by_what_the_last_step_left(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, model_folder)
+    monkeypatch.setattr(sweeps, "RUNS", tmp_path / "bench")
+    ((_, _, folder),) = sweeps.train_all(
+        str(config),
+        [Variant("plain", ("constraints.kl_budget=0.03",))],  # which the last step is beyond, so another is kept
+        argparse.Namespace(only=None, seeds="0", overrides=[]),
+    )
+    last = json.loads((folder / "validation.json").read_text())[-1]
+    assert last["kl"] > 0.03
+    data = sweeps.load_decisions(str(tmp_path / "letters.jsonl")).select(split="validation")
+    backbone = Backbone.load(str(model_folder))
+    with estimators.last_step(folder).on(backbone.model) as handle:
+        found = scale_point(1.0, Evaluator(backbone, data, handle).measure(), data, None, 1)
+    assert (found.kl, found.bias.gap.value) == pytest.approx((last["kl"], last["gap"]), abs=1e-5)
 
 
 def test_bias_is_compared_at_equal_kl() -> None:

@@ -22,6 +22,7 @@ from dso.report import ScalePoint
 from dso.steering import Handle, Steering
 from launch.benchmarks.sweeps import Variant, cut, train_all
 from launch.measure import scale_point, thin
+from trainers.state import read_state
 
 CONFIG = "smollm2-estimators"
 # Sampled answers, +1/-1 by the group that a context prefers in the batch, a fixed price of KL, no unambiguous share.
@@ -57,8 +58,7 @@ def estimators(arguments: argparse.Namespace) -> None:
     base, rows = _point(evaluator, None, 0.0), []
     for name, seed, folder in folders:
         history = json.loads((folder / "validation.json").read_text())
-        steering = Steering.from_pretrained(folder / "steering").to(backbone.device)
-        with steering.on(backbone.model, 0.0) as handle:
+        with last_step(folder).to(backbone.device).on(backbone.model, 0.0) as handle:
             found = at_kl(lambda scale, handle=handle: _point(evaluator, handle, scale), arguments.kl)
         halved = decisions_until(history, 0.5)
         rows.append(
@@ -68,6 +68,14 @@ def estimators(arguments: argparse.Namespace) -> None:
     record = {"kl": arguments.kl, "base": base.to_json(contexts=False), "rows": rows}
     write_text(Path(arguments.results) / "estimators.json", json.dumps(record, indent=1) + "\n")
     print(table(record))
+
+
+def last_step(folder: Path) -> Steering:
+    """The steering that a run ended with: which step is kept is a matter of selection, not of the estimator."""
+    steering, prefix = Steering.from_pretrained(folder / "steering"), "policy/steering."
+    tensors = read_state(folder / "state").tensors
+    steering.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+    return steering
 
 
 def at_kl(measure: Callable[[float], ScalePoint], wanted: float) -> ScalePoint:
