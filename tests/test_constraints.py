@@ -89,10 +89,27 @@ def test_one_step_by_hand() -> None:
     assert dual.coefficient == pytest.approx(2.0 * math.exp(0.2 * 0.2))
 
 
-def test_one_bad_batch_moves_the_price_by_no_more_than_three_steps() -> None:
+def test_one_bad_batch_moves_the_price_by_no_more_than_one_step() -> None:
     dual = KLBudget(0.1, learning_rate=0.1, initial=1.0)
     dual.update(1e6)
-    assert dual.coefficient == pytest.approx(math.exp(0.3))
+    assert dual.coefficient == pytest.approx(math.exp(0.1))
+
+
+@pytest.mark.parametrize(("initial", "second", "rises"), [
+    (2.0, 0.17, False),  # running 0.194: log(0.194 / 0.1) / log(0.2 / 0.194) = 21.8 steps left, fewer than 3 / 0.1
+    (2.0, 0.19, True),  # running 0.198: 68 steps left
+    (2.0, 0.25, True),  # it does not fall
+    (0.9, 0.17, True),  # at a price below 1 a higher one makes KL fall faster
+])  # fmt: skip
+def test_a_price_above_one_waits_for_kl_that_falls(initial: float, second: float, rises: bool) -> None:
+    dual = KLBudget(0.1, learning_rate=0.1, initial=initial, margin=1.0, averaging=0.8)
+    dual.update(0.2)
+    before = dual.coefficient
+    dual.update(second)
+    assert before == pytest.approx(initial * math.exp(0.1))
+    running = 0.8 * 0.2 + 0.2 * second
+    expected = before * math.exp(0.1 * min(running / 0.1 - 1, 1.0)) if rises else before
+    assert dual.coefficient == pytest.approx(expected)
 
 
 def test_the_price_stays_within_its_range() -> None:

@@ -154,8 +154,9 @@ def test_the_first_epoch_of_ppo_has_the_sampled_gradient(baseline: str) -> None:
         assert sampled.norm() > 0.01
 
 
-def test_the_kl_gradient_is_the_reference_one() -> None:
-    trainer = make_trainer(kl=FixedKL(3.0), estimator="expected", learning_rate=0.0)
+@pytest.mark.parametrize(("price", "unit"), [(0.4, 1.0), (3.0, 3.0)])
+def test_the_kl_gradient_is_the_reference_one(price: float, unit: float) -> None:
+    trainer = make_trainer(kl=FixedKL(price), estimator="expected", learning_rate=0.0, sparsity=0.06)
     plain = make_trainer(kl=FixedKL(0.0), estimator="expected", learning_rate=0.0)
     for each in (trainer, plain):
         randomise(each)
@@ -166,11 +167,26 @@ def test_the_kl_gradient_is_the_reference_one() -> None:
         base = [torch.log_softmax(model(row).logits[0, -1], -1) for row in ids]
     steered = [torch.log_softmax(model(row).logits[0, -1], -1) for row in ids]
     kl = torch.stack([(p.exp() * (p - q)).sum() for p, q in zip(steered, base, strict=True)]).mean()
-    wanted = torch.autograd.grad(3.0 * kl, list(trainer.policy.steering.parameters()))
-    found = gradients(trainer) - gradients(plain)
+    wanted = torch.autograd.grad(price * kl, list(trainer.policy.steering.parameters()))
+    found = unit * gradients(trainer) - gradients(plain)  # a price above 1 is what everything is divided by
     torch.testing.assert_close(found, torch.cat([value.flatten() for value in wanted]), rtol=1e-3, atol=1e-4)
     assert trainer.measured["kl"] == pytest.approx(kl.item(), rel=1e-3)
-    assert trainer.measured["loss"] == pytest.approx(3.0 * kl.item() - trainer.measured["objective"], rel=1e-4)
+    loss = (price * kl.item() - trainer.measured["objective"]) / unit
+    assert trainer.measured["loss"] == pytest.approx(loss, rel=1e-4)
+    assert trainer.policy.optimizer.param_groups[0]["penalty"] == pytest.approx(0.06 / unit)
+
+
+def test_a_small_budget_is_held_and_the_price_does_not_run_away() -> None:
+    trainer = make_trainer(kl=KLBudget(0.01, initial=0.5), estimator="expected", learning_rate=0.003)
+    before = bias(trainer)
+    prices, spent = [], []
+    for _ in range(12):
+        learn(trainer, 10)
+        prices.append(trainer.kl.coefficient)
+        spent.append(mean_kl(trainer))
+    assert max(prices) < 6  # it needs about 4; dual ascent by itself goes to 69 before KL has followed
+    assert spent[-4:] == pytest.approx([0.009] * 4, rel=0.1)  # by itself it swings from 0.053 to 0.001 and back
+    assert bias(trainer) < 0.4 * before
 
 
 def test_both_kinds_count_by_their_own_mean() -> None:

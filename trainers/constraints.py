@@ -2,7 +2,9 @@
 
 Budget. The Lagrangian of  max reward  subject to  E KL(pi_s || pi_0) <= eps  is  reward - beta * (KL - eps); beta
 follows gradient ascent on its logarithm, ``log beta += lr * (KL / eps - 1)``, so that it stays positive and its step
-does not depend on the unit of eps.
+does not depend on the unit of eps. A gradient that grew with beta would shake the operators by steps whose own KL is
+beyond a small budget, which raises beta without end; so the Lagrangian is divided by max(1, beta) (Stooke, Achiam &
+Abbeel 2020, Responsive safety in reinforcement learning by PID Lagrangian methods, divide by 1 + beta).
 
 Sparsity. ``lambda * |x|_1`` by soft thresholding after the gradient step, ``x <- sign(x) max(|x| - rate lambda, 0)``:
 what is reported as zero is exactly zero (Parikh & Boyd 2014, section 6.5.2). ``rate`` is the step size of each
@@ -83,9 +85,17 @@ class KLBudget:
 
     def update(self, kl: float) -> None:
         """One step of dual ascent on a batch's mean KL."""
-        self._running = kl if self._running is None else self.averaging * self._running + (1 - self.averaging) * kl
+        before = self._running
+        self._running = kl if before is None else self.averaging * before + (1 - self.averaging) * kl
+        aim = self.margin * self.budget
         # The violation is bounded, or one bad batch would move beta by orders of magnitude.
-        violation = min(max(self._running / (self.margin * self.budget) - 1.0, -1.0), 3.0)
+        violation = min(max(self._running / aim - 1.0, -1.0), 1.0)
+        if violation > 0 and self.coefficient > 1 and before is not None and before > self._running:
+            # Beyond 1 a higher price does not make KL fall faster; where it falls fast enough, what is added to the
+            # price meanwhile would only have to come off again, with the bias back by then.
+            steps_left = math.log(self._running / aim) / math.log(before / self._running)
+            if steps_left * self.learning_rate < 3:
+                return
         low, high = math.log(self.floor), math.log(self.CEILING)
         self._log_beta = min(max(self._log_beta + self.learning_rate * violation, low), high)
 
@@ -94,6 +104,11 @@ class KLBudget:
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         self._log_beta, self._running = state["log_beta"], state["running"]
+
+
+def step_unit(price: float) -> float:
+    """What the whole Lagrangian, reward, KL and L1 penalty, is divided by at a price of KL."""
+    return max(1.0, price)
 
 
 @torch.no_grad()

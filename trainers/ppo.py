@@ -26,7 +26,7 @@ from dso.errors import UserError
 from dso.rewards import expected_reward
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask
-from trainers.constraints import FixedKL, KLBudget, sparsity
+from trainers.constraints import FixedKL, KLBudget, sparsity, step_unit
 from trainers.distributed import World
 from trainers.fisher import whitening
 from trainers.learner import Learner
@@ -117,6 +117,7 @@ class SteeringPPO(PPO):
         if fewest < self.world.size * accumulation:
             shares = f"{self.world.size} processes x {accumulation} parts"
             raise ValueError(f"a step of {fewest} decisions cannot be divided among {shares}")
+        self.sparsity = sparsity
         self.policy.optimizer.param_groups[0]["penalty"] = sparsity
         self.learner = self._make_learner(accumulation, deepspeed)
         self.updater = Updater(
@@ -139,11 +140,6 @@ class SteeringPPO(PPO):
     def task(self) -> DecisionTask:
         """Decisions, backbone and rewards."""
         return self.policy.task
-
-    @property
-    def sparsity(self) -> float:
-        """lambda of the L1 penalty."""
-        return self.policy.optimizer.param_groups[0]["penalty"]
 
     @property
     def steps_done(self) -> int:
@@ -241,6 +237,7 @@ class SteeringPPO(PPO):
         for lesson in self._lessons():
             kept, self._kept = self._kept, None  # the graph is used once
             price, clip = self.kl.coefficient, self.clip_range(self._current_progress_remaining)
+            self.policy.optimizer.param_groups[0]["penalty"] = self.sparsity / step_unit(price)
             measured, taken = self.updater.step(lesson, price, clip, kept)
             self._record(measured, price)
             if taken:

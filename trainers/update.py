@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dso.scoring import kl_divergence
 from envs.sampler import BlockSampler, divide
+from trainers.constraints import step_unit
 from trainers.fisher import Share, fisher_diagonal
 from trainers.learner import Learner
 from trainers.lesson import Lesson
@@ -149,7 +150,7 @@ class Updater:
         objective = lesson.objective(gain, rows, self.unambiguous_weight)
         divergence = torch.cat([kl_divergence(outcome.next_token, passed.reference), passed.anchored])
         kl = divergence.sum() / (count + len(lesson.anchors))
-        loss = -objective + price * kl
+        loss = (-objective + price * kl) / step_unit(price)
         if outcome.values.requires_grad:
             error = (outcome.values - lesson.returns[rows]).square().sum() / count
             loss = loss + self.value_weight * error

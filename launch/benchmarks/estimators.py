@@ -25,7 +25,8 @@ from launch.measure import scale_point, thin
 from trainers.state import read_state
 
 CONFIG = "smollm2-estimators"
-# Sampled answers, +1/-1 by the group that a context prefers in the batch, a fixed price of KL, no unambiguous share.
+# Sampled answers, +1/-1 by the group that a context prefers in the batch, no unambiguous share; the price of KL is
+# fixed in all of them.
 PUBLISHED = (
     "train.estimator=reinforce",
     "train.reward=sign",
@@ -36,8 +37,6 @@ PUBLISHED = (
     "train.unambiguous=0",
     "train.fisher_batches=0",
     "train.adam_eps=1e-8",
-    "constraints.kl_budget=null",
-    "constraints.kl_coefficient=0.1",
 )
 VARIANTS = (
     Variant("expected", ()),
