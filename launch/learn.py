@@ -121,6 +121,8 @@ def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, 
             _until_stopped(lambda: trainer.learn(left, callbacks, log_interval=1, reset_num_timesteps=False))
             if trainer.stop_requested:
                 raise _stopped(session, keeper, stop)
+            if reason := selection.nothing_kept():
+                progress.say(reason)
     except TrainingDiverged as error:
         raise _diverged(session, keeper, error) from error
     finally:

@@ -65,6 +65,16 @@ def test_the_edges_are_inside(edge: dict[str, float]) -> None:
     assert kept(row(1, **edge)) == 1
 
 
+def test_a_run_that_keeps_nothing_says_why() -> None:
+    chosen = selection()
+    for each in (BASE, row(1, kl=0.2), row(2, kl=0.2, answer_mass=0.5), row(3, accuracy=0.7), row(4, soft_bias=0.5)):
+        chosen.offer(each)
+    said = "KL above 0.1: 2, answer mass below 0.9 of the base's: 1, accuracy below the base's: 1, no less biased: 1"
+    assert chosen.nothing_kept() == f"none of 4 measured steps was kept ({said}); the steering is the base model"
+    chosen.offer(row(5))
+    assert chosen.nothing_kept() is None
+
+
 def test_where_only_the_base_is_inside_it_is_kept() -> None:
     assert kept(row(1, kl=0.2), row(2, answer_mass=0.5), row(3, soft_bias=0.5)) == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -137,12 +138,27 @@ class Selection(BaseCallback):
 
     def inside(self, row: Validation) -> bool:
         """Whether a measurement keeps the KL budget, the answer mass and the accuracy; what is nan is not held to."""
-        base = self.history[0]
-        return (
-            (self.kl_budget is None or row.kl <= self.kl_budget)
-            and not row.answer_mass < self.min_answer_mass
-            and not row.accuracy < base.accuracy - self.max_accuracy_loss
-        )
+        return not self.broken(row)
+
+    def broken(self, row: Validation) -> list[str]:
+        """The limits that a measurement does not keep."""
+        limits = {
+            f"KL above {self.kl_budget}": self.kl_budget is not None and not row.kl <= self.kl_budget,
+            f"answer mass below {self.min_answer_mass} of the base's": row.answer_mass < self.min_answer_mass,
+            "accuracy below the base's": row.accuracy < self.history[0].accuracy - self.max_accuracy_loss,
+        }
+        return [limit for limit, is_broken in limits.items() if is_broken]
+
+    def nothing_kept(self) -> str | None:
+        """Why the base model is all that is kept; None if a trained steering is."""
+        if self.best is None or self.best.step:
+            return None
+        trained = [row for row in self.history if row.step]
+        broken = Counter(limit for row in trained for limit in self.broken(row))
+        reasons = [f"{limit}: {number}" for limit, number in broken.items()]
+        if unhelpful := sum(not self.broken(row) for row in trained):
+            reasons.append(f"no less biased: {unhelpful}")
+        return f"none of {len(trained)} measured steps was kept ({', '.join(reasons)}); the steering is the base model"
 
 
 class Progress(BaseCallback):
