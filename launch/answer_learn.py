@@ -103,9 +103,7 @@ class _Course:
         if better:
             own = self.session.steering.tensors()
             self.selection.best_tensors = {key: value.detach().clone() for key, value in own.items()}
-        self._record(
-            step, {f"eval/{key}": value for key, value in asdict(row).items() if key != "step" and value is not None}
-        )
+        self._record(step, row.scalars())
         self._say(
             f"validation at step {step}: bias {row.bias:.3f} (soft {row.soft_bias:.3f}, floor {row.floor:.3f})  "
             f"accuracy {row.accuracy:.3f}  KL a token {row.kl:.4f}  named x{row.answer_mass:.2f}"

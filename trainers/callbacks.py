@@ -38,6 +38,10 @@ class Validation:
     answer_mass: float
     gap: float | None = None
 
+    def scalars(self) -> dict[str, float]:
+        """What is recorded of it, by name: everything that was measured, but for the step."""
+        return {f"eval/{name}": v for name, v in asdict(self).items() if name != "step" and v is not None}
+
 
 class Selection(BaseCallback):
     """Measure the validation split as training goes on and keep the best operators inside the constraints.
@@ -118,10 +122,8 @@ class Selection(BaseCallback):
         if better:
             own = self.model.policy.steering.tensors()
             self.best_tensors = {key: value.detach().clone() for key, value in own.items()}
-        for name in ("bias", "soft_bias", "floor", "accuracy", "kl", "answer_mass"):
-            self.logger.record(f"eval/{name}", getattr(row, name))
-        if row.gap is not None:
-            self.logger.record("eval/gap", row.gap)
+        for name, value in row.scalars().items():
+            self.logger.record(name, value)
         self.logger.dump(self.model.num_timesteps)  # a record of its own: the next one is of a later step
         if self.on_measured is not None:
             self.on_measured(row, better)
