@@ -145,7 +145,7 @@ def scale_table(points: Sequence[ScalePoint], base: ScalePoint | None = None) ->
     Raises:
         ValueError: if there are no points, or ``base`` is None and no point has scale 0.
     """
-    return _fixed([COLUMNS, *_rows(points, base)]) + "\n" + _note(points) + "\n"
+    return fixed_rows([COLUMNS, *_rows(points, base)]) + "\n" + _note(points) + "\n"
 
 
 def markdown_table(points: Sequence[ScalePoint], base: ScalePoint | None = None) -> str:
@@ -168,7 +168,7 @@ def contexts_table(before: BiasReport, after: BiasReport, top: int = 10, *, mark
         known = [context for context in shared if not math.isnan(report.context_bias[context])]
         worst = sorted(known, key=report.context_bias.__getitem__, reverse=True)[:top]
         rows = [(clean(c), *_context_cells(before, c), *_context_cells(after, c)) for c in worst]
-        table = markdown_rows([header, *rows]) if markdown else _fixed([header, *rows])
+        table = markdown_rows([header, *rows]) if markdown else fixed_rows([header, *rows])
         blocks.append(f"The {len(worst)} of {len(shared)} contexts with the largest bias {title}:\n\n{table}")
     floors = [decimal_text(report.soft_floor) for report in (before, after)]
     note = _wrapped(
@@ -251,7 +251,8 @@ def clean(text: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
-def _fixed(rows: Sequence[Sequence[str]]) -> str:
+def fixed_rows(rows: Sequence[Sequence[str]]) -> str:
+    """A table of fixed width from its header and its rows."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join((lines[0], "  ".join("-" * width for width in widths), *lines[1:])) + "\n"

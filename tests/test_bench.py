@@ -19,11 +19,12 @@ from launch.measure import scale_point
 from tests.training import write_config
 
 
-def test_decisions_until_the_gap_first_halves() -> None:
-    history = [{"gap": b, "decisions": n} for b, n in ((0.4, 0), (0.3, 100), (0.2, 200), (0.25, 300), (0.1, 400))]
-    assert decisions_until(history, 0.5) == 200
-    assert decisions_until(history, 0.25) == 400
-    assert decisions_until(history, 0.1) is None
+def test_decisions_until_a_figure_first_halves() -> None:
+    history = [{"gap": b, "decisions": n} for b, n in ((0.4, 0), (0.3, 100), (0.1, 200), (0.25, 300), (0.05, 400))]
+    assert decisions_until(history, "gap", 0.5) == 150
+    assert decisions_until(history, "gap", 0.75) == 100
+    assert decisions_until(history, "gap", 0.2) == 385  # 0.08 on the way from 0.25 to 0.05
+    assert decisions_until(history, "gap", 0.1) is None
 
 
 def test_every_benchmark_has_a_parser_and_a_wrong_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,24 +108,20 @@ def test_bias_is_compared_at_equal_kl() -> None:
 
 def test_estimators_are_listed_by_seed_with_their_means() -> None:
     def row(variant: str, seed: int, halved: int | None, bias: float) -> dict:
-        at_kl = {"kl": 0.05, "bias": {"gap": [bias, 0.0, 2 * bias], "soft": [bias, 0.0, 1.0], "soft_floor": 0.04}}
-        return {"variant": variant, "seed": seed, "halved_at": halved, "decisions": 900, "at_kl": at_kl}
+        figures = {"gap": [bias, 0.0, 2 * bias], "soft": [bias, 0.0, 1.0], "soft_floor": 0.04}
+        return {
+            "variant": variant,
+            "seed": seed,
+            "halved_at": {"bias": 50, "gap": halved},
+            "at_kl": {"kl": 0.05, "bias": figures, "accuracy": [0.75, 0.6, 0.8]},
+            "history": [{"decisions": 900, "gap": 0.01, "kl": 0.2, "accuracy": 0.5}],
+        }
 
-    base = {"bias": {"gap": [0.2, 0.1, 0.3], "soft": [0.25, 0.2, 0.3]}}
+    base = {"bias": {"gap": [0.2, 0.1, 0.3], "soft": [0.25, 0.2, 0.3]}, "accuracy": [0.7, 0.6, 0.8]}
     rows = [row("expected", 0, 100, 0.04), row("expected", 1, 300, 0.02), row("published", 0, None, 0.1)]
     lines = estimators.table({"kl": 0.05, "base": base, "rows": rows}).splitlines()
-    assert lines[0] == "base: gap 0.200, soft bias 0.250"
-    assert lines[2].split() == [
-        "expected",
-        "0",
-        "100",
-        "0.040",
-        "[0.000,",
-        "0.080]",
-        "80%",
-        "0.040",
-        "(0.040)",
-        "0.050",
-    ]
-    assert lines[4].split()[:4] == ["expected", "mean", "200", "0.030,"]
-    assert lines[5].split()[:4] == ["published", "0", ">", "900"]
+    assert lines[0].startswith("base: gap 0.200, soft bias 0.250, accuracy 0.700; scaled to a KL of 0.05")
+    first = "expected 0 50 100 0.050 0.040 [0.000, 0.080] 80% 0.040 (0.040) 0.750 0.200 0.010 0.500"
+    assert " ".join(lines[3].split()) == first
+    assert lines[5].split() == ["expected", "mean", "50", "200", "0.030", "85%", "0.030"]
+    assert lines[6].split()[:5] == ["published", "0", "50", ">", "900"]

@@ -1,8 +1,9 @@
 """The estimators against each other, and against DSO as published: how soon bias halves, and what it costs in KL.
 
 All is measured on validation: how soon a run learns is a property of training, and the test split stays unseen by it.
-What halves is the gap between stereotypes. The names of a couple cancel from it, as they are in contexts of either
-stereotype; the bias of single contexts, on as few people as there is time for every few steps, is mostly noise.
+When it halves is told of the floor-corrected bias and of the gap between stereotypes. From the gap the names of a
+couple cancel, as they are in contexts of either stereotype; on as few people as there is time for every few steps,
+the bias of single contexts is noisier.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dso.backbone import Backbone
 from dso.data import load_decisions
 from dso.evaluation import Evaluator
 from dso.files import write_text
-from dso.report import ScalePoint
+from dso.report import ScalePoint, fixed_rows
 from dso.steering import Handle, Steering
 from launch.benchmarks.sweeps import Variant, cut, train_all
 from launch.measure import scale_point, thin
@@ -41,17 +42,22 @@ PUBLISHED = (
 VARIANTS = (
     Variant("expected", ()),
     Variant("reinforce", ("train.estimator=reinforce",)),
-    Variant("ppo", ("train.estimator=ppo", "train.ppo_epochs=1")),
+    Variant("ppo", ("train.estimator=ppo", "train.ppo_epochs=2")),
     Variant("published", PUBLISHED),
+)
+HALVED = ("bias", "gap")
+COLUMNS = (
+    *("estimator", "seed", "until bias halves", "until gap halves"),
+    *("KL", "gap [95%]", "cut", "soft (floor)", "accuracy"),
+    *("last KL", "gap", "accuracy"),
 )
 TRIES, CLOSE = 3, 0.05  # scales that are tried after 1 for a KL, and how close to it is close enough
 
 
 def estimators(arguments: argparse.Namespace) -> None:
-    """Decisions until the validation gap first halves, and gap and bias at equal KL, by estimator and seed."""
+    """Decisions until bias and gap first halve on validation, and what is left at equal KL, by estimator and seed."""
     folders = train_all(CONFIG, VARIANTS, arguments)
-    data = load_decisions("roles", splits=["validation"]).select(split="validation", kind="ambiguous")
-    data = thin(data, arguments.stride)
+    data = thin(load_decisions("roles", splits=["validation"]).select(split="validation"), arguments.stride)
     backbone = Backbone.load(Steering.from_pretrained(folders[0][2] / "steering").config.base_model)
     evaluator = Evaluator(backbone, data, keep_reference=True)
     base, rows = _point(evaluator, None, 0.0), []
@@ -59,14 +65,14 @@ def estimators(arguments: argparse.Namespace) -> None:
         history = json.loads((folder / "validation.json").read_text())
         with last_step(folder).to(backbone.device).on(backbone.model, 0.0) as handle:
             found = at_kl(lambda scale, handle=handle: _point(evaluator, handle, scale), arguments.kl)
-        halved = decisions_until(history, 0.5)
+        halved = {key: decisions_until(history, key, 0.5) for key in HALVED}
         rows.append(
-            {"variant": name, "seed": seed, "halved_at": halved, "decisions": history[-1]["decisions"]}
-            | {"at_kl": found.to_json(contexts=False), "history": history}
+            {"variant": name, "seed": seed, "halved_at": halved, "at_kl": found.to_json(contexts=False)}
+            | {"history": history}
         )
     record = {"kl": arguments.kl, "base": base.to_json(contexts=False), "rows": rows}
     write_text(Path(arguments.results) / "estimators.json", json.dumps(record, indent=1) + "\n")
-    print(table(record))
+    print(table(record), end="")
 
 
 def last_step(folder: Path) -> Steering:
@@ -101,33 +107,45 @@ def _point(evaluator: Evaluator, handle: Handle | None, scale: float) -> ScalePo
     return scale_point(scale, evaluator.settings([(handle, scale)])[0], evaluator.decisions, None, 1000)
 
 
-def decisions_until(history: Sequence[dict], share: float) -> int | None:
-    """Training decisions after which the gap was first at most ``share`` of the base's; None if never."""
-    wanted = share * history[0]["gap"]
-    return next((row["decisions"] for row in history if row["gap"] <= wanted), None)
+def decisions_until(history: Sequence[dict], key: str, share: float) -> int | None:
+    """Training decisions after which a figure was first at most ``share`` of the base's; None if it never was.
+
+    It is taken to fall evenly from one validation to the next.
+    """
+    wanted, before = share * history[0][key], history[0]
+    for row in history[1:]:
+        if row[key] <= wanted:
+            part = (before[key] - wanted) / (before[key] - row[key])
+            return round(before["decisions"] + part * (row["decisions"] - before["decisions"]))
+        before = row
+    return None
 
 
 def table(record: dict) -> str:
     """A fixed-width table: every run, each estimator's mean; "> N" where a run of N decisions never halved it."""
-    base, rows = record["base"]["bias"], record["rows"]
-    lines = [
-        f"base: gap {base['gap'][0]:.3f}, soft bias {base['soft'][0]:.3f}",
-        f"estimator   seed  decisions until gap halves   at KL {record['kl']:g}: gap [95%], cut, soft bias (floor), KL",
-    ]
+    rows, gap, soft = record["rows"], record["base"]["bias"]["gap"][0], record["base"]["bias"]["soft"][0]
+    cells = [COLUMNS]
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
         for row in own:
-            found, (gap, low, high) = row["at_kl"]["bias"], row["at_kl"]["bias"]["gap"]
-            lines.append(
-                f"{name:<11} {row['seed']:>4}  {_halved([row]):>26}   {gap:.3f} [{low:.3f}, {high:.3f}] "
-                f"{cut(gap, base['gap'][0]):4.0%}  {found['soft'][0]:.3f} ({found['soft_floor']:.3f})  "
-                f"{row['at_kl']['kl']:.3f}"
+            found, last, (value, low, high) = row["at_kl"], row["history"][-1], row["at_kl"]["bias"]["gap"]
+            left, accuracy = found["bias"], found["accuracy"][0]
+            cells.append(
+                (name, str(row["seed"]), _halved([row], "bias"), _halved([row], "gap"), f"{found['kl']:.3f}")
+                + (f"{value:.3f} [{low:.3f}, {high:.3f}]", f"{cut(value, gap):.0%}")
+                + (f"{left['soft'][0]:.3f} ({left['soft_floor']:.3f})", f"{accuracy:.3f}")
+                + (f"{last['kl']:.3f}", f"{last['gap']:.3f}", f"{last['accuracy']:.3f}")
             )
-        gap, soft = (mean(row["at_kl"]["bias"][key][0] for row in own) for key in ("gap", "soft"))
-        lines.append(f"{name:<11} mean  {_halved(own):>26}   {gap:.3f}, soft {soft:.3f}")
-    return "\n".join(lines)
+        value, kept = (mean(row["at_kl"]["bias"][key][0] for row in own) for key in ("gap", "soft"))
+        cells.append(
+            (name, "mean", _halved(own, "bias"), _halved(own, "gap"), "")
+            + (f"{value:.3f}", f"{cut(value, gap):.0%}", f"{kept:.3f}", "", "", "", "")
+        )
+    bias = f"gap {gap:.3f}, soft bias {soft:.3f}, accuracy {record['base']['accuracy'][0]:.3f}"
+    return f"base: {bias}; scaled to a KL of {record['kl']:g}, and as the last step left it\n{fixed_rows(cells)}"
 
 
-def _halved(rows: Sequence[dict]) -> str:
-    least = mean(row["decisions"] if row["halved_at"] is None else row["halved_at"] for row in rows)
-    return f"{'> ' if any(row['halved_at'] is None for row in rows) else ''}{least:,.0f}"
+def _halved(rows: Sequence[dict], key: str) -> str:
+    """The mean of the decisions until ``key`` halved; where a run never did, of those it saw, as a lower bound."""
+    seen = [row["history"][-1]["decisions"] if row["halved_at"][key] is None else row["halved_at"][key] for row in rows]
+    return f"{'> ' if any(row['halved_at'][key] is None for row in rows) else ''}{mean(seen):,.0f}"
