@@ -39,6 +39,8 @@ def learn(session: AnswerSession, folder: Path, stop: OrderlyStop, tracker: Trac
         with stop.training(trainer), warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
             trainer.train()
+        if not trainer.stop_requested and (reason := course.selection.nothing_kept()):
+            course.say(reason)
     finally:
         trainer.release()
         course.close()
@@ -92,19 +94,16 @@ class _Course:
         self.bar.update()
         if self.bar.disable and step % LINE_EVERY == 0:
             nobody = f"names nobody {values['abstention']:.2f}"
-            self._say(f"step {step}/{self.steps}  running bias {bias:.3f}  KL a token {kl:.4f}  {nobody}")
+            self.say(f"step {step}/{self.steps}  running bias {bias:.3f}  KL a token {kl:.4f}  {nobody}")
         if step % self.selection.every == 0 or step == self.steps:
             self.validate(step)
 
     def validate(self, step: int) -> None:
         """Measure the validation split, and keep the operators if they are the best so far."""
         row = self.selection.measure(step)
-        better = self.selection.offer(row)
-        if better:
-            own = self.session.steering.tensors()
-            self.selection.best_tensors = {key: value.detach().clone() for key, value in own.items()}
+        better = self.selection.offer(row, self.session.steering.tensors())
         self._record(step, row.scalars())
-        self._say(
+        self.say(
             f"validation at step {step}: bias {row.bias:.3f} (soft {row.soft_bias:.3f}, floor {row.floor:.3f})  "
             f"accuracy {row.accuracy:.3f}  KL a token {row.kl:.4f}  named x{row.answer_mass:.2f}"
             f"{'  kept' if better else ''}"
@@ -143,6 +142,7 @@ class _Course:
         for output in self.outputs:
             output.write(values, {}, step * self.decisions)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Print a line without tearing the bar."""
         if not self.quiet:
             tqdm.write(line, file=sys.stderr)

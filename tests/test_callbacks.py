@@ -34,7 +34,7 @@ def kept(*rows: Validation, kl_budget: float | None = 0.1) -> int:
     """The step of the candidate that is kept of the base and ``rows``."""
     chosen = selection(kl_budget)
     for each in (BASE, *rows):
-        chosen.offer(each)
+        chosen.offer(each, {})
     return chosen.best.step
 
 
@@ -68,11 +68,22 @@ def test_the_edges_are_inside(edge: dict[str, float]) -> None:
 def test_a_run_that_keeps_nothing_says_why() -> None:
     chosen = selection()
     for each in (BASE, row(1, kl=0.2), row(2, kl=0.2, answer_mass=0.5), row(3, accuracy=0.7), row(4, soft_bias=0.5)):
-        chosen.offer(each)
+        chosen.offer(each, {})
     said = "KL above 0.1: 2, answer mass below 0.9 of the base's: 1, accuracy below the base's: 1, no less biased: 1"
     assert chosen.nothing_kept() == f"none of 4 measured steps was kept ({said}); the steering is the base model"
-    chosen.offer(row(5))
+    chosen.offer(row(5), {})
     assert chosen.nothing_kept() is None
+
+
+def test_the_operators_of_the_best_are_kept_as_they_were_then() -> None:
+    chosen, own = selection(), torch.zeros(2)
+    for each in (BASE, row(1, soft_bias=0.3), row(2, kl=0.2), row(3)):
+        own += 1
+        chosen.offer(each, {"norm.b": own})
+    assert chosen.best_tensors["norm.b"].tolist() == [4.0, 4.0]
+    own += 1
+    assert not chosen.offer(row(4, soft_bias=0.2), {"norm.b": own})
+    assert chosen.best_tensors["norm.b"].tolist() == [4.0, 4.0]
 
 
 def test_where_only_the_base_is_inside_it_is_kept() -> None:
@@ -95,7 +106,7 @@ def test_without_a_budget_any_kl_will_do() -> None:
 def test_what_cannot_be_measured_is_not_held_against_a_candidate() -> None:
     chosen = selection()
     for each in (replace(BASE, accuracy=math.nan, answer_mass=math.nan), row(1, accuracy=math.nan)):
-        chosen.offer(each)
+        chosen.offer(each, {})
     assert chosen.best.step == 1
 
 

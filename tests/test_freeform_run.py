@@ -40,6 +40,14 @@ def test_a_run_leaves_its_evidence(run: tuple[Path, str]) -> None:
     assert "of the answers name nobody" in (folder / "report.md").read_text("utf-8")
 
 
+def test_a_run_that_keeps_nothing_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_run(tmp_path, train__steps=2, constraints__kl_budget=1e-9)
+    assert main(["freeform", str(config)]) == 0
+    assert "none of 1 measured steps was kept (KL above 1e-09: 1" in capsys.readouterr().err
+    steering = Steering.from_pretrained(tmp_path / "runs/letters/steering")
+    assert not any(bool(value.any()) for value in steering.tensors().values())
+
+
 def test_the_steering_is_one_like_any_other_with_the_measured_curve(run: tuple[Path, str]) -> None:
     folder, _ = run
     steering = Steering.from_pretrained(folder / "steering")

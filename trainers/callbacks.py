@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -118,24 +118,22 @@ class Selection(BaseCallback):
         if any(row.step == step for row in self.history):
             return
         row = self.measure(step)
-        better = self.offer(row)
-        if better:
-            own = self.model.policy.steering.tensors()
-            self.best_tensors = {key: value.detach().clone() for key, value in own.items()}
+        better = self.offer(row, self.model.policy.steering.tensors())
         for name, value in row.scalars().items():
             self.logger.record(name, value)
         self.logger.dump(self.model.num_timesteps)  # a record of its own: the next one is of a later step
         if self.on_measured is not None:
             self.on_measured(row, better)
 
-    def offer(self, row: Validation) -> bool:
-        """Add a measurement to the history; whether it is the best so far, which it then is."""
+    def offer(self, row: Validation, tensors: Mapping[str, Tensor]) -> bool:
+        """Add a measurement to the history; whether it is the best so far, as which its operators are then kept."""
         self.history.append(row)
         better = self.inside(row) and (
             self.best is None or (row.soft_bias, row.kl) < (self.best.soft_bias, self.best.kl)
         )
         if better:
             self.best = row
+            self.best_tensors = {key: value.detach().clone() for key, value in tensors.items()}
         return better
 
     def inside(self, row: Validation) -> bool:
