@@ -113,6 +113,7 @@ class DecisionTask:
         self.blocks = _block_index(decisions).to(device)
         self._reference: dict[int | str, Tensor] = {}
         self._own_policy: dict[int, Tensor] = {}  # of the base model, as it was passed here
+        self._own_mass: dict[int, Tensor] = {}  # likewise
         self._base_policy: dict[int, Tensor] = {}  # the same in all processes
         self._together = {key: group for group in self._portions() for key in group}
         self.forget()
@@ -141,6 +142,13 @@ class DecisionTask:
         """
 
         return self._cached([int(h) for h in handles], self._score_base)
+
+    def base_answer_mass(self, handles: Sequence[int]) -> Tensor:
+        """(N,) probability that the base model gives to all candidates together, from the pass of :meth:`reference`."""
+        keys = [int(h) for h in handles]
+        if missing := [key for key in keys if key not in self._own_mass]:
+            self._cached(missing, self._score_base)
+        return torch.stack([self._own_mass[key] for key in keys]).to(self.backbone.device)
 
     def base_policy(self, handles: Sequence[int]) -> Tensor:
         """(N, K) probabilities of the base model over the candidates, from the pass that :meth:`reference` is of.
@@ -172,6 +180,7 @@ class DecisionTask:
         policy = scores.policy().exp().cpu()
         policy = torch.nn.functional.pad(policy, (0, self.n_candidates - policy.shape[1]))
         self._own_policy.update(zip(handles, policy, strict=True))
+        self._own_mass.update(zip(handles, scores.answer_mass().cpu(), strict=True))
         return scores.next_token
 
     def anchor_reference(self, texts: Sequence[str]) -> Tensor:

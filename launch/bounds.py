@@ -28,7 +28,7 @@ def within(low: float, high: float, **values: float | None) -> None:
         require(value is None or low <= value <= high, name, f"must be within {low} and {high}, found {value}")
 
 
-def share(**values: float) -> None:
+def share(**values: float | None) -> None:
     """Numbers from 0 to 1."""
     within(0, 1, **values)
 

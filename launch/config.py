@@ -184,6 +184,7 @@ class ConstraintsSection:
     dual_learning_rate: float = 0.1
     initial_beta: float = 0.5  # price of one nat at the start
     minimum_beta: float = 0.25  # and the least; above 0 training takes the ways that cost little KL
+    min_answer_mass: float | None = None  # share of the base's that training holds; validation asks for 0.9 anyway
     sparsity: float = 0.0  # lambda of the L1 norm
     anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too
 
@@ -195,8 +196,8 @@ class ConstraintsSection:
             minimum_beta=self.minimum_beta,
         )
         at_least(0, kl_coefficient=self.kl_coefficient, sparsity=self.sparsity)
-        share(kl_margin=self.kl_margin)
-        positive(kl_margin=self.kl_margin)
+        share(kl_margin=self.kl_margin, min_answer_mass=self.min_answer_mass)
+        positive(kl_margin=self.kl_margin, min_answer_mass=self.min_answer_mass)
         filled(anchors=self.anchors)
         one_price(self.kl_budget, self.kl_coefficient)
 

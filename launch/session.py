@@ -25,7 +25,7 @@ from launch.config import ConfigError, ConstraintsSection, TrainConfig, TrainSec
 from launch.freeform_config import AnswerConstraintsSection, FreeformConfig
 from launch.strict import to_dict
 from trainers.checkpointing import checkpoint_layers
-from trainers.constraints import FixedKL, KLBudget
+from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget
 from trainers.distributed import World
 from trainers.measuring import SharedEvaluator
 from trainers.ppo import SteeringPPO
@@ -206,6 +206,7 @@ def _trainer(
         },
         estimator=train.estimator,
         kl=kl_constraint(limits),
+        mass_floor=None if limits.min_answer_mass is None else AnswerMassFloor(limits.min_answer_mass),
         unambiguous_weight=train.unambiguous_weight,
         sparsity=limits.sparsity,
         hard_preference=train.hard_preference,

@@ -24,7 +24,7 @@ from training import learn, letters_set, make_trainer, operators  # noqa: E402
 from dso.errors import UserError  # noqa: E402
 from envs.task import DecisionTask, RewardConfig  # noqa: E402
 from trainers.checkpointing import checkpoint_layers  # noqa: E402
-from trainers.constraints import KLBudget  # noqa: E402
+from trainers.constraints import AnswerMassFloor, KLBudget  # noqa: E402
 from trainers.distributed import Ranks, World  # noqa: E402
 from trainers.measuring import SharedEvaluator  # noqa: E402
 from trainers.ppo import SteeringPPO  # noqa: E402
@@ -67,7 +67,10 @@ def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
     zero = {"stage": case["stage"], "stage3_param_persistence_threshold": 0}
     settings = {"zero_optimization": zero} if world else None
     training.tiny_llama = lambda **k: tiny_llama(**k).to(case.get("dtype", torch.float32))
-    trainer = make_trainer(letters_set(), kl=KLBudget(0.05), world=world, deepspeed=settings, **options)
+    floor = AnswerMassFloor(1.0)
+    floor.load_state_dict({"coefficient": 0.3, "running": [0.2, 0.25]})  # as in mid-run, with a price
+    limits = {"kl": KLBudget(0.05), "mass_floor": floor}
+    trainer = make_trainer(letters_set(), world=world, deepspeed=settings, **limits, **options)
     if world and world.rank == 1:
         trainer.task.backbone.max_tokens = case.get("max_tokens", trainer.task.backbone.max_tokens)
     if case.get("checkpointing"):

@@ -10,7 +10,7 @@ import torch
 from torch import tensor
 
 from dso.scoring import kl_divergence
-from trainers.constraints import FixedKL, KLBudget, soft_threshold, sparsity, step_sizes
+from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, soft_threshold, sparsity, step_sizes
 
 # KL
 
@@ -158,6 +158,58 @@ def test_state_round_trip_goes_on_bit_for_bit() -> None:
     fixed = FixedKL(0.0)
     fixed.load_state_dict(FixedKL(0.7).state_dict())
     assert fixed.coefficient == 0.7
+
+
+# The floor under the answer mass
+
+
+def test_the_price_of_answer_mass_by_hand() -> None:
+    floor = AnswerMassFloor(0.9, learning_rate=0.5, averaging=0.75)
+    assert floor.price == 0.0
+    floor.update(0.08, 0.1)  # 0.8 of the base's: 0.5 * (0.9 - 0.8)
+    assert floor.coefficient == pytest.approx(0.05)
+    assert floor.price == pytest.approx(0.05 / 0.1)
+    floor.update(0.16, 0.2)  # running 0.1 and 0.125
+    assert floor.coefficient == pytest.approx(0.1)
+    assert floor.price == pytest.approx(0.1 / 0.125)
+    floor.update(1.0, 0.125)  # more than enough: down to nothing and not below
+    assert floor.coefficient == floor.price == 0.0
+
+
+def test_answer_mass_ends_at_its_floor_and_at_its_price() -> None:
+    """Maximise -x - x^2 / 2 with mass 1 + x: by itself x = -1; with the mass at 0.7, x = -0.3 at a price of 0.7."""
+    floor, x = AnswerMassFloor(0.7, learning_rate=0.1), 0.0
+    for _ in range(3000):
+        x += 0.05 * (-1 - x + floor.price)
+        floor.update(1 + x, 1.0)
+    assert x == pytest.approx(-0.3, abs=1e-3)
+    assert floor.coefficient == pytest.approx(0.7, abs=1e-3)
+
+
+def test_answer_mass_that_the_base_does_not_have_is_not_asked_for() -> None:
+    floor = AnswerMassFloor(0.9)
+    floor.update(0.0, 0.0)
+    assert floor.price == 0.0
+    for _ in range(1000):
+        floor.update(0.0, 0.1)
+    assert floor.coefficient == 10.0
+
+
+def test_the_state_of_the_floor_goes_on_bit_for_bit() -> None:
+    floor, other = AnswerMassFloor(0.95), AnswerMassFloor(0.95)
+    other.load_state_dict(json.loads(json.dumps(floor.state_dict())))  # before the first step
+    floor.update(0.05, 0.1)
+    other.load_state_dict(json.loads(json.dumps(floor.state_dict())))
+    for each in (floor, other):
+        each.update(0.07, 0.09)
+    assert other.coefficient == floor.coefficient > 0
+    assert other.price == floor.price
+
+
+@pytest.mark.parametrize("values", [{"share": 0.0}, {"share": 1.1}, {"learning_rate": 0.0}, {"averaging": 1.0}])
+def test_an_impossible_floor_is_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values)).split("_")[0]):
+        AnswerMassFloor(**{"share": 0.9, **values})
 
 
 # The proximal step

@@ -18,7 +18,7 @@ from training import bias, learn, letters_set, make_trainer, mean_kl, operators,
 
 from dso.decisions import ABSTAIN
 from envs.task import DecisionTask, RewardConfig
-from trainers.constraints import FixedKL, KLBudget, sparsity
+from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, sparsity
 from trainers.lesson import ESTIMATORS, Lesson
 from trainers.optimizer import Whitened
 from trainers.ppo import SteeringPPO, TrainingDiverged
@@ -187,6 +187,44 @@ def test_a_small_budget_is_held_and_the_price_does_not_run_away() -> None:
     assert max(prices) < 6  # it needs about 4; dual ascent by itself goes to 69 before KL has followed
     assert spent[-4:] == pytest.approx([0.009] * 4, rel=0.1)  # by itself it swings from 0.053 to 0.001 and back
     assert bias(trainer) < 0.4 * before
+
+
+def test_the_gradient_of_answer_mass_is_the_reference_one() -> None:
+    floor = AnswerMassFloor(1.0, learning_rate=0.5, averaging=0.0)
+    floor.update(0.2, 0.5)  # 0.3 at a base mass of 0.5
+    trainer = make_trainer(mass_floor=floor, estimator="expected", learning_rate=0.0)
+    plain = make_trainer(estimator="expected", learning_rate=0.0)
+    for each in (trainer, plain):
+        randomise(each)
+        learn(each, 1)
+    model, tokenizer, decisions = trainer.task.backbone.model, trainer.task.backbone.tokenizer, trainer.task.decisions
+    letters = [tokenizer(c.text).input_ids[0] for c in decisions[0].candidates]
+
+    def mass() -> Tensor:
+        rows = [model(tokenizer(d.prompt, return_tensors="pt").input_ids).logits[0, -1] for d in decisions]
+        return torch.softmax(torch.stack(rows), -1)[:, letters].sum(1).mean()
+
+    steered = mass()
+    wanted = torch.autograd.grad(-0.3 / 0.5 * steered, list(trainer.policy.steering.parameters()))
+    found = gradients(trainer) - gradients(plain)
+    torch.testing.assert_close(found, torch.cat([value.flatten() for value in wanted]), rtol=1e-3, atol=1e-5)
+    assert trainer.measured["answer_mass"] == pytest.approx(steered.item(), rel=1e-4)
+    with torch.no_grad(), trainer.task.unsteered():
+        base = mass().item()
+    assert trainer.measured["base_answer_mass"] == pytest.approx(base, rel=1e-4)
+    assert trainer.mass_floor.coefficient == pytest.approx(max(0.0, 0.3 + 0.5 * (1 - steered.item() / base)), rel=1e-3)
+
+
+def test_answer_mass_is_held_by_its_own_price() -> None:
+    def trained(floor: AnswerMassFloor | None) -> tuple[float, float]:
+        trainer = make_trainer(mass_floor=floor, estimator="expected", learning_rate=0.003)
+        learn(trainer, 80)
+        return trainer.measured["answer_mass"] / trainer.measured["base_answer_mass"], bias(trainer)
+
+    by_itself, held = trained(None), trained(AnswerMassFloor(1.0))
+    assert by_itself[0] < 0.98
+    assert held[0] >= 1.0
+    assert held[1] < 0.3 * bias(make_trainer())
 
 
 def test_both_kinds_count_by_their_own_mean() -> None:

@@ -20,7 +20,7 @@ from training import contents, letters_set, make_trainer, operators
 
 import dso
 from trainers import state
-from trainers.constraints import FixedKL, KLBudget
+from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget
 from trainers.jsonlines import JsonLines
 from trainers.ppo import ESTIMATORS, SteeringPPO
 from trainers.state import StateError, has_state, load_state, read_state, save_state, saved_states
@@ -38,7 +38,8 @@ EVERYTHING: dict[str, Any] = {
 
 
 def build(estimator: str = "expected", **options: Any) -> SteeringPPO:
-    return make_trainer(estimator=estimator, **{"kl": KLBudget(0.05, 0.1, 0.2), **EVERYTHING, **options})
+    limits = {"kl": KLBudget(0.05, 0.1, 0.2), "mass_floor": AnswerMassFloor(1.0)}
+    return make_trainer(estimator=estimator, **{**limits, **EVERYTHING, **options})
 
 
 def run(trainer: SteeringPPO, folder: Path, until: int, total: int = 6, size: int | None = None) -> int:
@@ -69,6 +70,7 @@ def everything(trainer: SteeringPPO) -> dict[str, Any]:
         "sampler": trainer.env.inner.sampler.state_dict(),
         "handles": trainer.env.inner.handles.tolist(),
         "kl": trainer.kl.state_dict(),
+        "mass_floor": str(trainer.mass_floor.state_dict()),
         "counters": (trainer.num_timesteps, trainer._n_updates),
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state(),

@@ -1,10 +1,15 @@
-"""What steering may cost: a KL budget held by dual ascent, and an L1 penalty taken as a proximal step.
+"""What steering may cost: a KL budget and a floor under the answer mass, held by dual ascent; an L1 penalty taken as a
+proximal step.
 
 Budget. The Lagrangian of  max reward  subject to  E KL(pi_s || pi_0) <= eps  is  reward - beta * (KL - eps); beta
 follows gradient ascent on its logarithm, ``log beta += lr * (KL / eps - 1)``, so that it stays positive and its step
 does not depend on the unit of eps. A gradient that grew with beta would shake the operators by steps whose own KL is
 beyond a small budget, which raises beta without end; so the Lagrangian is divided by max(1, beta) (Stooke, Achiam &
 Abbeel 2020, Responsive safety in reinforcement learning by PID Lagrangian methods, divide by 1 + beta).
+
+Answer mass. What all candidates hold together is to be at least a share of what the base model gives them:
+reward + mu * (mass / base mass - share). mu may be 0, so its own ascent is projected, ``mu = max(0, mu + lr * (share -
+mass / base mass))``, with batch means on either side of the ratio.
 
 Sparsity. ``lambda * |x|_1`` by soft thresholding after the gradient step, ``x <- sign(x) max(|x| - rate lambda, 0)``:
 what is reported as zero is exactly zero (Parikh & Boyd 2014, section 6.5.2). ``rate`` is the step size of each
@@ -104,6 +109,51 @@ class KLBudget:
 
     def load_state_dict(self, state: dict[str, float | None]) -> None:
         self._log_beta, self._running = state["log_beta"], state["running"]
+
+
+class AnswerMassFloor:
+    """The dual variable of a floor under the answer mass.
+
+    Args:
+        share: of the base model's mean answer mass that the steered one is to have at least.
+        learning_rate: of the ascent, an optimiser step each.
+        averaging: weight of the past in the running masses that the ascent sees.
+    """
+
+    CEILING = 10.0
+
+    def __init__(self, share: float, learning_rate: float = 0.1, averaging: float = 0.8):
+        if not 0 < share <= 1 or not 0 < learning_rate < math.inf or not 0 <= averaging < 1:
+            raise ValueError(
+                f"share {share} must be in (0, 1], learning rate {learning_rate} > 0, averaging {averaging} in [0, 1)"
+            )
+        self.share = share
+        self.learning_rate = learning_rate
+        self.averaging = averaging
+        self.coefficient = 0.0
+        self._running: tuple[float, float] | None = None
+
+    @property
+    def price(self) -> float:
+        """What a unit of mean answer mass earns: mu over the base model's running mass."""
+        return self.coefficient / self._running[1] if self.coefficient and self._running else 0.0
+
+    def update(self, mass: float, base: float) -> None:
+        """One step of dual ascent on a batch's mean answer mass and the base model's of the same batch."""
+        steered, unsteered = self._running or (mass, base)
+        steered += (1 - self.averaging) * (mass - steered)
+        unsteered += (1 - self.averaging) * (base - unsteered)
+        self._running = steered, unsteered
+        if unsteered > 0:  # a base model that gives candidates nothing asks for nothing
+            moved = self.coefficient + self.learning_rate * (self.share - steered / unsteered)
+            self.coefficient = min(max(moved, 0.0), self.CEILING)
+
+    def state_dict(self) -> dict[str, float | list[float] | None]:
+        return {"coefficient": self.coefficient, "running": list(self._running) if self._running else None}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.coefficient = state["coefficient"]
+        self._running = tuple(state["running"]) if state["running"] else None
 
 
 def step_unit(price: float) -> float:

@@ -28,7 +28,7 @@ class Outcome:
         log_policy: (N, K) log pi, -inf where there is no candidate.
         next_token: (N, V) log-probabilities after the prompt, or None if not asked for.
         values: (N,) baseline of each decision's reward.
-        answer_mass: (N,) without gradient.
+        answer_mass: (N,) probability of all candidates together.
     """
 
     log_policy: Tensor
@@ -109,7 +109,7 @@ class SteeringPolicy(ActorCriticPolicy):
             scores.policy(self.length_normalised),
             scores.next_token,
             self._values(index, scores.hidden),
-            scores.answer_mass().detach(),
+            scores.answer_mass(),
         )
 
     def _values(self, index: Tensor, hidden: Tensor | None) -> Tensor:

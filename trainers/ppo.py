@@ -26,7 +26,7 @@ from dso.errors import UserError
 from dso.rewards import expected_reward
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask
-from trainers.constraints import FixedKL, KLBudget, sparsity, step_unit
+from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, sparsity, step_unit
 from trainers.distributed import World
 from trainers.fisher import whitening
 from trainers.learner import Learner
@@ -59,6 +59,7 @@ class SteeringPPO(PPO):
             the task is the environment's.
         estimator: ``expected``, ``reinforce`` or ``ppo``.
         kl: the constraint, a :class:`trainers.constraints.KLBudget` or :class:`FixedKL`.
+        mass_floor: what keeps the answer mass up; None leaves it to itself.
         unambiguous_weight: weight of the unambiguous decisions' mean reward beside the ambiguous ones'.
         sparsity: lambda of the L1 penalty on the operators, beside a reward of at most 1.
         anchors: anchor texts of the task whose KL counts in each step.
@@ -81,6 +82,7 @@ class SteeringPPO(PPO):
         policy_kwargs: dict[str, Any],
         estimator: str = "expected",
         kl: KLBudget | FixedKL | None = None,
+        mass_floor: AnswerMassFloor | None = None,
         unambiguous_weight: float = 1.0,
         sparsity: float = 0.0,
         anchors: int = 0,
@@ -99,6 +101,7 @@ class SteeringPPO(PPO):
             raise ValueError(f"{unused[0]} is {kwargs[unused[0]]!r}, but SteeringPPO does not use it; leave it away")
         self.estimator = estimator
         self.kl = kl or KLBudget(0.1)
+        self.mass_floor = mass_floor
         self.anchors = min(anchors, len(env.inner.task.anchors))
         self.hard_preference = hard_preference
         self.max_skipped = max_skipped
@@ -238,10 +241,13 @@ class SteeringPPO(PPO):
             kept, self._kept = self._kept, None  # the graph is used once
             price, clip = self.kl.coefficient, self.clip_range(self._current_progress_remaining)
             self.policy.optimizer.param_groups[0]["penalty"] = self.sparsity / step_unit(price)
-            measured, taken = self.updater.step(lesson, price, clip, kept)
+            mass_price = self.mass_floor.price if self.mass_floor else 0.0
+            measured, taken = self.updater.step(lesson, price, clip, kept, mass_price)
             self._record(measured, price)
             if taken:
                 self.kl.update(measured["kl"])
+                if self.mass_floor:
+                    self.mass_floor.update(measured["answer_mass"], measured["base_answer_mass"])
                 self.skipped_in_a_row = 0
             else:
                 self._skip("the loss or its gradient is")
@@ -312,6 +318,7 @@ class SteeringPPO(PPO):
     def _record(self, measured: dict[str, float], price: float) -> None:
         self.measured = measured | {
             "kl_coefficient": price,
+            **({"mass_coefficient": self.mass_floor.coefficient} if self.mass_floor else {}),
             "running_bias": float((self.task.preference - self.task.target).abs().sum(-1).mean()),
             "sparsity": sparsity(self.policy.steering.parameters()),
         }
@@ -327,5 +334,5 @@ class SteeringPPO(PPO):
 
     def _excluded_save_params(self) -> list[str]:
         """The backbone and everything that holds it stay out of SB3's own archives."""
-        held = ["_kept", "_lesson", "policy_kwargs", "kl", "learner", "updater", "world"]
+        held = ["_kept", "_lesson", "policy_kwargs", "kl", "mass_floor", "learner", "updater", "world"]
         return [*super()._excluded_save_params(), *held]

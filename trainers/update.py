@@ -30,12 +30,14 @@ class Passed:
         rows: (n,) positions in the batch.
         outcome: of these n decisions.
         reference: (n, V) log-probabilities of the base model.
+        base_mass: (n,) probability that the base model gives to all candidates together.
         anchored: (a,) KL to the base model of those that were passed here.
     """
 
     rows: Tensor
     outcome: Outcome
     reference: Tensor
+    base_mass: Tensor
     anchored: Tensor
 
 
@@ -89,6 +91,7 @@ class Updater:
         mine = anchors[self.learner.world.rank :: self.learner.world.size]
         texts = list(mine or anchors[:1]) if part == 0 else []
         reference = self.learner.pass_through(lambda: self.task.reference(own))
+        base_mass = self.task.base_answer_mass(own)  # of that pass
         base = self.learner.pass_through(lambda: self.task.anchor_reference(texts)) if texts else None
 
         def work() -> tuple[Tensor, ...]:
@@ -99,7 +102,7 @@ class Updater:
         *parts, last = self.learner.forward(work)
         outcome = Outcome(*parts) if texts else Outcome(*parts, last)
         anchored = kl_divergence(last, base) * bool(mine) if texts else outcome.log_policy.new_zeros(0)
-        return Passed(rows.to(reference.device), outcome, reference, anchored)
+        return Passed(rows.to(reference.device), outcome, reference, base_mass, anchored)
 
     def fisher(self, sampler: BlockSampler, batches: int) -> list[Tensor]:
         """The diagonal Fisher information of the steering's tensors over a few batches (:mod:`trainers.fisher`)."""
@@ -117,7 +120,7 @@ class Updater:
         return fisher_diagonal(log_probs, list(self.policy.steering.parameters()))
 
     def step(
-        self, lesson: Lesson, price: float, clip: float, kept: Passed | None = None
+        self, lesson: Lesson, price: float, clip: float, kept: Passed | None = None, mass_price: float = 0.0
     ) -> tuple[dict[str, float], bool]:
         """Take one step up the weighted gain under the constraints.
 
@@ -126,34 +129,41 @@ class Updater:
             price: beta, of one nat.
             clip: eps of ``ppo``.
             kept: this process's whole share, where it was passed before.
+            mass_price: what the mean answer mass earns.
 
         Returns:
             what was measured over the whole batch, and whether the step was taken: it is not, in any process, where
             the loss or the gradient is not finite.
         """
         shares = [kept.rows] if kept else self.shares(lesson.handles)
-        totals = torch.zeros(5, dtype=torch.float64)
+        totals = torch.zeros(6, dtype=torch.float64)
         for part, rows in enumerate(shares):
             passed = kept or self.pass_through(lesson.handles, rows, lesson.anchors, part)
-            loss, seen = self._loss(lesson, passed, price, clip)
+            loss, seen = self._loss(lesson, passed, price, clip, mass_price)
             self.learner.backward(loss, first=part == 0, last=part == len(shares) - 1)
             totals += seen.double().cpu()
-        loss, objective, kl, mass, clipped = self.learner.world.all_sum(totals).tolist()
+        loss, objective, kl, mass, base_mass, clipped = self.learner.world.all_sum(totals).tolist()
         norm, taken = self.learner.step(usable=bool(np.isfinite(loss)))
-        measured = {"objective": objective, "loss": loss, "kl": kl, "gradient_norm": norm, "answer_mass": mass}
+        measured = {"objective": objective, "loss": loss, "kl": kl, "gradient_norm": norm}
+        measured |= {"answer_mass": mass, "base_answer_mass": base_mass}
         return measured | ({"clip_fraction": clipped} if self.estimator == "ppo" else {}), taken
 
-    def _loss(self, lesson: Lesson, passed: Passed, price: float, clip: float) -> tuple[Tensor, Tensor]:
-        """A part's share of the batch's loss; and of loss, objective, KL, answer mass and clip fraction, (5,)."""
+    def _loss(
+        self, lesson: Lesson, passed: Passed, price: float, clip: float, mass_price: float
+    ) -> tuple[Tensor, Tensor]:
+        """A part's share of the batch's loss; and of loss, objective, KL, both masses and clip fraction, (6,)."""
         outcome, rows, count = passed.outcome, passed.rows, len(lesson.handles)
         gain = lesson.gain(self.estimator, rows, outcome.log_policy, clip)
         objective = lesson.objective(gain, rows, self.unambiguous_weight)
         divergence = torch.cat([kl_divergence(outcome.next_token, passed.reference), passed.anchored])
         kl = divergence.sum() / (count + len(lesson.anchors))
-        loss = (-objective + price * kl) / step_unit(price)
+        mass, base_mass = outcome.answer_mass.sum() / count, passed.base_mass.sum() / count
+        loss = -objective + price * kl
+        if mass_price:
+            loss = loss - mass_price * mass
+        loss = loss / step_unit(price)
         if outcome.values.requires_grad:
             error = (outcome.values - lesson.returns[rows]).square().sum() / count
             loss = loss + self.value_weight * error
-        mass = outcome.answer_mass.sum() / count
         clipped = lesson.clipped(rows, outcome.log_policy, clip).sum() / count
-        return loss, torch.stack([loss, objective, kl, mass, clipped]).detach()
+        return loss, torch.stack([loss, objective, kl, mass, base_mass, clipped]).detach()

@@ -26,7 +26,7 @@ from dso.files import write_bytes, write_text
 from dso.report import ScalePoint
 from dso.steering import Handle, Steering
 from launch.commands import quieten
-from launch.config import load_config, resolved_yaml
+from launch.config import ConfigError, load_config, read_config
 from launch.measure import scale_point
 from launch.train import learn_only
 
@@ -113,8 +113,8 @@ def train_all(
 def finished(folder: Path, config: object) -> bool:
     """Whether a run of this very config is there to its end; one of another config is done again."""
     try:
-        return (folder / "steering").exists() and (folder / "config.yaml").read_text() == resolved_yaml(config)
-    except OSError:
+        return (folder / "steering").exists() and read_config(type(config), str(folder / "config.yaml")) == config
+    except ConfigError:
         return False
 
 
