@@ -184,7 +184,7 @@ class ConstraintsSection:
     dual_learning_rate: float = 0.1
     initial_beta: float = 0.5  # price of one nat at the start
     minimum_beta: float = 0.25  # and the least; above 0 training takes the ways that cost little KL
-    min_answer_mass: float | None = None  # share of the base's that training holds; validation asks for 0.9 anyway
+    min_answer_mass: float | None = None  # share of the base's that prompts keep; validation asks for a mean of 0.9
     sparsity: float = 0.0  # lambda of the L1 norm
     anchors: str | None = None  # a file of neutral texts, one a line, whose KL counts too
 

@@ -68,7 +68,7 @@ def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
     settings = {"zero_optimization": zero} if world else None
     training.tiny_llama = lambda **k: tiny_llama(**k).to(case.get("dtype", torch.float32))
     floor = AnswerMassFloor(1.0)
-    floor.load_state_dict({"coefficient": 0.3, "running": [0.2, 0.25]})  # as in mid-run, with a price
+    floor.load_state_dict({"coefficient": 0.3, "running": [0.05, 0.25]})  # as in mid-run, with a price
     limits = {"kl": KLBudget(0.05), "mass_floor": floor}
     trainer = make_trainer(letters_set(), world=world, deepspeed=settings, **limits, **options)
     if world and world.rank == 1:

@@ -163,25 +163,26 @@ def test_state_round_trip_goes_on_bit_for_bit() -> None:
 # The floor under the answer mass
 
 
-def test_the_price_of_answer_mass_by_hand() -> None:
+def test_the_price_of_lost_answer_mass_by_hand() -> None:
     floor = AnswerMassFloor(0.9, learning_rate=0.5, averaging=0.75)
     assert floor.price == 0.0
-    floor.update(0.08, 0.1)  # 0.8 of the base's: 0.5 * (0.9 - 0.8)
+    floor.update(0.02, 0.1)  # a fifth is lost, a tenth may be: 0.5 * (0.2 - 0.1)
     assert floor.coefficient == pytest.approx(0.05)
     assert floor.price == pytest.approx(0.05 / 0.1)
-    floor.update(0.16, 0.2)  # running 0.1 and 0.125
+    floor.update(0.04, 0.2)  # running 0.025 and 0.125
     assert floor.coefficient == pytest.approx(0.1)
     assert floor.price == pytest.approx(0.1 / 0.125)
-    floor.update(1.0, 0.125)  # more than enough: down to nothing and not below
+    for _ in range(20):
+        floor.update(0.0, 0.125)  # nothing is lost: down to no price and not below
     assert floor.coefficient == floor.price == 0.0
 
 
-def test_answer_mass_ends_at_its_floor_and_at_its_price() -> None:
-    """Maximise -x - x^2 / 2 with mass 1 + x: by itself x = -1; with the mass at 0.7, x = -0.3 at a price of 0.7."""
+def test_lost_answer_mass_ends_at_what_may_be_lost_and_at_its_price() -> None:
+    """Maximise -x - x^2 / 2 with mass 1 + x: by itself x = -1; where 0.3 may be lost, x = -0.3 at a price of 0.7."""
     floor, x = AnswerMassFloor(0.7, learning_rate=0.1), 0.0
     for _ in range(3000):
         x += 0.05 * (-1 - x + floor.price)
-        floor.update(1 + x, 1.0)
+        floor.update(max(0.0, -x), 1.0)
     assert x == pytest.approx(-0.3, abs=1e-3)
     assert floor.coefficient == pytest.approx(0.7, abs=1e-3)
 
@@ -191,17 +192,17 @@ def test_answer_mass_that_the_base_does_not_have_is_not_asked_for() -> None:
     floor.update(0.0, 0.0)
     assert floor.price == 0.0
     for _ in range(1000):
-        floor.update(0.0, 0.1)
+        floor.update(0.1, 0.1)
     assert floor.coefficient == 10.0
 
 
 def test_the_state_of_the_floor_goes_on_bit_for_bit() -> None:
     floor, other = AnswerMassFloor(0.95), AnswerMassFloor(0.95)
     other.load_state_dict(json.loads(json.dumps(floor.state_dict())))  # before the first step
-    floor.update(0.05, 0.1)
+    floor.update(0.02, 0.1)
     other.load_state_dict(json.loads(json.dumps(floor.state_dict())))
     for each in (floor, other):
-        each.update(0.07, 0.09)
+        each.update(0.03, 0.09)
     assert other.coefficient == floor.coefficient > 0
     assert other.price == floor.price
 

@@ -7,9 +7,9 @@ does not depend on the unit of eps. A gradient that grew with beta would shake t
 beyond a small budget, which raises beta without end; so the Lagrangian is divided by max(1, beta) (Stooke, Achiam &
 Abbeel 2020, Responsive safety in reinforcement learning by PID Lagrangian methods, divide by 1 + beta).
 
-Answer mass. What all candidates hold together is to be at least a share of what the base model gives them:
-reward + mu * (mass / base mass - share). mu may be 0, so its own ascent is projected, ``mu = max(0, mu + lr * (share -
-mass / base mass))``, with batch means on either side of the ratio.
+Answer mass. What all candidates hold together may fall short of what the base model gives them by a share of that at
+most: reward - mu * (E max(0, base mass - mass) / E base mass - (1 - share)). What some prompts gain does not make up
+for what others lose. mu may be 0, so its ascent is projected: ``mu = max(0, mu + lr * (lost share - (1 - share)))``.
 
 Sparsity. ``lambda * |x|_1`` by soft thresholding after the gradient step, ``x <- sign(x) max(|x| - rate lambda, 0)``:
 what is reported as zero is exactly zero (Parikh & Boyd 2014, section 6.5.2). ``rate`` is the step size of each
@@ -115,7 +115,7 @@ class AnswerMassFloor:
     """The dual variable of a floor under the answer mass.
 
     Args:
-        share: of the base model's mean answer mass that the steered one is to have at least.
+        share: of the base model's mean answer mass that is to be left where prompts lose some.
         learning_rate: of the ascent, an optimiser step each.
         averaging: weight of the past in the running masses that the ascent sees.
     """
@@ -135,17 +135,22 @@ class AnswerMassFloor:
 
     @property
     def price(self) -> float:
-        """What a unit of mean answer mass earns: mu over the base model's running mass."""
+        """What a unit of mean answer mass costs that is lost: mu over the base model's running mass."""
         return self.coefficient / self._running[1] if self.coefficient and self._running else 0.0
 
-    def update(self, mass: float, base: float) -> None:
-        """One step of dual ascent on a batch's mean answer mass and the base model's of the same batch."""
-        steered, unsteered = self._running or (mass, base)
-        steered += (1 - self.averaging) * (mass - steered)
-        unsteered += (1 - self.averaging) * (base - unsteered)
-        self._running = steered, unsteered
-        if unsteered > 0:  # a base model that gives candidates nothing asks for nothing
-            moved = self.coefficient + self.learning_rate * (self.share - steered / unsteered)
+    def update(self, lost: float, base: float) -> None:
+        """One step of dual ascent.
+
+        Args:
+            lost: a batch's mean of the answer mass that is less than the base model's.
+            base: the mean answer mass of the base model in that batch.
+        """
+        before, of = self._running or (lost, base)
+        lost = before + (1 - self.averaging) * (lost - before)
+        base = of + (1 - self.averaging) * (base - of)
+        self._running = lost, base
+        if base > 0:  # a base model that gives candidates nothing asks for nothing
+            moved = self.coefficient + self.learning_rate * (lost / base - (1 - self.share))
             self.coefficient = min(max(moved, 0.0), self.CEILING)
 
     def state_dict(self) -> dict[str, float | list[float] | None]:

@@ -247,7 +247,7 @@ class SteeringPPO(PPO):
             if taken:
                 self.kl.update(measured["kl"])
                 if self.mass_floor:
-                    self.mass_floor.update(measured["answer_mass"], measured["base_answer_mass"])
+                    self.mass_floor.update(measured["lost_answer_mass"], measured["base_answer_mass"])
                 self.skipped_in_a_row = 0
             else:
                 self._skip("the loss or its gradient is")

@@ -129,41 +129,44 @@ class Updater:
             price: beta, of one nat.
             clip: eps of ``ppo``.
             kept: this process's whole share, where it was passed before.
-            mass_price: what the mean answer mass earns.
+            mass_price: of the mean answer mass that is less than the base model's.
 
         Returns:
             what was measured over the whole batch, and whether the step was taken: it is not, in any process, where
             the loss or the gradient is not finite.
         """
         shares = [kept.rows] if kept else self.shares(lesson.handles)
-        totals = torch.zeros(6, dtype=torch.float64)
+        totals = torch.zeros(7, dtype=torch.float64)
         for part, rows in enumerate(shares):
             passed = kept or self.pass_through(lesson.handles, rows, lesson.anchors, part)
             loss, seen = self._loss(lesson, passed, price, clip, mass_price)
             self.learner.backward(loss, first=part == 0, last=part == len(shares) - 1)
             totals += seen.double().cpu()
-        loss, objective, kl, mass, base_mass, clipped = self.learner.world.all_sum(totals).tolist()
+        loss, objective, kl, mass, base_mass, lost, clipped = self.learner.world.all_sum(totals).tolist()
         norm, taken = self.learner.step(usable=bool(np.isfinite(loss)))
         measured = {"objective": objective, "loss": loss, "kl": kl, "gradient_norm": norm}
-        measured |= {"answer_mass": mass, "base_answer_mass": base_mass}
+        measured |= {"answer_mass": mass, "base_answer_mass": base_mass, "lost_answer_mass": lost}
         return measured | ({"clip_fraction": clipped} if self.estimator == "ppo" else {}), taken
 
     def _loss(
         self, lesson: Lesson, passed: Passed, price: float, clip: float, mass_price: float
     ) -> tuple[Tensor, Tensor]:
-        """A part's share of the batch's loss; and of loss, objective, KL, both masses and clip fraction, (6,)."""
+        """A part's share of the batch's loss; and of loss, objective, KL, answer masses and clip fraction, (7,)."""
         outcome, rows, count = passed.outcome, passed.rows, len(lesson.handles)
         gain = lesson.gain(self.estimator, rows, outcome.log_policy, clip)
         objective = lesson.objective(gain, rows, self.unambiguous_weight)
         divergence = torch.cat([kl_divergence(outcome.next_token, passed.reference), passed.anchored])
         kl = divergence.sum() / (count + len(lesson.anchors))
-        mass, base_mass = outcome.answer_mass.sum() / count, passed.base_mass.sum() / count
+        masses = torch.stack(
+            [outcome.answer_mass, passed.base_mass, (passed.base_mass - outcome.answer_mass).clamp(min=0)]
+        )
+        masses = masses.sum(1) / count
         loss = -objective + price * kl
         if mass_price:
-            loss = loss - mass_price * mass
+            loss = loss + mass_price * masses[2]
         loss = loss / step_unit(price)
         if outcome.values.requires_grad:
             error = (outcome.values - lesson.returns[rows]).square().sum() / count
             loss = loss + self.value_weight * error
         clipped = lesson.clipped(rows, outcome.log_policy, clip).sum() / count
-        return loss, torch.stack([loss, objective, kl, mass, base_mass, clipped]).detach()
+        return loss, torch.stack([loss, objective, kl, *masses, clipped]).detach()
