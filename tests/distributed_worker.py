@@ -67,9 +67,8 @@ def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
     zero = {"stage": case["stage"], "stage3_param_persistence_threshold": 0}
     settings = {"zero_optimization": zero} if world else None
     training.tiny_llama = lambda **k: tiny_llama(**k).to(case.get("dtype", torch.float32))
-    floor = AnswerMassFloor(1.0)
-    floor.load_state_dict({"coefficient": 0.3, "running": [0.05, 0.25]})  # as in mid-run, with a price
-    limits = {"kl": KLBudget(0.05), "mass_floor": floor}
+    # A price from the second step on: at the identity it is rounding whether mass is lost.
+    limits = {"kl": KLBudget(0.05), "mass_floor": AnswerMassFloor(1.0, learning_rate=5.0)}
     trainer = make_trainer(letters_set(), world=world, deepspeed=settings, **limits, **options)
     if world and world.rank == 1:
         trainer.task.backbone.max_tokens = case.get("max_tokens", trainer.task.backbone.max_tokens)
