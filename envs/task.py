@@ -144,11 +144,11 @@ class DecisionTask:
         return self._cached([int(h) for h in handles], self._score_base)
 
     def base_answer_mass(self, handles: Sequence[int]) -> Tensor:
-        """(N,) probability that the base model gives to all candidates together, from the pass of :meth:`reference`."""
-        keys = [int(h) for h in handles]
-        if missing := [key for key in keys if key not in self._own_mass]:
-            self._cached(missing, self._score_base)
-        return torch.stack([self._own_mass[key] for key in keys]).to(self.backbone.device)
+        """(N,) probability that the base model gives to all candidates together.
+
+        Of decisions whose :meth:`reference` is known: it is from that pass, and no other is made here.
+        """
+        return torch.stack([self._own_mass[int(h)] for h in handles]).to(self.backbone.device)
 
     def base_policy(self, handles: Sequence[int]) -> Tensor:
         """(N, K) probabilities of the base model over the candidates, from the pass that :meth:`reference` is of.

@@ -91,7 +91,7 @@ class Updater:
         mine = anchors[self.learner.world.rank :: self.learner.world.size]
         texts = list(mine or anchors[:1]) if part == 0 else []
         reference = self.learner.pass_through(lambda: self.task.reference(own))
-        base_mass = self.task.base_answer_mass(own)  # of that pass
+        base_mass = self.task.base_answer_mass(own)
         base = self.learner.pass_through(lambda: self.task.anchor_reference(texts)) if texts else None
 
         def work() -> tuple[Tensor, ...]:

@@ -66,10 +66,8 @@ def estimators(arguments: argparse.Namespace) -> None:
         with last_step(folder).to(backbone.device).on(backbone.model, 0.0) as handle:
             found = at_kl(lambda scale, handle=handle: _point(evaluator, handle, scale), arguments.kl)
         halved = {key: decisions_until(history, key, 0.5) for key in HALVED}
-        rows.append(
-            {"variant": name, "seed": seed, "halved_at": halved, "at_kl": found.to_json(contexts=False)}
-            | {"history": history}
-        )
+        at_equal_kl = found.to_json(contexts=False)
+        rows.append({"variant": name, "seed": seed, "halved_at": halved, "at_kl": at_equal_kl, "history": history})
     record = {"kl": arguments.kl, "base": base.to_json(contexts=False), "rows": rows}
     write_text(Path(arguments.results) / "estimators.json", json.dumps(record, indent=1) + "\n")
     print(table(record), end="")
