@@ -128,7 +128,10 @@ def _require_same(path: str | Path, settings: dict[str, Any], said: dict[str, tu
 
 def _require_precision(path: str | Path, settings: dict[str, Any], dtype: str) -> None:
     for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
-        enabled = settings.get(key, {}).get("enabled", "auto") if isinstance(settings.get(key, {}), dict) else None
+        section = settings.get(key, {})
+        if not isinstance(section, dict):
+            raise LaunchError(f"{path}: {key}: expected an object, found {type(section).__name__}")
+        enabled = section.get("enabled", "auto")
         if enabled not in ("auto", dtype == name):
             switched = "on" if enabled else "off"
             raise LaunchError(f"{path}: {key} is switched {switched}, but model.dtype is {dtype}; make them agree")

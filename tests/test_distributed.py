@@ -277,6 +277,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "parts": ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 4, but the config says 1"),
     "clip": ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but the config says 1000.0"),
     "bf16": ({"bf16": {"enabled": True}}, "bf16 is switched on, but model.dtype is float32; make them agree"),
+    "no object": ({"bf16": True}, "bf16: expected an object, found bool"),
     "fp16": ({"fp16": {"enabled": True}}, "fp16 is switched on, but model.dtype is float32"),
     "optimizer": ({"optimizer": {"type": "Adam"}}, "optimizer: the optimiser is set by train.learning_rate"),
     "scheduler": ({"scheduler": {}}, "scheduler: the learning rate is set by train.schedule"),
