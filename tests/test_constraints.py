@@ -196,6 +196,13 @@ def test_answer_mass_that_the_base_does_not_have_is_not_asked_for() -> None:
     assert floor.coefficient == 10.0
 
 
+def test_a_floor_of_nothing_costs_nothing() -> None:
+    floor = AnswerMassFloor(0.0, learning_rate=10.0)
+    for _ in range(3):
+        floor.update(0.1, 0.1)  # all of it is lost
+    assert floor.coefficient == floor.price == 0.0
+
+
 def test_the_state_of_the_floor_goes_on_bit_for_bit() -> None:
     floor, other = AnswerMassFloor(0.95), AnswerMassFloor(0.95)
     other.load_state_dict(json.loads(json.dumps(floor.state_dict())))  # before the first step
@@ -207,7 +214,7 @@ def test_the_state_of_the_floor_goes_on_bit_for_bit() -> None:
     assert other.price == floor.price
 
 
-@pytest.mark.parametrize("values", [{"share": 0.0}, {"share": 1.1}, {"learning_rate": 0.0}, {"averaging": 1.0}])
+@pytest.mark.parametrize("values", [{"share": -0.1}, {"share": 1.1}, {"learning_rate": 0.0}, {"averaging": 1.0}])
 def test_an_impossible_floor_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values)).split("_")[0]):
         AnswerMassFloor(**{"share": 0.9, **values})

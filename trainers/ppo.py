@@ -59,7 +59,7 @@ class SteeringPPO(PPO):
             the task is the environment's.
         estimator: ``expected``, ``reinforce`` or ``ppo``.
         kl: the constraint, a :class:`trainers.constraints.KLBudget` or :class:`FixedKL`.
-        mass_floor: what keeps the answer mass up; None leaves it to itself.
+        mass_floor: what keeps the answer mass up; nothing unless given.
         unambiguous_weight: weight of the unambiguous decisions' mean reward beside the ambiguous ones'.
         sparsity: lambda of the L1 penalty on the operators, beside a reward of at most 1.
         anchors: anchor texts of the task whose KL counts in each step.
@@ -101,7 +101,7 @@ class SteeringPPO(PPO):
             raise ValueError(f"{unused[0]} is {kwargs[unused[0]]!r}, but SteeringPPO does not use it; leave it away")
         self.estimator = estimator
         self.kl = kl or KLBudget(0.1)
-        self.mass_floor = mass_floor
+        self.mass_floor = mass_floor or AnswerMassFloor(0.0)
         self.anchors = min(anchors, len(env.inner.task.anchors))
         self.hard_preference = hard_preference
         self.max_skipped = max_skipped
@@ -241,13 +241,11 @@ class SteeringPPO(PPO):
             kept, self._kept = self._kept, None  # the graph is used once
             price, clip = self.kl.coefficient, self.clip_range(self._current_progress_remaining)
             self.policy.optimizer.param_groups[0]["penalty"] = self.sparsity / step_unit(price)
-            mass_price = self.mass_floor.price if self.mass_floor else 0.0
-            measured, taken = self.updater.step(lesson, price, clip, kept, mass_price)
+            measured, taken = self.updater.step(lesson, price, clip, kept, self.mass_floor.price)
             self._record(measured, price)
             if taken:
                 self.kl.update(measured["kl"])
-                if self.mass_floor:
-                    self.mass_floor.update(measured["lost_answer_mass"], measured["base_answer_mass"])
+                self.mass_floor.update(measured["lost_answer_mass"], measured["base_answer_mass"])
                 self.skipped_in_a_row = 0
             else:
                 self._skip("the loss or its gradient is")
@@ -318,7 +316,7 @@ class SteeringPPO(PPO):
     def _record(self, measured: dict[str, float], price: float) -> None:
         self.measured = measured | {
             "kl_coefficient": price,
-            **({"mass_coefficient": self.mass_floor.coefficient} if self.mass_floor else {}),
+            "mass_coefficient": self.mass_floor.coefficient,
             "running_bias": float((self.task.preference - self.task.target).abs().sum(-1).mean()),
             "sparsity": sparsity(self.policy.steering.parameters()),
         }

@@ -108,7 +108,7 @@ def save_state(
         "timesteps": model.num_timesteps,
         "updates": model._n_updates,
         "kl": model.kl.state_dict(),
-        "mass_floor": model.mass_floor.state_dict() if model.mass_floor else None,
+        "mass_floor": model.mass_floor.state_dict(),
         "guard": model.guard_state(),
         "sampler": model.env.inner.sampler.state_dict(),
         "handles": [int(handle) for handle in model.env.inner.handles],
@@ -169,8 +169,7 @@ def load_state(saved: SavedState, model: SteeringPPO) -> tuple[dict[str, Tensor]
     model.load_optimizer_state(part["optimizer"])
     model.num_timesteps, model._n_updates = facts["timesteps"], facts["updates"]
     model.kl.load_state_dict(facts["kl"])
-    if model.mass_floor:
-        model.mass_floor.load_state_dict(facts["mass_floor"])
+    model.mass_floor.load_state_dict(facts["mass_floor"])
     model.load_guard_state(facts["guard"])
     handles = model.env.inner.restore(facts["sampler"], facts["handles"])
     model._last_obs, model._last_episode_starts = handles, np.ones(len(handles), dtype=bool)
