@@ -134,7 +134,10 @@ def test_the_reward_sees_the_deviations_that_the_metrics_report() -> None:
         tags = [ABSTAIN if g == 4 else names[g] for g in offered]
         decisions.append(
             Decision(
-                id=str(number), context=str(number % 3), kind="ambiguous", prompt="?",
+                id=str(number),
+                context=str(number % 3),
+                kind="ambiguous",
+                prompt="?",
                 candidates=tuple(Candidate(text=f"{i}", group=tag) for i, tag in enumerate(tags)),
             )  # fmt: skip
         )

@@ -119,7 +119,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path: Path, estimat
     assert_same(everything(second), wanted)
     records = (whole / "metrics.jsonl").read_bytes()
     assert (parts / "metrics.jsonl").read_bytes() == records
-    assert records.count(b"\n") == records.count(b"\"train/kl\"") == 6
+    assert records.count(b"\n") == records.count(b'"train/kl"') == 6
 
 
 def test_a_state_can_be_taken_before_the_first_step(tmp_path: Path) -> None:
