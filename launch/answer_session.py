@@ -19,7 +19,7 @@ from dso.steering import Handle, Steering
 from envs.task import DecisionTask
 from launch.freeform_config import FreeformConfig
 from launch.measure import thin
-from launch.processes import LaunchError, process_count, process_device, read_json
+from launch.processes import LaunchError, process_count, process_device, read_json, read_section
 from launch.session import (
     kl_constraint,
     load_backbone,
@@ -199,9 +199,7 @@ def read_deepspeed(path: str, config: FreeformConfig) -> dict[str, Any]:
         LaunchError: naming the file and the key.
     """
     settings = read_json(path)
-    sections = {key: settings.get(key, {}) for key in ("zero_optimization", *PRECISIONS)}
-    if wrong := [key for key, section in sections.items() if not isinstance(section, dict)]:
-        raise LaunchError(f"{path}: {wrong[0]}: expected an object, found {type(sections[wrong[0]]).__name__}")
+    sections = {key: read_section(path, settings, key) for key in ("zero_optimization", *PRECISIONS)}
     if (stage := sections["zero_optimization"].get("stage", 0)) != 0:
         reason = "written answers are sampled from whole weights, and what is trained is too small to divide"
         raise LaunchError(f"{path}: zero_optimization.stage is {stage}, expected 0: {reason}")

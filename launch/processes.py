@@ -105,6 +105,18 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return settings
 
 
+def read_section(path: str | Path, settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """A section of DeepSpeed's configuration, empty if it is not there.
+
+    Raises:
+        LaunchError: if it is no object.
+    """
+    section = settings.get(key, {})
+    if not isinstance(section, dict):
+        raise LaunchError(f"{path}: {key}: expected an object, found {type(section).__name__}")
+    return section
+
+
 def _said(config: TrainConfig, size: int) -> dict[str, tuple[object, str]]:
     """What the config says of DeepSpeed's keys, and where."""
     train = config.train
@@ -128,10 +140,7 @@ def _require_same(path: str | Path, settings: dict[str, Any], said: dict[str, tu
 
 def _require_precision(path: str | Path, settings: dict[str, Any], dtype: str) -> None:
     for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
-        section = settings.get(key, {})
-        if not isinstance(section, dict):
-            raise LaunchError(f"{path}: {key}: expected an object, found {type(section).__name__}")
-        enabled = section.get("enabled", "auto")
+        enabled = read_section(path, settings, key).get("enabled", "auto")
         if enabled not in ("auto", dtype == name):
             switched = "on" if enabled else "off"
             raise LaunchError(f"{path}: {key} is switched {switched}, but model.dtype is {dtype}; make them agree")

@@ -206,7 +206,7 @@ def _trainer(
         },
         estimator=train.estimator,
         kl=kl_constraint(limits),
-        mass_floor=AnswerMassFloor(limits.min_answer_mass or 0.0),
+        mass_floor=None if limits.min_answer_mass is None else AnswerMassFloor(limits.min_answer_mass),
         unambiguous_weight=train.unambiguous_weight,
         sparsity=limits.sparsity,
         hard_preference=train.hard_preference,

@@ -10,7 +10,7 @@ import torch
 from torch import tensor
 
 from dso.scoring import kl_divergence
-from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, soft_threshold, sparsity, step_sizes
+from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, NoMassFloor, soft_threshold, sparsity, step_sizes
 
 # KL
 
@@ -196,8 +196,9 @@ def test_answer_mass_that_the_base_does_not_have_is_not_asked_for() -> None:
     assert floor.coefficient == 10.0
 
 
-def test_a_floor_of_nothing_costs_nothing() -> None:
-    floor = AnswerMassFloor(0.0, learning_rate=10.0)
+def test_no_floor_costs_nothing() -> None:
+    floor = NoMassFloor()
+    floor.load_state_dict(json.loads(json.dumps(floor.state_dict())))
     for _ in range(3):
         floor.update(0.1, 0.1)  # all of it is lost
     assert floor.coefficient == floor.price == 0.0
@@ -214,7 +215,7 @@ def test_the_state_of_the_floor_goes_on_bit_for_bit() -> None:
     assert other.price == floor.price
 
 
-@pytest.mark.parametrize("values", [{"share": -0.1}, {"share": 1.1}, {"learning_rate": 0.0}, {"averaging": 1.0}])
+@pytest.mark.parametrize("values", [{"share": 0.0}, {"share": 1.1}, {"learning_rate": 0.0}, {"averaging": 1.0}])
 def test_an_impossible_floor_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values)).split("_")[0]):
         AnswerMassFloor(**{"share": 0.9, **values})

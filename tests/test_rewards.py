@@ -139,7 +139,7 @@ def test_the_reward_sees_the_deviations_that_the_metrics_report() -> None:
                 kind="ambiguous",
                 prompt="?",
                 candidates=tuple(Candidate(text=f"{i}", group=tag) for i, tag in enumerate(tags)),
-            )  # fmt: skip
+            )
         )
     report = bias_report(probs, DecisionSet(tuple(decisions), names), target, bootstrap=1)
     goal = torch.tensor(list(target.values()), dtype=torch.float64)

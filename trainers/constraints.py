@@ -111,11 +111,27 @@ class KLBudget:
         self._log_beta, self._running = state["log_beta"], state["running"]
 
 
+class NoMassFloor:
+    """The answer mass is left to itself."""
+
+    coefficient = 0.0
+    price = 0.0
+
+    def update(self, lost: float, base: float) -> None:
+        """Nothing to adapt."""
+
+    def state_dict(self) -> None:
+        return None
+
+    def load_state_dict(self, state: None) -> None:
+        """Nothing to restore."""
+
+
 class AnswerMassFloor:
     """The dual variable of a floor under the answer mass.
 
     Args:
-        share: of the base model's mean answer mass that is to be left where prompts lose some; 0 asks for nothing.
+        share: of the base model's mean answer mass that is to be left where prompts lose some.
         learning_rate: of the ascent, an optimiser step each.
         averaging: weight of the past in the running masses that the ascent sees.
     """
@@ -123,9 +139,9 @@ class AnswerMassFloor:
     CEILING = 10.0
 
     def __init__(self, share: float, learning_rate: float = 0.1, averaging: float = 0.8):
-        if not 0 <= share <= 1 or not 0 < learning_rate < math.inf or not 0 <= averaging < 1:
+        if not 0 < share <= 1 or not 0 < learning_rate < math.inf or not 0 <= averaging < 1:
             raise ValueError(
-                f"share {share} must be in [0, 1], learning rate {learning_rate} > 0, averaging {averaging} in [0, 1)"
+                f"share {share} must be in (0, 1], learning rate {learning_rate} > 0, averaging {averaging} in [0, 1)"
             )
         self.share = share
         self.learning_rate = learning_rate

@@ -26,7 +26,7 @@ from dso.errors import UserError
 from dso.rewards import expected_reward
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask
-from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, sparsity, step_unit
+from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, NoMassFloor, sparsity, step_unit
 from trainers.distributed import World
 from trainers.fisher import whitening
 from trainers.learner import Learner
@@ -101,7 +101,7 @@ class SteeringPPO(PPO):
             raise ValueError(f"{unused[0]} is {kwargs[unused[0]]!r}, but SteeringPPO does not use it; leave it away")
         self.estimator = estimator
         self.kl = kl or KLBudget(0.1)
-        self.mass_floor = mass_floor or AnswerMassFloor(0.0)
+        self.mass_floor = mass_floor or NoMassFloor()
         self.anchors = min(anchors, len(env.inner.task.anchors))
         self.hard_preference = hard_preference
         self.max_skipped = max_skipped
