@@ -3,6 +3,9 @@
 By default every LayerNorm or RMSNorm of the language backbone whose width is the model's hidden size: input,
 post-attention, pre- and post-feed-forward and final norms (DSO, arXiv 2512.15926, section 4). Per-head
 query/key norms have another width; vision towers and projectors lie outside the language backbone.
+
+By pattern any norm may be named, and any linear layer: at the outputs of the query, key and value projections (ours)
+an operator reaches what attention heads look for and pass on, and leaves the rest of the model as it is.
 """
 
 from __future__ import annotations
@@ -21,14 +24,13 @@ def resolve_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> di
     """The sites of a model: dotted module name -> width, in the order in which the model defines them.
 
     Args:
-        patterns: regular expressions that a dotted name must match in full; any norm in the whole model may be named
-            by them. None means the default of the module's docstring.
+        patterns: regular expressions that a dotted name must match in full. One means the norms in the whole model
+            that it matches or, if there are none, the linear layers. None means the default of the module's docstring.
 
     Raises:
         UserError: if nothing matches, or a pattern matches nothing or is no regular expression.
     """
-    widths = {name: _norm_width(module) for name, module in model.named_modules()}
-    norms = {name: width for name, width in widths.items() if width}
+    norms = {name: width for name, module in model.named_modules() if (width := _norm_width(module))}
     if patterns is None:
         prefix, width = _language_backbone(model)
         sites = {n: w for n, w in norms.items() if n.startswith(prefix) and w == width and not _is_head_norm(n)}
@@ -38,17 +40,28 @@ def resolve_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> di
                 "name the sites by pattern"
             )
         return sites
+    linear = {name: width for name, module in model.named_modules() if (width := _linear_width(module))}
     sites = {}
     for pattern in patterns:
         try:
-            matched = [name for name in norms if re.fullmatch(pattern, name)]
+            named = re.compile(pattern)
         except re.error as error:
             raise UserError(f"site pattern {pattern!r} is no regular expression: {error}") from error
-        if not matched:
-            known = ", ".join(list(norms)[:3]) or "none"
-            raise UserError(f"site pattern {pattern!r} matches no norm; norms are e.g. {known}")
-        sites.update((name, norms[name]) for name in matched)
-    return {name: sites[name] for name in norms if name in sites}
+        for known in (norms, linear):
+            if matched := {name: width for name, width in known.items() if named.fullmatch(name)}:
+                break
+        else:
+            examples = ", ".join(list(norms)[:3]) or "none"
+            raise UserError(
+                f"site pattern {pattern!r} matches no norm; norms are e.g. {examples}. Nor does it match a linear layer"
+            )
+        sites.update(matched)
+    return {name: sites[name] for name, _ in model.named_modules() if name in sites}
+
+
+def site_width(module: nn.Module) -> int:
+    """Size of the last dimension of what a norm or a linear layer gives; 0 for any other module."""
+    return _norm_width(module) or _linear_width(module)
 
 
 def _norm_width(module: nn.Module) -> int:
@@ -61,6 +74,13 @@ def _norm_width(module: nn.Module) -> int:
         shape = getattr(module, "normalized_shape", ())
         return int(shape[-1]) if len(shape) == 1 else 0
     return weight.numel() if weight.ndim == 1 else 0
+
+
+def _linear_width(module: nn.Module) -> int:
+    """Number of outputs of a linear layer, also of a quantised one or of GPT-2's Conv1D; 0 for any other module."""
+    kind = type(module).__name__.lower()
+    width = getattr(module, "nf" if kind == "conv1d" else "out_features", 0)
+    return width if isinstance(width, int) and ("linear" in kind or kind == "conv1d") else 0
 
 
 def _is_head_norm(name: str) -> bool:

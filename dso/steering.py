@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dso.checkpoint import SteeringConfig, SteeringError, fingerprint, read_checkpoint, write_checkpoint
 from dso.errors import UserError
 from dso.operators import SteeringOperator, make_operator
-from dso.sites import resolve_sites
+from dso.sites import resolve_sites, site_width
 
 
 class Steering(nn.Module):
@@ -111,9 +111,9 @@ class Steering(nn.Module):
         for site, width in self.config.sites.items():
             if site not in modules:
                 raise SteeringError(f"the model has no module {site!r}; {made_for}")
-            found = getattr(modules[site], "weight", None)
-            if found is not None and found.ndim == 1 and found.numel() not in (width, 0):
-                raise SteeringError(f"module {site!r} has width {found.numel()}, expected {width}; {made_for}")
+            found = site_width(modules[site])
+            if found not in (width, 0):
+                raise SteeringError(f"module {site!r} has width {found}, expected {width}; {made_for}")
         if self.config.fingerprint and fingerprint(model, self.config.sites) != self.config.fingerprint:
             raise SteeringError(f"the model's weights at the steered sites are not the ones trained on; {made_for}")
         return {site: modules[site] for site in self.config.sites}

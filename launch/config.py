@@ -90,7 +90,9 @@ class SteeringSection:
 
     operator: Literal["affine", "bias", "low_rank"] = "affine"
     rank: int | None = None  # of low_rank
-    sites: tuple[str, ...] | None = None  # patterns of module names; every norm of the language backbone
+    sites: tuple[str, ...] | None = (
+        None  # patterns of names of norms or linear layers; None: the language model's norms
+    )
 
     def __post_init__(self) -> None:
         low_rank = self.operator == "low_rank"

@@ -124,7 +124,7 @@ def coefficients(config: TrainConfig, architecture: Architecture) -> Coefficient
     """The operators of a config, sited by the code that training sites them by.
 
     Raises:
-        ConfigError: if a pattern names no norm, or the rank does not fit.
+        ConfigError: if a pattern names no site, or the rank does not fit.
     """
     wanted = config.steering
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from architectures import tiny
@@ -11,6 +13,7 @@ from transformers import LlamaConfig
 
 from dso.errors import UserError
 from dso.sites import resolve_sites
+from dso.steering import Steering
 
 
 @pytest.mark.parametrize("architecture", EXPECTED)
@@ -40,6 +43,45 @@ def test_patterns_name_sites_in_the_order_of_the_model():
     assert list(resolve_sites(model, layers).items()) == [(name, 16) for name in wanted]
     assert list(resolve_sites(model, [*layers, *layers])) == wanted
     assert list(resolve_sites(model, ["model.norm"])) == ["model.norm"]
+
+
+PROJECTIONS = {
+    "Llama": {  # two heads share one key and one value
+        f"model.layers.{layer}.self_attn.{name}_proj": width
+        for layer in range(2)
+        for name, width in {"q": 16, "k": 8, "v": 8}.items()
+    },
+    "GPT-2": {f"transformer.h.{layer}.attn.c_attn": 48 for layer in range(2)},  # a Conv1D for all three
+}
+
+
+@pytest.mark.parametrize("architecture", PROJECTIONS)
+def test_patterns_that_match_no_norm_name_linear_layers(architecture):
+    model = tiny(architecture)
+    own = r".*\.([qkv]_proj|c_attn)"
+    assert resolve_sites(model, [own]) == PROJECTIONS[architecture]
+    norm = list(resolve_sites(model))[0]
+    both = {norm: 16, **PROJECTIONS[architecture]}
+    assert resolve_sites(model, [own, re.escape(norm)]) == both  # each pattern by itself
+
+
+def test_a_linear_layer_is_steered_at_its_output():
+    model = tiny("Llama")
+    steering = Steering.for_model(model, sites=[r".*\.0\.self_attn\.k_proj"])
+    site, operator = next(iter(steering.operators.items()))
+    with torch.no_grad():
+        operator.a.uniform_(-1, 1)
+        operator.b.uniform_(-1, 1)
+    layer = model.get_submodule(site)
+    h = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        base = layer(h)
+        with steering.on(model, scale=0.5):
+            torch.testing.assert_close(layer(h), base + 0.5 * (operator.a * base + operator.b))
+        with steering.on(model, scale=0.0):
+            assert torch.equal(layer(h), base)
+    with pytest.raises(UserError, match=rf"module '{site}' has width 16, expected 8"):
+        steering.attach(tiny("Llama", num_key_value_heads=2))
 
 
 @pytest.mark.parametrize(
