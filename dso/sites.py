@@ -1,22 +1,25 @@
 """Which modules are steered.
 
-By default every LayerNorm or RMSNorm of the language backbone whose width is the model's hidden size: input,
-post-attention, pre- and post-feed-forward and final norms (DSO, arXiv 2512.15926, section 4). Per-head
+``norms``, the default: every LayerNorm or RMSNorm of the language backbone whose width is the model's hidden size:
+input, post-attention, pre- and post-feed-forward and final norms (DSO, arXiv 2512.15926, section 4). Per-head
 query/key norms have another width; vision towers and projectors lie outside the language backbone.
 
-By pattern any norm may be named, and any linear layer: at the outputs of the query, key and value projections (ours)
-an operator reaches what attention heads look for and pass on, and leaves the rest of the model as it is.
+``attention`` (ours): the outputs of the language backbone's query, key and value projections. An operator there reaches
+what heads look for and what they pass on, and nothing else.
+
+By pattern any norm of the model may be named, and any linear layer.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from dso.errors import UserError
 
+PROJECTION = re.compile(r"(^|\.)((q|k|v|qkv)_proj|query|key|value|query_key_value|c_attn|Wqkv)$")
 HEAD_NORM = re.compile(r"(^|[._])(q|k|kv|query|key)_(a_)?(layer)?norm$")
 
 
@@ -24,39 +27,62 @@ def resolve_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> di
     """The sites of a model: dotted module name -> width, in the order in which the model defines them.
 
     Args:
-        patterns: regular expressions that a dotted name must match in full. One means the norms in the whole model
-            that it matches or, if there are none, the linear layers. None means the default of the module's docstring.
+        patterns: each is ``norms`` or ``attention`` (see the module's docstring), or a regular expression that a dotted
+            name must match in full: the norms in the whole model that it matches or, if there are none, the linear
+            layers. None means ``norms``.
 
     Raises:
         UserError: if nothing matches, or a pattern matches nothing or is no regular expression.
     """
-    norms = {name: width for name, module in model.named_modules() if (width := _norm_width(module))}
-    if patterns is None:
-        prefix, width = _language_backbone(model)
-        sites = {n: w for n, w in norms.items() if n.startswith(prefix) and w == width and not _is_head_norm(n)}
-        if not sites:
-            raise UserError(
-                f"{type(model).__name__} has no norm of width {width} in its language backbone; "
-                "name the sites by pattern"
-            )
-        return sites
-    linear = {name: width for name, module in model.named_modules() if (width := _linear_width(module))}
-    sites = {}
-    for pattern in patterns:
-        try:
-            named = re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"site pattern {pattern!r} is no regular expression: {error}") from error
-        for known in (norms, linear):
-            if matched := {name: width for name, width in known.items() if named.fullmatch(name)}:
-                break
-        else:
-            examples = ", ".join(list(norms)[:3]) or "none"
-            raise UserError(
-                f"site pattern {pattern!r} matches no norm; norms are e.g. {examples}. Nor does it match a linear layer"
-            )
-        sites.update(matched)
+    sites: dict[str, int] = {}
+    for pattern in ["norms"] if patterns is None else patterns:
+        sites.update(_KINDS[pattern](model) if pattern in _KINDS else _matching(model, pattern))
     return {name: sites[name] for name, _ in model.named_modules() if name in sites}
+
+
+def _norms(model: nn.Module) -> dict[str, int]:
+    prefix, width = _language_backbone(model)
+    norms = _widths(model, _norm_width)
+    sites = {n: w for n, w in norms.items() if n.startswith(prefix) and w == width and not _is_head_norm(n)}
+    if not sites:
+        raise UserError(
+            f"{type(model).__name__} has no norm of width {width} in its language backbone; name the sites by pattern"
+        )
+    return sites
+
+
+def _attention(model: nn.Module) -> dict[str, int]:
+    prefix, _ = _language_backbone(model)
+    linear = _widths(model, _linear_width)
+    sites = {name: width for name, width in linear.items() if name.startswith(prefix) and PROJECTION.search(name)}
+    if not sites:
+        raise UserError(
+            f"{type(model).__name__} has no query, key or value projection of a known name in its language backbone; "
+            "name the sites by pattern"
+        )
+    return sites
+
+
+_KINDS = {"norms": _norms, "attention": _attention}
+
+
+def _matching(model: nn.Module, pattern: str) -> dict[str, int]:
+    try:
+        wanted = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"site pattern {pattern!r} is no regular expression: {error}") from error
+    norms = _widths(model, _norm_width)
+    for known in (norms, _widths(model, _linear_width)):
+        if matched := {name: width for name, width in known.items() if wanted.fullmatch(name)}:
+            return matched
+    examples = ", ".join(list(norms)[:3]) or "none"
+    raise UserError(
+        f"site pattern {pattern!r} matches no norm; norms are e.g. {examples}. Nor does it match a linear layer"
+    )
+
+
+def _widths(model: nn.Module, width_of: Callable[[nn.Module], int]) -> dict[str, int]:
+    return {name: width for name, module in model.named_modules() if (width := width_of(module))}
 
 
 def site_width(module: nn.Module) -> int:

@@ -65,6 +65,33 @@ def test_patterns_that_match_no_norm_name_linear_layers(architecture):
     assert resolve_sites(model, [own, re.escape(norm)]) == both  # each pattern by itself
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", EXPECTED)
+def test_attention_means_the_projections_of_every_layer(architecture):
+    model = tiny(architecture)
+    if architecture == "Mamba":
+        with pytest.raises(UserError, match="has no query, key or value projection of a known name in its language"):
+            resolve_sites(model, ["attention"])
+        return
+    sites = resolve_sites(model, ["attention"])
+    inputs: dict[str, list[str]] = {}
+
+    def look(name: str):
+        def hook(module, args, output):
+            assert output.shape[-1] == sites[name]
+            inputs.setdefault(name.rsplit(".", 1)[0], []).append(name.rsplit(".", 1)[1])
+
+        return hook
+
+    for name in sites:
+        model.get_submodule(name).register_forward_hook(look(name))
+    model(torch.tensor([[5, 6, 7]]))
+    fused = {"Phi3": "qkv_proj", "GPT-2": "c_attn", "MPT": "Wqkv"}.get(architecture, "query_key_value")
+    assert len(inputs) == model.config.num_hidden_layers
+    assert all({*found} in ({"q_proj", "k_proj", "v_proj"}, {fused}) for found in inputs.values())
+    assert resolve_sites(model, ["attention", "norms"]).items() == (sites | resolve_sites(model)).items()
+
+
 def test_a_linear_layer_is_steered_at_its_output():
     model = tiny("Llama")
     steering = Steering.for_model(model, sites=[r".*\.0\.self_attn\.k_proj"])
@@ -108,6 +135,8 @@ class Tower(nn.Module):
         self.language["narrow"] = nn.LayerNorm(4)
         self.language["line"] = nn.Linear(8, 8)
         self.language2 = nn.LayerNorm(8)
+        for tower in (self.vision, self.language):
+            tower["q_proj"] = nn.Linear(8, 6)
 
     def get_decoder(self):
         return self.language
@@ -118,6 +147,7 @@ def test_only_the_language_backbone_unless_asked_for():
     assert resolve_sites(model) == {"language.norm": 8, "language.bare": 8}
     assert resolve_sites(model, ["vision.*"]) == {"vision.norm": 8}  # batch and group norms work on other dimensions
     assert resolve_sites(model, [".*narrow"]) == {"language.narrow": 4}
+    assert resolve_sites(model, ["attention"]) == {"language.q_proj": 6}
 
 
 def test_a_model_without_norms_says_so():
