@@ -77,7 +77,8 @@ def _matching(model: nn.Module, pattern: str) -> dict[str, int]:
             return matched
     examples = ", ".join(list(norms)[:3]) or "none"
     raise UserError(
-        f"site pattern {pattern!r} matches no norm; norms are e.g. {examples}. Nor does it match a linear layer"
+        f"site pattern {pattern!r} matches no norm; norms are e.g. {examples}. Nor does it match a linear layer, "
+        f"and it is not {' or '.join(_KINDS)}"
     )
 
 
