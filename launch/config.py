@@ -90,9 +90,7 @@ class SteeringSection:
 
     operator: Literal["affine", "bias", "low_rank"] = "affine"
     rank: int | None = None  # of low_rank
-    sites: tuple[str, ...] | None = (
-        None  # patterns of names of norms or linear layers; None: the language model's norms
-    )
+    sites: tuple[str, ...] | None = None  # norms (also if None), attention, or patterns of names (dso/sites.py)
 
     def __post_init__(self) -> None:
         low_rank = self.operator == "low_rank"

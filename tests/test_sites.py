@@ -74,12 +74,13 @@ def test_attention_means_the_projections_of_every_layer(architecture):
             resolve_sites(model, ["attention"])
         return
     sites = resolve_sites(model, ["attention"])
-    inputs: dict[str, list[str]] = {}
+    passed: dict[str, list[str]] = {}  # attention layer -> its projections
 
     def look(name: str):
         def hook(module, args, output):
             assert output.shape[-1] == sites[name]
-            inputs.setdefault(name.rsplit(".", 1)[0], []).append(name.rsplit(".", 1)[1])
+            layer, projection = name.rsplit(".", 1)
+            passed.setdefault(layer, []).append(projection)
 
         return hook
 
@@ -87,8 +88,8 @@ def test_attention_means_the_projections_of_every_layer(architecture):
         model.get_submodule(name).register_forward_hook(look(name))
     model(torch.tensor([[5, 6, 7]]))
     fused = {"Phi3": "qkv_proj", "GPT-2": "c_attn", "MPT": "Wqkv"}.get(architecture, "query_key_value")
-    assert len(inputs) == model.config.num_hidden_layers
-    assert all({*found} in ({"q_proj", "k_proj", "v_proj"}, {fused}) for found in inputs.values())
+    assert len(passed) == model.config.num_hidden_layers
+    assert all({*found} in ({"q_proj", "k_proj", "v_proj"}, {fused}) for found in passed.values())
     assert resolve_sites(model, ["attention", "norms"]).items() == (sites | resolve_sites(model)).items()
 
 
