@@ -87,8 +87,9 @@ def _widths(model: nn.Module, width_of: Callable[[nn.Module], int]) -> dict[str,
 
 
 def site_width(module: nn.Module) -> int:
-    """Size of the last dimension of what a norm or a linear layer gives; 0 for any other module."""
-    return _norm_width(module) or _linear_width(module)
+    """Size of what a module gives: a linear layer's outputs, else a one-dimensional weight's; 0 where neither says."""
+    weight = getattr(module, "weight", None)
+    return _linear_width(module) or (weight.numel() if weight is not None and weight.ndim == 1 else 0)
 
 
 def _norm_width(module: nn.Module) -> int:
