@@ -45,6 +45,10 @@ class SteeringOperator(nn.Module):
         """The steered activation in float32, for ``h`` (..., width) in float32."""
         raise TypeError(f"{type(self).__name__} defines no transform")
 
+    def scaled(self, scale: float) -> dict[str, Tensor]:
+        """The coefficients, by name, of the operator that does at scale 1 what this one does at ``scale``."""
+        return {name: value * scale for name, value in self.named_parameters()}
+
     def forward(self, h: Tensor, scale: Tensor | float) -> Tensor:
         """The steered activation, of the shape and dtype of ``h``."""
         return self.transform(h.float(), scale).to(h.dtype)
@@ -92,6 +96,9 @@ class LowRankOperator(SteeringOperator):
 
     def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
         return low_rank(h, self.u, self.v, self.b, scale)
+
+    def scaled(self, scale: float) -> dict[str, Tensor]:
+        return super().scaled(scale) | {"v": self.v}  # U V^T is scaled once
 
 
 KINDS = ("affine", "bias", "low_rank")

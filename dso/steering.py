@@ -69,6 +69,11 @@ class Steering(nn.Module):
         """Every coefficient under its key in the checkpoint, ``<site>.<a|b|u|v>``; the tensors themselves."""
         return {f"{site}.{key}": value for site, op in self.operators.items() for key, value in op.named_parameters()}
 
+    def scaled_tensors(self, scale: float) -> dict[str, Tensor]:
+        """What :meth:`tensors` of the steering would be that does at scale 1 what this one does at ``scale``."""
+        scaled = {site: operator.scaled(scale) for site, operator in self.operators.items()}
+        return {f"{site}.{key}": value for site, own in scaled.items() for key, value in own.items()}
+
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy coefficients from a mapping with exactly the keys and shapes of :meth:`tensors`.
 

@@ -213,11 +213,13 @@ class EvaluationSection:
 
     every: int = 25  # steps
     validation_stride: int = 3  # a unit is validated in every third context: more people for the same time
+    training_decisions: int = 160  # whose KL is held to the budget as validation's is: its few texts may be cheaper
     scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     bootstrap: int = 1000  # resamples of an interval
 
     def __post_init__(self) -> None:
         at_least(1, every=self.every, bootstrap=self.bootstrap, validation_stride=self.validation_stride)
+        at_least(0, training_decisions=self.training_decisions)
         rising(scales=self.scales)
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from stable_baselines3.common.callbacks import CallbackList
@@ -15,9 +15,9 @@ from stable_baselines3.common.logger import Logger
 from dso.files import free_bytes, write_text
 from dso.report import ScalePoint
 from launch.folder import LOW_BYTES, Plan, RunError, Stopped, failing_together, on_main
-from launch.measure import scale_point, thin
+from launch.measure import by_template, scale_point, thin
 from launch.session import Session
-from trainers.callbacks import Checkpoints, Progress, Selection, Validation
+from trainers.callbacks import Checkpoints, Measure, Progress, Selection, Validation
 from trainers.jsonlines import JsonLines
 from trainers.ppo import TrainingDiverged
 from trainers.state import SavedState, load_state, save_state, saved_states
@@ -169,9 +169,11 @@ def _is_time(key: str) -> bool:
 
 
 def _line(row: Validation, better: bool) -> str:
+    at = "" if row.scale == 1 else f", turned down to {row.scale:.2f}"
+    training = "" if row.training_kl is None else f" (training {row.training_kl:.3f})"
     return (
-        f"validation at step {row.step}: bias {row.bias:.3f} (soft {row.soft_bias:.3f}, floor {row.floor:.3f})  "
-        f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}  "
+        f"validation at step {row.step}{at}: bias {row.bias:.3f} (soft {row.soft_bias:.3f}, floor {row.floor:.3f})  "
+        f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}{training}  "
         f"answer mass x{row.answer_mass:.2f}{'  kept' if better else ''}"
     )
 
@@ -191,7 +193,7 @@ def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation
     )
 
 
-def _validator(session: Session) -> Callable[[int], Validation]:
+def _validator(session: Session) -> Measure:
     config = session.config
 
     def look_up(_: int) -> None:
@@ -199,15 +201,22 @@ def _validator(session: Session) -> Callable[[int], Validation]:
         if session.trainer.stop_requested and session.trainer.world.size == 1:
             raise CutShort
 
-    decisions = thin(session.decisions.select(split=config.data.validation_split), config.evaluation.validation_stride)
+    evaluation = config.evaluation
+    decisions = thin(session.decisions.select(split=config.data.validation_split), evaluation.validation_stride)
     evaluator = session.evaluator(decisions, keep_reference=True, progress=look_up)
     base = evaluator.measure(0.0)
     base_mass = scale_point(0.0, base, decisions, config.data.target, 1).answer_mass
+    known = None
+    if evaluation.training_decisions and config.constraints.kl_budget is not None:
+        training = session.decisions.select(split=config.data.train_split)
+        sample = by_template(training, evaluation.training_decisions)
+        known = session.evaluator(sample, keep_reference=True, progress=look_up)
 
-    def measure(step: int) -> Validation:
+    def measure(step: int, scale: float = 1.0) -> Validation:
         # An untrained steering is the identity: the base's numbers, which are already there.
-        scale = float(step > 0)
-        point = scale_point(scale, evaluator.measure(scale), decisions, config.data.target, 1)
-        return validation_row(step, point, base_mass)
+        turned = scale if step else 0.0
+        point = scale_point(turned, evaluator.measure(turned), decisions, config.data.target, 1)
+        training_kl = None if known is None else float(known.measure(turned).kl.mean())
+        return replace(validation_row(step, point, base_mass), training_kl=training_kl, scale=scale)
 
     return measure

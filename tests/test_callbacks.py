@@ -71,6 +71,8 @@ def test_a_run_that_keeps_nothing_says_why() -> None:
         chosen.offer(each, {})
     said = "KL above 0.1: 2, answer mass below 0.9 of the base's: 1, accuracy below the base's: 1, no less biased: 1"
     assert chosen.nothing_kept() == f"none of 4 measured steps was kept ({said}); the steering is the base model"
+    chosen.offer(row(4, kl=0.15, scale=0.5), {})  # a smaller scale of the same step
+    assert chosen.nothing_kept() == f"none of 4 measured steps was kept ({said}); the steering is the base model"
     chosen.offer(row(5), {})
     assert chosen.nothing_kept() is None
 
@@ -150,6 +152,64 @@ def test_measured_at_the_start_every_so_often_and_at_the_end() -> None:
     assert not any(value.any() for value in tensors[0].values())
     assert all(torch.equal(value, tensors[3][key]) for key, value in chosen.best_tensors.items())
     assert any(not torch.equal(value, operators(trainer)[key]) for key, value in chosen.best_tensors.items())
+
+
+def test_operators_outside_are_turned_down_until_they_are_inside() -> None:
+    trainer = make_trainer(learning_rate=0.01, ambiguous=4)
+    scales, told = [], []
+
+    def measure(step: int, scale: float = 1.0) -> Validation:
+        scales.append((step, scale))
+        kl = 0.0 if not step else 0.4 * scale**2.2  # not quite the square that is reckoned with
+        return row(step, soft_bias=0.4 - 0.3 * scale * (step > 0), kl=kl, scale=scale)
+
+    chosen = Selection(measure, every=9, steps=2, kl_budget=0.1, on_measured=lambda *found: told.append(found))
+    learn(trainer, 2, chosen)
+    assert scales[:2] == [(0, 1.0), (2, 1.0)]
+    assert chosen.best == chosen.history[-1]
+    assert 0.08 < chosen.best.kl <= 0.1
+    assert [r.scale for r in chosen.history] == [scale for _, scale in scales]
+    assert [better for _, better in told] == [True, *[False] * (len(told) - 2), True]
+    for key, value in operators(trainer).items():
+        torch.testing.assert_close(chosen.best_tensors[key], chosen.best.scale * value)
+    again = Selection(measure, every=9, steps=2, kl_budget=0.1)
+    again.restore(*json.loads(json.dumps([{}, chosen.state()[1]])))
+    assert again.best == chosen.best
+
+
+@pytest.mark.parametrize(
+    ("outside", "scale"),
+    [
+        ({"kl": 0.4}, math.sqrt(0.97 / 4)),
+        ({"kl": 0.05, "training_kl": 0.4}, math.sqrt(0.97 / 4)),
+        ({"answer_mass": 0.7}, 0.97 / 3),
+        ({"kl": 0.4, "answer_mass": 0.7}, 0.97 / 3),
+        ({"kl": 0.4, "scale": 0.5}, 0.5 * math.sqrt(0.97 / 4)),
+        ({}, None),
+        ({"training_kl": 0.1}, None),
+        ({"accuracy": 0.5}, None),  # what a smaller scale does to it cannot be reckoned
+        ({"kl": math.nan}, None),
+        ({"kl": math.inf}, None),
+        ({"training_kl": math.nan}, None),
+    ],
+)
+def test_the_scale_that_would_be_inside(outside: dict[str, float], scale: float | None) -> None:
+    assert selection().turned_down(row(1, **outside)) == (scale if scale is None else pytest.approx(scale))
+
+
+def test_operators_that_stay_outside_are_given_up() -> None:
+    trainer = make_trainer(learning_rate=0.01, ambiguous=4)
+    chosen = Selection(
+        lambda step, scale=1.0: row(step, kl=0.3 * (step > 0), scale=scale), every=9, steps=1, kl_budget=0.1
+    )
+    learn(trainer, 1, chosen)
+    assert [r.step for r in chosen.history] == [0, *[1] * (1 + Selection.TRIES)]
+    assert chosen.best.step == 0
+
+
+@pytest.mark.parametrize("outside", [{"training_kl": 0.1001}, {"training_kl": math.nan}])
+def test_the_kl_of_training_decisions_is_held_to_the_budget_too(outside: dict[str, float]) -> None:
+    assert kept(row(1, soft_bias=0.0, kl=0.0, **outside), row(2, soft_bias=0.3, training_kl=0.1)) == 2
 
 
 def test_an_interrupted_run_measures_the_same_steps() -> None:

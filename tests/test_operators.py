@@ -97,6 +97,15 @@ def test_the_start_is_the_identity_and_scale_0_is_always(kind, dtype):
     assert torch.equal(filled(kind)(h, 0.0), h)
 
 
+@pytest.mark.parametrize("kind", ["affine", "bias", "low_rank"])
+def test_scaled_coefficients_do_at_1_what_the_operator_does_at_that_scale(kind):
+    operator, smaller = filled(kind), make_operator(kind, WIDTH, 2 if kind == "low_rank" else None)
+    smaller.load_state_dict(operator.scaled(0.3))
+    h = drawn(2, 3, WIDTH, seed=9)
+    torch.testing.assert_close(smaller(h, 1.0), operator(h, 0.3))
+    assert all(torch.equal(value, operator.scaled(1.0)[name]) for name, value in operator.named_parameters())
+
+
 def test_gradients_of_affine_by_hand():
     operator = filled("affine")
     h, up = drawn(2, 3, WIDTH).requires_grad_(True), drawn(2, 3, WIDTH, seed=5)

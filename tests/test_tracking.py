@@ -27,7 +27,15 @@ from launch.config import WandbSection, known_configs, load_config
 from launch.strict import ConfigError
 from trainers import wandb_worker
 from trainers.records import SAMPLE_COLUMNS, curve_records, decision_samples, scalars, without_credentials
-from trainers.tracking import ScalarWriter, TensorBoardTracker, Tracker, check_tracker, open_tracker, run_id
+from trainers.tracking import (
+    ScalarWriter,
+    TensorBoardTracker,
+    Tracker,
+    WandbTracker,
+    check_tracker,
+    open_tracker,
+    run_id,
+)
 from trainers.wandb_relay import Relay
 
 # What is recorded
@@ -50,6 +58,14 @@ def test_the_logger_hands_its_records_on() -> None:
         {"log": {"train/global_step": 2, "train/decisions": 8, "train/kl": 0.25}},
         {"log": {"train/global_step": 2, "train/decisions": 8, "eval/bias": 0.5}},
     ]
+
+
+def test_what_was_not_measured_of_the_kept_steering_is_left_out() -> None:
+    said: list[dict] = []
+    # four groups have no gap, a fixed price no KL of training decisions
+    row = {"step": 25, "bias": 0.1, "accuracy": math.nan, "gap": None, "training_kl": None}
+    WandbTracker(SimpleNamespace(put=said.append), "x").selected(row)
+    assert said == [{"log": {"train/global_step": 25, "selected/step": 25, "selected/bias": 0.1}}]
 
 
 def point(scale: float, bias: float, accuracy: float) -> SimpleNamespace:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ from training import contents, write_decisions
 
 from dso.backbone import Backbone
 from dso.data import load_decisions
+from dso.decisions import DecisionSet
 from dso.errors import UserError
 from dso.evaluation import Evaluator
 from dso.report import ScalePoint
 from dso.steering import Steering
 from launch.config import ConfigError, TrainConfig, TrainSection, load_config, resolved_yaml
-from launch.measure import scale_points
+from launch.measure import by_template, scale_points
 from launch.session import open_session, schedule
 from launch.train import Result, train
 from trainers.constraints import FixedKL, KLBudget
@@ -104,11 +107,56 @@ def test_the_best_candidate_inside_the_constraints_is_shipped(
     assert point.accuracy.value == best["accuracy"]
 
 
-def test_where_the_budget_is_too_small_the_base_is_shipped(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, constraints__kl_budget=1e-9, train__steps=2)
+def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    free = train(config_of(tmp_path / "free", model_folder, train__steps=2), name="x", quiet=True)
+    spent = json.loads((free.folder / "validation.json").read_text())[-1]["kl"]
+    budget = spent / 10
+    config = config_of(tmp_path / "held", model_folder, constraints__kl_budget=budget, train__steps=2)
     result = train(config, name="x", quiet=True)
+    history = json.loads((result.folder / "validation.json").read_text())
+    kept = min((row for row in history if row["kl"] <= 0.7 * budget), key=lambda row: row["soft_bias"])
+    assert 0 < kept["scale"] < 1
+    assert max(kept["kl"], kept["training_kl"]) == pytest.approx(0.7 * budget, rel=0.15)
+    assert kept["soft_bias"] < history[0]["soft_bias"]
+    backbone = Backbone.load(str(model_folder), device="cpu")
     steering = Steering.from_pretrained(result.folder / "steering")
-    assert not any(value.any() for value in steering.tensors().values())
+    data = load_decisions(config.data.set).select(split="validation")
+    (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
+    assert point.kl == pytest.approx(kept["kl"], rel=1e-3)
+    assert point.bias.soft.value == pytest.approx(kept["soft_bias"], abs=1e-6)
+
+
+def test_the_kl_of_training_decisions_is_measured_where_there_is_a_budget(tmp_path: Path, model_folder: Path) -> None:
+    for name, options, measured in (
+        ("budget", {}, True),
+        ("none", {"evaluation__training_decisions": 0}, False),
+        ("price", {"constraints__kl_budget": None, "constraints__kl_coefficient": 0.1}, False),
+    ):
+        config = config_of(tmp_path / name, model_folder, train__steps=1, **options)
+        history = json.loads((train(config, name="x", quiet=True).folder / "validation.json").read_text())
+        assert [row["training_kl"] is not None for row in history] == [measured] * len(history)
+        if measured:
+            assert history[0]["training_kl"] == 0 < history[-1]["training_kl"] != history[-1]["kl"]
+
+
+def test_decisions_by_template_are_as_even_as_can_be() -> None:
+    data = load_decisions("roles", splits=["train"], train_blocks=90, train_unambiguous=16)
+    sample = by_template(data, 160)
+    counts = Counter(decision.template for decision in sample)
+    assert len(sample) == 160
+    assert len(counts) == 41
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert all(decision.ambiguous for decision in sample)
+    assert len({decision.unit for decision in sample}) > 80
+    rare = DecisionSet(
+        tuple(replace(d, template="rare" if i == 5 else "often") for i, d in enumerate(data.select(kind="ambiguous"))),
+        data.groups,
+    )
+    assert Counter(decision.template for decision in by_template(rare, 9)) == {"rare": 1, "often": 8}
+    assert len(by_template(rare, 10**6)) == len(rare)
+    assert len(by_template(data, 1)) == 1
 
 
 def test_scales_beyond_one_are_measured_and_allowed(tmp_path: Path, model_folder: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
@@ -27,6 +28,8 @@ class Validation:
             none that a float can hold.
         gap: signed mean over contexts of P(stereotype's group) - P(the other), which people's names cancel from; None
             where there are no stereotypes or more groups than two.
+        training_kl: mean KL in nats on decisions of the training; None if it was not measured.
+        scale: what the operators were turned down to; 1 is as they are.
     """
 
     step: int
@@ -37,10 +40,25 @@ class Validation:
     kl: float
     answer_mass: float
     gap: float | None = None
+    training_kl: float | None = None
+    scale: float = 1.0
+
+    @property
+    def spent(self) -> float:
+        """The KL that is held to the budget: the larger of what was measured, nan if one of them is."""
+        known = [kl for kl in (self.kl, self.training_kl) if kl is not None]
+        return math.nan if any(map(math.isnan, known)) else max(known)
 
     def scalars(self) -> dict[str, float]:
-        """What is recorded of it, by name: everything that was measured, but for the step."""
-        return {f"eval/{name}": v for name, v in asdict(self).items() if name != "step" and v is not None}
+        """What is recorded of it, by name: everything that was measured."""
+        measured = asdict(self)
+        return {f"eval/{name}": v for name, v in measured.items() if name not in ("step", "scale") and v is not None}
+
+
+class Measure(Protocol):
+    """Measures the operators as they are after a step, or turned down to a scale."""
+
+    def __call__(self, step: int, scale: float = 1.0) -> Validation: ...
 
 
 class Selection(BaseCallback):
@@ -51,19 +69,27 @@ class Selection(BaseCallback):
     untrained steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two
     with the same bias the one with the smaller KL is better, of two alike the earlier one.
 
+    Operators that are outside for their KL or their answer mass are turned down until they are inside, and are then a
+    candidate as well: what they say at a scale below 1, operators with smaller coefficients say at 1. So a budget too
+    small for training to end within still has the best steering that fits it.
+
     Args:
-        measure: step -> :class:`Validation`, with the operators as they are.
+        measure: (step, scale) -> :class:`Validation`; the scale is left out where it is 1.
         every: steps between measurements; the last step is always measured.
         steps: of the whole run.
-        kl_budget: candidates above it are passed over; None for no budget.
+        kl_budget: candidates with a KL above it, on validation or on decisions of the training, are passed over; None
+            for no budget.
         min_answer_mass: likewise below this ratio to the base's.
         max_accuracy_loss: likewise below the base's accuracy by more than this.
         on_measured: told of each measurement and whether it is the best so far.
     """
 
+    TRIES = 3  # scales that are measured of operators outside
+    CLOSE = 0.97  # share of what a limit allows that a smaller scale aims at
+
     def __init__(
         self,
-        measure: Callable[[int], Validation],
+        measure: Measure,
         *,
         every: int,
         steps: int,
@@ -102,13 +128,15 @@ class Selection(BaseCallback):
         facts = {
             "history": [asdict(row) for row in self.history],
             "best": None if self.best is None else self.best.step,
+            "best_scale": None if self.best is None else self.best.scale,
         }
         return self.best_tensors, facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on where :meth:`state` was taken."""
         self.history = [Validation(**row) for row in facts["history"]]
-        self.best = next((row for row in self.history if row.step == facts["best"]), None)
+        best = (facts["best"], facts.get("best_scale", 1.0))  # earlier versions kept operators as they were only
+        self.best = next((row for row in self.history if (row.step, row.scale) == best), None)
         self.best_tensors = dict(tensors)
 
     def _on_step(self) -> bool:
@@ -117,13 +145,35 @@ class Selection(BaseCallback):
     def _check(self, step: int) -> None:
         if any(row.step == step for row in self.history):
             return
-        row = self.measure(step)
-        better = self.offer(row, self.model.policy.steering.tensors())
-        for name, value in row.scalars().items():
-            self.logger.record(name, value)
-        self.logger.dump(self.model.num_timesteps)  # a record of its own: the next one is of a later step
-        if self.on_measured is not None:
-            self.on_measured(row, better)
+        for row in self._candidates(step):
+            better = self.offer(row, self.model.policy.steering.scaled_tensors(row.scale))
+            if row.scale == 1:
+                for name, value in row.scalars().items():
+                    self.logger.record(name, value)
+                self.logger.dump(self.model.num_timesteps)  # a record of its own: the next one is of a later step
+            if self.on_measured is not None:
+                self.on_measured(row, better)
+
+    def _candidates(self, step: int) -> Iterator[Validation]:
+        """The operators as they are, and if that is outside at smaller scales until one is inside."""
+        yield (row := self.measure(step))
+        for _ in range(self.TRIES):
+            if (scale := self.turned_down(row)) is None:
+                return
+            yield (row := self.measure(step, scale))
+
+    def turned_down(self, row: Validation) -> float | None:
+        """The scale at which operators would be inside that are not; None if they are, or if no scale would help.
+
+        KL grows about as the square of the scale, and what is lost of the answer mass in proportion to it.
+        """
+        shares = []
+        if self.kl_budget is not None and not row.spent <= self.kl_budget:
+            shares.append(math.sqrt(self.CLOSE * self.kl_budget / row.spent))
+        if row.answer_mass < self.min_answer_mass:
+            shares.append(self.CLOSE * (1 - self.min_answer_mass) / (1 - row.answer_mass))
+        scale = row.scale * min(shares, default=math.nan)
+        return scale if scale > 0 else None
 
     def offer(self, row: Validation, tensors: Mapping[str, Tensor]) -> bool:
         """Add a measurement to the history; whether it is the best so far, as which its operators are then kept."""
@@ -143,7 +193,7 @@ class Selection(BaseCallback):
     def broken(self, row: Validation) -> list[str]:
         """The limits that a measurement does not keep."""
         limits = {
-            f"KL above {self.kl_budget}": self.kl_budget is not None and not row.kl <= self.kl_budget,
+            f"KL above {self.kl_budget}": self.kl_budget is not None and not row.spent <= self.kl_budget,
             f"answer mass below {self.min_answer_mass} of the base's": row.answer_mass < self.min_answer_mass,
             "accuracy below the base's": row.accuracy < self.history[0].accuracy - self.max_accuracy_loss,
         }
@@ -153,7 +203,7 @@ class Selection(BaseCallback):
         """Why the base model is all that is kept; None if a trained steering is."""
         if self.best is None or self.best.step:
             return None
-        trained = [row for row in self.history if row.step]
+        trained = [row for row in self.history if row.step and row.scale == 1]
         broken = Counter(limit for row in trained for limit in self.broken(row))
         reasons = [f"{limit}: {number}" for limit, number in broken.items()]
         if unhelpful := sum(not self.broken(row) for row in trained):

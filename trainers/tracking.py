@@ -44,8 +44,8 @@ class Tracker:
         """
         return []
 
-    def selected(self, row: Mapping[str, float]) -> None:
-        """The validation of the steering that is kept."""
+    def selected(self, row: Mapping[str, float | None]) -> None:
+        """The validation of the steering that is kept; None is what was not measured."""
 
     def results(self, points: Sequence[ScalePoint], samples: Sequence[Sequence[Any]], steering: Path) -> None:
         """What a finished run has found.
@@ -94,8 +94,8 @@ class WandbTracker(Tracker):
         self._relay.begin([{"log": scalars(json.loads(line), decisions)} for line in earlier])
         return [ScalarWriter(self._relay.put, decisions)]
 
-    def selected(self, row: Mapping[str, float]) -> None:
-        self._metadata = {name: value for name, value in row.items() if math.isfinite(value)}
+    def selected(self, row: Mapping[str, float | None]) -> None:
+        self._metadata = {name: value for name, value in row.items() if value is not None and math.isfinite(value)}
         values = {f"selected/{name}": value for name, value in self._metadata.items()}
         self._relay.put({"log": {"train/global_step": row["step"], **values}})
 

@@ -62,7 +62,7 @@ def estimators(arguments: argparse.Namespace) -> None:
     evaluator = Evaluator(backbone, data, keep_reference=True)
     base, rows = _point(evaluator, None, 0.0), []
     for name, seed, folder in folders:
-        history = json.loads((folder / "validation.json").read_text())
+        history = [row for row in json.loads((folder / "validation.json").read_text()) if row["scale"] == 1]
         with last_step(folder).to(backbone.device).on(backbone.model, 0.0) as handle:
             found = at_kl(lambda scale, handle=handle: _point(evaluator, handle, scale), arguments.kl)
         halved = {key: decisions_until(history, key, 0.5) for key in HALVED}
