@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -69,9 +69,8 @@ class Selection(BaseCallback):
     untrained steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two
     with the same bias the one with the smaller KL is better, of two alike the earlier one.
 
-    Operators that are outside for their KL or their answer mass are turned down until they are inside, and are then a
-    candidate as well: what they say at a scale below 1, operators with smaller coefficients say at 1. So a budget too
-    small for training to end within still has the best steering that fits it.
+    Where no trained steering was inside by the end, the last is turned down until it keeps the KL budget and the answer
+    mass, and is then a candidate as well: what it says at a scale below 1, one with smaller coefficients says at 1.
 
     Args:
         measure: (step, scale) -> :class:`Validation`; the scale is left out where it is 1.
@@ -84,7 +83,7 @@ class Selection(BaseCallback):
         on_measured: told of each measurement and whether it is the best so far.
     """
 
-    TRIES = 3  # scales that are measured of operators outside
+    TRIES = 3  # smaller scales that are measured
     CLOSE = 0.97  # share of what a limit allows that a smaller scale aims at
 
     def __init__(
@@ -120,8 +119,14 @@ class Selection(BaseCallback):
             self._check(self.model.steps_done)
 
     def _on_training_end(self) -> None:
-        if self.model.steps_done >= self.steps:
-            self._check(self.model.steps_done)
+        if self.model.steps_done < self.steps:
+            return
+        self._check(self.steps)
+        for _ in range(self.TRIES):
+            kept = self.best is not None and self.best.step > 0
+            if kept or (scale := self.turned_down(self.history[-1])) is None:
+                return
+            self._measure(self.steps, scale)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`restore` needs: the best operators, and all measurements."""
@@ -145,22 +150,17 @@ class Selection(BaseCallback):
     def _check(self, step: int) -> None:
         if any(row.step == step for row in self.history):
             return
-        for row in self._candidates(step):
-            better = self.offer(row, self.model.policy.steering.scaled_tensors(row.scale))
-            if row.scale == 1:
-                for name, value in row.scalars().items():
-                    self.logger.record(name, value)
-                self.logger.dump(self.model.num_timesteps)  # a record of its own: the next one is of a later step
-            if self.on_measured is not None:
-                self.on_measured(row, better)
+        row = self._measure(step)
+        for name, value in row.scalars().items():
+            self.logger.record(name, value)
+        self.logger.dump(self.model.num_timesteps)  # a record of its own: the next one is of a later step
 
-    def _candidates(self, step: int) -> Iterator[Validation]:
-        """The operators as they are, and if that is outside at smaller scales until one is inside."""
-        yield (row := self.measure(step))
-        for _ in range(self.TRIES):
-            if (scale := self.turned_down(row)) is None:
-                return
-            yield (row := self.measure(step, scale))
+    def _measure(self, step: int, scale: float = 1.0) -> Validation:
+        row = self.measure(step) if scale == 1 else self.measure(step, scale)
+        better = self.offer(row, self.model.policy.steering.scaled_tensors(scale))
+        if self.on_measured is not None:
+            self.on_measured(row, better)
+        return row
 
     def turned_down(self, row: Validation) -> float | None:
         """The scale at which operators would be inside that are not; None if they are, or if no scale would help.
