@@ -113,7 +113,13 @@ def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
     free = train(config_of(tmp_path / "free", model_folder, train__steps=2), name="x", quiet=True)
     spent = json.loads((free.folder / "validation.json").read_text())[-1]["kl"]
     budget = spent / 10
-    config = config_of(tmp_path / "held", model_folder, constraints__kl_budget=budget, train__steps=2)
+    config = config_of(
+        tmp_path / "held",
+        model_folder,
+        constraints__kl_budget=budget,
+        evaluation__training_decisions=8,
+        train__steps=2,
+    )
     result = train(config, name="x", quiet=True)
     history = json.loads((result.folder / "validation.json").read_text())
     kept = min((row for row in history if row["kl"] <= 0.7 * budget), key=lambda row: row["soft_bias"])
@@ -128,11 +134,12 @@ def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
     assert point.bias.soft.value == pytest.approx(kept["soft_bias"], abs=1e-6)
 
 
-def test_the_kl_of_training_decisions_is_measured_where_there_is_a_budget(tmp_path: Path, model_folder: Path) -> None:
+def test_the_kl_of_training_decisions_is_measured_where_it_is_asked_for(tmp_path: Path, model_folder: Path) -> None:
+    asked = {"evaluation__training_decisions": 8}
     for name, options, measured in (
-        ("budget", {}, True),
-        ("none", {"evaluation__training_decisions": 0}, False),
-        ("price", {"constraints__kl_budget": None, "constraints__kl_coefficient": 0.1}, False),
+        ("none", {}, False),
+        ("budget", asked, True),
+        ("price", asked | {"constraints__kl_budget": None, "constraints__kl_coefficient": 0.1}, False),
     ):
         config = config_of(tmp_path / name, model_folder, train__steps=1, **options)
         history = json.loads((train(config, name="x", quiet=True).folder / "validation.json").read_text())
