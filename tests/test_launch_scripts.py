@@ -99,9 +99,17 @@ class Machine:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
 
     def start(self, script: Path, *arguments: str) -> subprocess.Popen[str]:
+        """A process in a session of its own that hears Ctrl-C, also where the tests do not (`make test &`): a shell
+        cannot trap what it was started ignoring."""
         pipe = subprocess.PIPE
         return subprocess.Popen(
-            [str(script), *arguments], env=self.env, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+            [str(script), *arguments],
+            env=self.env,
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for(self, word: str, times: int = 1) -> None:
