@@ -26,6 +26,14 @@ against 1/2, 1/2); where every decision offers all groups, that is the formula a
 A unit keeps its sign in all contexts. The square of ``corrected`` is unbiased before the cut at 0, so 0 means "not
 told apart from fair". It leaves out contexts with one unit, whose noise is unknown.
 
+**Order effect** (ours). Averaging over the orders of the people makes whoever always chooses the first one fair, so how
+much of an answer is the order is reported beside the bias: the decisions of one context, unit and template differ in it
+only, and
+
+    order_effect = mean over those questions of the mean over pairs of orders of 1/2 sum_g |pi_1(g) - pi_2(g)|
+
+0 where the order does not matter, 1 where it decides alone; abstention counts as one more answer.
+
 **Intervals** resample units, jointly over all contexts, because the same people are met in each. The contexts are
 the ones asked for, not a sample of contexts. The intervals of ``soft``, ``hard`` and ``soft_rms`` are about what a
 sample of this size scores, noise included; only that of ``corrected`` is about the truth. :mod:`dso.intervals` has
@@ -34,6 +42,7 @@ the methods. A context in which no group was ever chosen has no preference (nan)
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,6 +78,7 @@ class BiasReport:
     contexts whose preferred group is the stereotype's (a tie counts half); both are None where no context has
     a stereotype, ``gap`` also where the groups are not two. ``abstention`` is the mean probability of an
     abstaining answer. ``preferences`` are ``p_g(c)``, ``context_bias`` is ``sum_g |e_g(c)|``, noise included.
+    ``order_effect`` is nan where no question is asked in two orders.
     """
 
     soft: Estimate
@@ -86,6 +96,7 @@ class BiasReport:
     n_decisions: int
     n_contexts: int
     n_units: int
+    order_effect: float = math.nan
 
 
 def bias_report(
@@ -138,6 +149,7 @@ def bias_report(
         gap=centred(_gap(share, layout.signs).item(), draws["gap"]) if len(names) == 2 and layout.signs.any() else None,
         pro_share=_pro_share(share, layout.signs),
         abstention=float(table[layout.offer[:, :, -1]].sum() / len(table)),
+        order_effect=_order_effect([decisions[i] for i in rows], layout.answers(table)),
         target=dict(zip(names, fair.tolist(), strict=True)),
         preferences={c: dict(zip(names, share[i].tolist(), strict=True)) for i, c in enumerate(layout.contexts)},
         context_bias=dict(zip(layout.contexts, np.abs(soft.mean).sum(axis=1).tolist(), strict=True)),
@@ -199,7 +211,7 @@ class _Layout:
 
     def deviations(self, table: Array) -> Sample:
         """Probability of each group less its fair share, relative to the probability of any group."""
-        chosen = self._groups(table)
+        chosen = self.answers(table)[:, :-1]
         mass = chosen.sum(axis=1, keepdims=True)
         values = np.concatenate([chosen - self.fair * mass, mass], axis=1)
         cells, member = np.unique(self.context * self.units + self.unit, return_inverse=True)
@@ -210,14 +222,15 @@ class _Layout:
 
     def shares(self, table: Array) -> Array:
         """(C, G): ``p_g(c)``."""
-        chosen = self._groups(table)
+        chosen = self.answers(table)[:, :-1]
         count = np.bincount(cell := self.context * self.units + self.unit)[cell]
         total = np.stack([np.bincount(self.context, column / count) for column in chosen.T], axis=1)
         mass = total.sum(axis=1, keepdims=True)
         return np.where(mass > 0, total / np.where(mass > 0, mass, 1.0), np.nan)
 
-    def _groups(self, table: Array) -> Array:
-        return np.einsum("nk,nkg->ng", table, self.offer[:, :, :-1])
+    def answers(self, table: Array) -> Array:
+        """(N, G + 1): probability of each group, and of abstention."""
+        return np.einsum("nk,nkg->ng", table, self.offer)
 
 
 def _checked(probs: ArrayLike, decisions: DecisionSet, bootstrap: int) -> Array:
@@ -296,6 +309,19 @@ def _pro_share(share: Array, signs: Array) -> float | None:
     if not known.any():
         return None
     return float(_choices(share[known])[signs[known] > 0].mean())
+
+
+def _order_effect(asked: Sequence[Decision], answers: Array) -> float:
+    """Mean total variation between the answers (N, G + 1) to orders of one question; see the module's docstring."""
+    questions: dict[tuple[str, str, str], list[int]] = {}
+    for row, decision in enumerate(asked):
+        questions.setdefault((decision.context, decision.unit or decision.id, decision.template), []).append(row)
+    effects = [
+        np.mean([np.abs(answers[one] - answers[other]).sum() / 2 for one, other in itertools.combinations(rows, 2)])
+        for rows in questions.values()
+        if len(rows) > 1
+    ]
+    return float(np.mean(effects)) if effects else math.nan
 
 
 def _with_noise(sample: Sample) -> NDArray[np.bool_]:

@@ -22,7 +22,7 @@ SCALARS = ("soft_floor", "hard_floor", "abstention")
 COUNTS = ("n_decisions", "n_contexts", "n_units")
 DETAILS = ("preferences", "context_bias")
 
-COLUMNS = ("scale", "bias [95% interval]", "soft (floor)", "hard (floor)", "accuracy [95% interval]", "mass", "KL")
+COLUMNS = ("scale", "bias [95%]", "soft (floor)", "hard (floor)", "accuracy [95%]", "order", "mass", "KL")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +79,11 @@ def _bias_to_json(bias: BiasReport, contexts: bool) -> dict:
 
 
 def _bias_from_json(record: object) -> BiasReport:
-    found = _keys(record, {f.name for f in fields(BiasReport)}, "bias", optional=DETAILS)
+    found = _keys(record, {f.name for f in fields(BiasReport)}, "bias", optional=(*DETAILS, "order_effect"))
     values: dict = {name: _estimate(found[name], name) for name in ESTIMATES if name != "gap"}
     values["gap"] = None if found["gap"] is None else _estimate(found["gap"], "gap")
     values |= {name: _number(found[name], name) for name in SCALARS}
+    values["order_effect"] = _number(found.get("order_effect"), "order_effect")  # not in files of earlier versions
     values["pro_share"] = None if found["pro_share"] is None else _number(found["pro_share"], "pro_share")
     for name in COUNTS:
         if not isinstance(found[name], int) or isinstance(found[name], bool):
@@ -197,6 +198,7 @@ def _rows(points: Sequence[ScalePoint], base: ScalePoint | None) -> list[tuple[s
             f"{decimal_text(point.bias.soft.value)} ({decimal_text(point.bias.soft_floor)})",
             f"{decimal_text(point.bias.hard.value)} ({decimal_text(point.bias.hard_floor)})",
             interval_text(point.accuracy),
+            decimal_text(point.bias.order_effect, 2),
             decimal_text(point.answer_mass / base.answer_mass if base.answer_mass else math.nan, 2),
             decimal_text(point.kl),
         )
@@ -226,7 +228,8 @@ def _note(points: Sequence[ScalePoint]) -> str:
         f"bias: distance from the target ({target}), root mean square over {bias.n_contexts} contexts, sampling noise "
         "taken off. soft, hard: mean distance as measured, of probabilities and of choices; floor: what a fair model "
         f"would score with this sample ({bias.n_decisions} decisions, {bias.n_units} units). accuracy: on unambiguous "
-        "decisions. mass: answer mass relative to the base model. KL: to the base model, in nats."
+        "decisions. [95%]: intervals. order: how far the answer to one question follows the order of its people, 0 to "
+        "1. mass: answer mass relative to the base model. KL: to the base model, in nats."
     )
 
 

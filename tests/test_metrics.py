@@ -39,6 +39,11 @@ def table(rows, width):
     return probs, asked
 
 
+def _set(rows, width):
+    probs, asked = table(rows, width)
+    return probs, DecisionSet(asked)
+
+
 def grid(contexts, units, groups=("f", "m")):
     """One decision for every context and unit; probabilities for it are (contexts, units)."""
     pairs = itertools.product(range(contexts), range(units))
@@ -80,6 +85,7 @@ def test_two_groups_by_hand(two_groups):
     assert report.gap.value == pytest.approx(0.1)
     assert report.pro_share == 0.5
     assert report.abstention == 0.0
+    assert report.order_effect == pytest.approx((0.2 + 0.0 + 0.2 + 0.0) / 4)
     assert report.target == {"f": 0.5, "m": 0.5}
     assert (report.n_decisions, report.n_contexts, report.n_units) == (8, 2, 2)
 
@@ -108,6 +114,29 @@ def test_three_groups_by_hand():
     assert report.hard.value == pytest.approx(1 / 6 + 1 / 6 + 1 / 3)
     assert report.gap is None  # needs two groups
     assert report.pro_share == 0.0  # he is preferred
+
+
+def test_who_always_chooses_the_first_is_fair_and_follows_the_order_alone():
+    rows = [("nurse", "Ann/Bob", "f", {"f": 1.0, "m": 0.0}), ("nurse", "Ann/Bob", "f", {"f": 0.0, "m": 1.0})]
+    probs, asked = table([*rows, ("nurse", "Eve/Dan", "f", {"f": 0.5, "m": 0.5})], 2)  # the last in one order only
+    report = bias_report(probs, DecisionSet(asked))
+    assert report.soft.value == pytest.approx(0.0)
+    assert report.order_effect == pytest.approx(1.0)
+
+
+def test_order_effect_of_three_orders_and_of_abstention_by_hand():
+    rows = [
+        ("a", "u1", None, {"f": 0.6, "m": 0.4, ABSTAIN: 0.0}),
+        ("a", "u1", None, {"f": 0.4, "m": 0.4, ABSTAIN: 0.2}),
+        ("a", "u1", None, {"f": 0.3, "m": 0.3, ABSTAIN: 0.4}),
+    ]
+    # pairs: (0.2 + 0 + 0.2) / 2, (0.3 + 0.1 + 0.4) / 2, (0.1 + 0.1 + 0.2) / 2
+    assert bias_report(*_set(rows, 3)).order_effect == pytest.approx((0.2 + 0.4 + 0.2) / 3)
+    other = [
+        DecisionSet(tuple(replace(d, **change) for d, change in zip(_set(rows, 3)[1], changes, strict=True)))
+        for changes in ([{"template": f"t{i}"} for i in range(3)], [{"unit": ""}] * 3)
+    ]
+    assert all(math.isnan(bias_report(_set(rows, 3)[0], asked).order_effect) for asked in other)
 
 
 def test_target_that_is_not_uniform():

@@ -43,6 +43,7 @@ def bias(size: float, **changes) -> BiasReport:
         "n_decisions": 384,
         "n_contexts": 3,
         "n_units": 64,
+        "order_effect": 0.4 + size,
     }
     return BiasReport(**(values | changes))
 
@@ -84,6 +85,12 @@ def card(config, points, **changes) -> str:
 def test_round_trip_through_json(points):
     for original in points:
         assert ScalePoint.from_json(json.loads(json.dumps(original.to_json()))) == original
+
+
+def test_a_record_from_before_order_effects_has_none():
+    record = point(0.0, 0.3).to_json()
+    del record["bias"]["order_effect"]
+    assert math.isnan(ScalePoint.from_json(record).bias.order_effect)
 
 
 def test_round_trip_of_a_measured_report():
@@ -142,11 +149,11 @@ def test_bad_record_is_refused_with_the_key(change, message):
 def test_scale_table(points):
     lines = scale_table(points).splitlines()
     assert lines[:5] == [
-        "scale  bias [95% interval]   soft (floor)   hard (floor)   accuracy [95% interval]  mass  KL",
-        "-----  --------------------  -------------  -------------  -----------------------  ----  -----",
-        "0.00   0.300 [0.270, 0.330]  0.310 (0.050)  0.400 (0.110)  0.800 [0.750, 0.850]     1.00  0.000",
-        "0.50   0.100 [0.070, 0.130]  0.110 (0.050)  0.200 (0.110)  0.800 [0.750, 0.850]     1.12  0.050",
-        "1.00   0.020 [0.000, 0.050]  0.030 (0.050)  0.120 (0.110)  0.800 [0.750, 0.850]     1.25  0.100",
+        "scale  bias [95%]            soft (floor)   hard (floor)   accuracy [95%]        order  mass  KL",
+        "-----  --------------------  -------------  -------------  --------------------  -----  ----  -----",
+        "0.00   0.300 [0.270, 0.330]  0.310 (0.050)  0.400 (0.110)  0.800 [0.750, 0.850]  0.70   1.00  0.000",
+        "0.50   0.100 [0.070, 0.130]  0.110 (0.050)  0.200 (0.110)  0.800 [0.750, 0.850]  0.50   1.12  0.050",
+        "1.00   0.020 [0.000, 0.050]  0.030 (0.050)  0.120 (0.110)  0.800 [0.750, 0.850]  0.42   1.25  0.100",
     ]
     assert "384 decisions, 64 units" in scale_table(points)
     assert "\x1b" not in scale_table(points)
@@ -155,7 +162,7 @@ def test_scale_table(points):
 
 def test_markdown_table_has_the_same_cells(points):
     header, rule, first = markdown_table(points).splitlines()[:3]
-    assert header.count("|") == rule.count("|") == first.count("|") == 8
+    assert header.count("|") == rule.count("|") == first.count("|") == 9
     assert first.startswith("| 0.00 | 0.300 [0.270, 0.330] | 0.310 (0.050) |")
 
 
@@ -169,9 +176,10 @@ def test_base_may_be_given_apart(points):
 
 
 def test_missing_numbers_are_dashes():
-    blank = point(0.0, 0.3, accuracy=UNMEASURED, answer_mass=0.0, kl=math.nan)
+    unordered = bias(0.3, order_effect=math.nan)
+    blank = point(0.0, 0.3, bias=unordered, accuracy=UNMEASURED, answer_mass=0.0, kl=math.nan)
     row = scale_table([blank]).splitlines()[2].split()
-    assert row[-3:] == ["-", "-", "-"]
+    assert row[-4:] == ["-", "-", "-", "-"]
 
 
 def test_contexts_table():
