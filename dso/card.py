@@ -115,7 +115,8 @@ def model_card(
         "## Training\n",
         markdown_rows([("what", "value"), *((clean(str(k)), clean(str(v))) for k, v in training.items())]),
         "## Limits\n",
-        "\n".join(f"- {limit}" for limit in (*LIMITS, *_measured_limits(ordered, full, kl_budget), *limits)) + "\n",
+        "\n".join(f"- {limit}" for limit in (*LIMITS, *_measured_limits(ordered, base, full, kl_budget), *limits))
+        + "\n",
     ]
     return "\n".join(sections)
 
@@ -175,7 +176,9 @@ def _target(config: SteeringConfig, base: ScalePoint) -> list[tuple[str, str]]:
     return [(clean(group), f"{share:.3g}") for group, share in shares.items()]
 
 
-def _measured_limits(points: Sequence[ScalePoint], full: ScalePoint, kl_budget: float | None) -> list[str]:
+def _measured_limits(
+    points: Sequence[ScalePoint], base: ScalePoint, full: ScalePoint, kl_budget: float | None
+) -> list[str]:
     found = []
     if all(math.isnan(point.accuracy.value) for point in points):
         found.append("What steering costs in accuracy was not measured: the set has no unambiguous decisions.")
@@ -185,5 +188,11 @@ def _measured_limits(points: Sequence[ScalePoint], full: ScalePoint, kl_budget: 
         found.append(
             f"An abstaining answer has probability {full.bias.abstention:.3f} at scale {full.scale:g}; the preferences "
             "are among the other answers."
+        )
+    orders = base.bias.order_effect, full.bias.order_effect
+    if orders[1] > orders[0]:  # false where either was not measured
+        found.append(
+            f"Answers follow the order of the people by {orders[1]:.2f} at scale {full.scale:g}, by {orders[0]:.2f} "
+            "before: part of the parity is over orders, not in each of them."
         )
     return found

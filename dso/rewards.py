@@ -81,6 +81,32 @@ def group_shares(policy: Tensor, groups: Tensor, n_groups: int) -> Tensor:
     return policy.new_zeros(len(policy), n_groups + 2).scatter_add(1, slots, policy)[:, :n_groups]
 
 
+def logarithmic_pool(log_policy: Tensor, groups: Tensor, questions: Tensor, n_groups: int) -> Tensor:
+    """What the decisions of one question say together: the normalised geometric mean of their group probabilities.
+
+    A question's decisions differ in the order of the people. Their plain mean is fair to whoever always chooses the
+    first, however biased the rest; in the mean of logarithms an order's preference cancels and stays without effect
+    (logarithmic opinion pool; Genest and Zidek 1986, Combining probability distributions).
+
+    Args:
+        log_policy: (N, K), -inf where there is no candidate.
+        groups: (N, K) as in :func:`candidate_rewards`; the decisions of a question offer the same groups.
+        questions: (N,) int64 index of each decision's question.
+
+    Returns:
+        (N, K) log-probabilities, a group's divided among its candidates as they were.
+    """
+    slots = groups % (n_groups + 2)  # ABSTAINS and ABSENT come last
+    wide = log_policy.new_zeros(len(log_policy), n_groups + 2)
+    shares = wide.scatter_add(1, slots, log_policy.exp()).clamp(min=torch.finfo(log_policy.dtype).tiny).log()
+    count = torch.bincount(questions)
+    total = log_policy.new_zeros(len(count), n_groups + 2).index_add(0, questions, shares)
+    offered = wide.scatter(1, slots, (groups != ABSENT).to(wide.dtype)) > 0
+    pooled = (total / count.clamp(min=1)[:, None])[questions].masked_fill(~offered, -torch.inf).log_softmax(-1)
+    within = log_policy - shares.gather(1, slots)
+    return (pooled.gather(1, slots) + within).masked_fill(groups == ABSENT, -torch.inf)
+
+
 def group_preference(
     policy: Tensor, groups: Tensor, contexts: Tensor, n_contexts: int, target: Tensor
 ) -> tuple[Tensor, Tensor]:

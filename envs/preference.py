@@ -45,6 +45,7 @@ class BlockedPreference:
         self.seen = target.new_zeros(n_contexts)
         self.blocks = target.new_zeros(())
         self.base = target.new_zeros(n_contexts, len(target))  # m0 + alpha0 of the base model
+        self.level = torch.zeros_like(target)  # m0
         self.products = target.new_zeros(2)  # running sums of residual x base residual, and of its square
 
     @property
@@ -66,7 +67,7 @@ class BlockedPreference:
         met = torch.zeros_like(self.seen).index_add(0, contexts, torch.ones_like(deviation[:, 0]))
         self.own, self.common, self.seen = own, means.mean(0), met
         self.blocks = self.blocks + count
-        self.base = self.common + own
+        self.base, self.level = self.common + own, self.common.clone()
         self.products = torch.ones_like(self.products)  # the base model is its own base
 
     @property
@@ -128,6 +129,7 @@ class BlockedPreference:
             "seen": self.seen.clone(),
             "blocks": self.blocks.clone(),
             "base": self.base.clone(),
+            "level": self.level.clone(),
             "products": self.products.clone(),
         }
 
@@ -136,6 +138,7 @@ class BlockedPreference:
         self.common, self.own = state["common"].clone(), state["own"].clone()
         self.seen, self.blocks = state["seen"].clone(), state["blocks"].clone()
         self.base, self.products = state["base"].clone(), state["products"].clone()
+        self.level = state.get("level", torch.zeros_like(self.level)).clone()  # not in states of earlier versions
 
 
 def _means(values: Tensor, index: Tensor, count: int) -> Tensor:

@@ -13,11 +13,19 @@ from torch import Tensor
 
 from dso.backbone import Backbone
 from dso.decisions import ABSTAIN, DecisionSet, check_target
-from dso.rewards import ABSENT, ABSTAINS, candidate_rewards, equiprobability_reward, group_preference
+from dso.rewards import (
+    ABSENT,
+    ABSTAINS,
+    candidate_rewards,
+    equiprobability_reward,
+    group_preference,
+    logarithmic_pool,
+)
 from dso.steering import Handle
 from envs.preference import BlockedPreference
 
 ESTIMATES = ("context", "blocked", "controlled")
+POOLINGS = ("linear", "logarithmic")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +45,10 @@ class RewardConfig:
             differ in how much a context matters.
         unit_weight: of ``blocked``: share of the reward that looks at the preference among the very people at hand
             instead of the context's. It evens out what a model prefers among names, which new names inherit.
+        common_weight: of ``controlled``: share of what the base model prefers in all contexts alike that counts as
+            bias. It is mostly which names a model likes better; 0 holds it where it is.
+        pooling: of what one question's orders say: ``linear`` (their mean, so that an answer by the order alone is
+            fair) or ``logarithmic`` (:func:`dso.rewards.logarithmic_pool`, in which the order cancels).
     """
 
     form: str = "smooth"
@@ -49,6 +61,8 @@ class RewardConfig:
     batch_weight: float = 0.3
     local_weight: float = 0.5
     unit_weight: float = 0.1
+    common_weight: float = 1.0
+    pooling: str = "linear"
 
     def __post_init__(self) -> None:
         if self.form not in ("sign", "smooth"):
@@ -62,6 +76,12 @@ class RewardConfig:
                 f"context_decay {self.context_decay} must be in [0, 1), local_weight {self.local_weight} and "
                 f"unit_weight {self.unit_weight} in [0, 1]"
             )
+        if not 0 <= self.common_weight <= 1 or (self.common_weight < 1 and self.estimate != "controlled"):
+            raise ValueError(
+                f"common_weight {self.common_weight} must be in [0, 1], and 1 unless the estimate is controlled"
+            )
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling is {self.pooling!r}, expected one of {', '.join(POOLINGS)}")
         if not 0 <= self.decay < 1 or not 0 <= self.batch_weight <= 1:
             raise ValueError(f"decay {self.decay} must be in [0, 1) and batch_weight {self.batch_weight} in [0, 1]")
 
@@ -111,6 +131,7 @@ class DecisionTask:
         self.groups, self.contexts, self.answers = (t.to(device) for t in _as_tensors(decisions))
         self.n_contexts = len(decisions.contexts)
         self.blocks = _block_index(decisions).to(device)
+        self._questions = _question_index(decisions, self.blocks.tolist()).to(device)
         self._reference: dict[int | str, Tensor] = {}
         self._own_policy: dict[int, Tensor] = {}  # of the base model, as it was passed here
         self._own_mass: dict[int, Tensor] = {}  # likewise
@@ -251,8 +272,17 @@ class DecisionTask:
         free = answers < 0
         observe = self._observe_contexts if self.reward.estimate == "context" else self._observe_blocks
         fair = self.target.new_zeros(len(index), len(self.target))
-        fair[free] = observe(policy[free].float(), index[free])
+        fair[free] = observe(self.pool(policy[free].float(), index[free]), index[free])
         return candidate_rewards(fair, groups, answers, self.reward.abstain)
+
+    def pool(self, policy: Tensor, handles: Sequence[int] | Tensor) -> Tensor:
+        """(N, K) probabilities of N decisions, pooled over each question's orders among them where the reward is."""
+        if self.reward.pooling == "linear":
+            return policy
+        index = torch.as_tensor(handles, device=self.groups.device)
+        questions = self._questions[index].unique(return_inverse=True)[1]
+        groups = self.groups[index][:, : policy.shape[1]]
+        return logarithmic_pool(policy.log(), groups, questions, len(self.target)).exp()
 
     def _observe_contexts(self, policy: Tensor, index: Tensor) -> Tensor:
         """(N, G) the reward of each group in each decision, after a batch has updated the running means."""
@@ -269,13 +299,14 @@ class DecisionTask:
         """The same by :class:`envs.preference.BlockedPreference`."""
         self.start()
         shares, mass, block, context, cell = self._cells(policy, index)
-        base = self._cells(self.base_policy(index.tolist()), index)[0] if self.reward.estimate == "controlled" else None
+        base = self._cells(self._pooled_base(index), index)[0] if self.reward.estimate == "controlled" else None
         met = mass > 0
         if base is not None:
             base = base[met]
         local = shares.clone()
         local[met] = self._blocked.update(shares[met], block[met].unique(return_inverse=True)[1], context[met], base)
         preference = torch.lerp(self._blocked.preference[context], local, self.reward.local_weight)[cell]
+        preference = preference - (1 - self.reward.common_weight) * self._blocked.level
         return torch.lerp(self._fair(preference), self._fair(shares)[cell], self.reward.unit_weight)
 
     def start(self) -> None:
@@ -285,10 +316,13 @@ class DecisionTask:
 
     def _start_from_base(self) -> None:
         index = (self.answers < 0).nonzero()[:, 0]
-        shares, mass, block, context, _ = self._cells(self.base_policy(index.tolist()), index)
+        shares, mass, block, context, _ = self._cells(self._pooled_base(index), index)
         met = mass > 0
         self._blocked.start_from(shares[met], block[met].unique(return_inverse=True)[1], context[met])
         self._started = True
+
+    def _pooled_base(self, index: Tensor) -> Tensor:
+        return self.pool(self.base_policy(index.tolist()), index)
 
     def _cells(self, policy: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Group shares (M, G) of the cells that N decisions fall into, their mass, block and context (M,); each
@@ -323,6 +357,17 @@ def _block_index(decisions: DecisionSet) -> Tensor:
     """(N,) which block each decision belongs to: the same people in the same template."""
     numbers: dict[tuple[str, ...], int] = {}
     keys = [(d.template, d.unit) if d.unit else (d.id,) for d in decisions]
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def _question_index(decisions: DecisionSet, blocks: Sequence[int]) -> Tensor:
+    """(N,) which question each decision asks: a block's in one context, of the same groups; unambiguous ones have their
+    own."""
+    numbers: dict[tuple[object, ...], int] = {}
+    keys = [
+        (block, d.context, *sorted(c.group for c in d.candidates)) if d.ambiguous else (d.id,)
+        for block, d in zip(blocks, decisions, strict=True)
+    ]
     return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 

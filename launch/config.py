@@ -130,6 +130,8 @@ class TrainSection:
     batch_weight: float = 0.3  # of the batch's own preference against the running one, with context
     local_weight: float = 0.7  # of a block's own evidence on a context against the running one, with blocked
     unit_weight: float = 0.3  # of the preference among the people at hand against the context's, with blocked
+    common_weight: float = 1.0  # of what the base model prefers in all contexts alike, with controlled
+    pooling: Literal["linear", "logarithmic"] = "linear"  # of a question's orders; logarithmic takes the order out
     baseline: Literal["context", "value", "none"] = "context"
     ppo_epochs: int = 4
     clip_range: float = 0.2
@@ -164,8 +166,13 @@ class TrainSection:
             batch_weight=self.batch_weight,
             local_weight=self.local_weight,
             unit_weight=self.unit_weight,
+            common_weight=self.common_weight,
             warmup=self.warmup,
         )
+        known = self.common_weight == 1 or self.preference == "controlled"
+        require(known, "common_weight", "below 1 it needs preference controlled, which knows the base model's")
+        single = self.pooling == "linear" or self.estimator == "expected"
+        require(single, "pooling", "logarithmic needs estimator expected; the others are paid for single answers")
         require(self.dead_zone < 1, "dead_zone", "must be below 1: no deviation is larger")
         why = ": nothing would be learned from a batch"
         below_one(why, preference_decay=self.preference_decay, context_decay=self.context_decay)

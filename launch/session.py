@@ -101,6 +101,8 @@ def reward_config(train: TrainSection) -> RewardConfig:
         context_decay=train.context_decay,
         batch_weight=train.batch_weight,
         local_weight=train.local_weight,
+        common_weight=train.common_weight,
+        pooling=train.pooling,
         unit_weight=train.unit_weight,
     )
 

@@ -185,6 +185,8 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path: Path) -> None:
         (TrainSection, {"batch_weight": 1.1}, "batch_weight: must be within 0 and 1, found 1.1"),
         (TrainSection, {"preference_decay": 1.0}, "preference_decay: must be within 0 and below 1"),
         (TrainSection, {"dead_zone": 1.0}, "dead_zone: must be below 1"),
+        (TrainSection, {"preference": "blocked", "common_weight": 0.5}, "common_weight: below 1 it needs preference"),
+        (TrainSection, {"estimator": "ppo", "pooling": "logarithmic"}, "pooling: logarithmic needs estimator expected"),
         (TrainSection, {"clip_range": 0.0}, "clip_range: must be between 0 and 1, found 0.0"),
         (TrainSection, {"abstain_reward": -2.0}, "abstain_reward: must be within -1 and 1, found -2.0"),
         (TrainSection, {"seed": 2**32}, "seed: must be within 0 and 4294967295, found 4294967296"),

@@ -418,6 +418,32 @@ def test_the_blocked_estimate_by_hand(backbone: Backbone, train: DecisionSet) ->
     assert table[:, 0].tolist() == pytest.approx([paid[0], paid[0], paid[1], paid[1]], abs=1e-6)
 
 
+def test_pooled_orders_are_paid_for_what_the_order_leaves(backbone: Backbone, train: DecisionSet) -> None:
+    handles = [h for job in ("nurse", "pilot") for h in find(train, job, count=8) if train[h].unit == "Ann/Bob"]
+    policy = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.8, 0.2], [0.5, 0.5]])
+    for pooling, nurse, pilot in (("linear", 0.5, 0.65), ("logarithmic", 0.5, 2 / 3)):
+        weights = {"width": 1.0, "decay": 0.0, "batch_weight": 1.0, "pooling": pooling}
+        task = DecisionTask(backbone, train, reward=RewardConfig(**weights))
+        paid = task.observe(handles, policy)[:, 0].tolist()
+        assert paid == pytest.approx([0.5 - nurse] * 2 + [0.5 - pilot] * 2, abs=1e-6)
+
+
+def test_what_the_base_prefers_everywhere_is_held_where_it_counts_nothing(
+    backbone: Backbone, train: DecisionSet
+) -> None:
+    weights = {"estimate": "controlled", "width": 1.0, "local_weight": 0.0, "unit_weight": 0.0}
+    tasks = [DecisionTask(backbone, train, reward=RewardConfig(common_weight=w, **weights)) for w in (1.0, 0.25, 0.0)]
+    free = [h for h in range(len(train)) if train[h].ambiguous]
+    base = tasks[0].base_policy(free)
+    paid = [task.observe(free, base)[:, 0] for task in tasks]
+    shares = group_preference(base, tasks[0].groups[free], tasks[0].contexts[free], 4, tasks[0].target)[0][:, 0]
+    level = float(shares.mean()) - 0.5  # every block has all contexts
+    assert abs(level) > 1e-3
+    torch.testing.assert_close(paid[1] - paid[0], torch.full_like(paid[0], 0.75 * level), rtol=0, atol=1e-5)
+    torch.testing.assert_close(paid[2] - paid[0], torch.full_like(paid[0], level), rtol=0, atol=1e-5)
+    assert float(paid[2].mean()) == pytest.approx(0.0, abs=1e-5)
+
+
 def test_unambiguous_decisions_and_abstention_move_no_preference(backbone: Backbone) -> None:
     task = three_groups(backbone)
     task.observe([3], torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
@@ -476,6 +502,9 @@ def test_columns_that_no_decision_of_the_batch_has_may_be_left_out(backbone: Bac
         ({"dead_zone": -0.1}, "dead_zone -0.1 >= 0"),
         ({"decay": 1.0}, "decay 1.0 must be in"),
         ({"batch_weight": 1.5}, "batch_weight 1.5"),
+        ({"estimate": "controlled", "common_weight": 1.5}, "common_weight 1.5 must be in"),
+        ({"estimate": "blocked", "common_weight": 0.5}, "1 unless the estimate is controlled"),
+        ({"pooling": "harmonic"}, "pooling is 'harmonic', expected one of linear, logarithmic"),
     ],
 )
 def test_impossible_rewards_are_refused(values: dict[str, object], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
 from training import bias, learn, letters_set, make_trainer, mean_kl, operators, preferences
 
-from dso.decisions import ABSTAIN
+from dso.decisions import ABSTAIN, DecisionSet
 from envs.task import DecisionTask, RewardConfig
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, sparsity
 from trainers.lesson import ESTIMATORS, Lesson
@@ -113,6 +114,28 @@ def test_the_expected_gradient_is_the_analytic_one(form: str) -> None:
     assert found.norm() > 0.1
     assert trainer.measured["gradient_norm"] == pytest.approx(float(wanted.norm()), rel=1e-3)
     assert trainer.measured["running_bias"] == pytest.approx(by_definition, rel=1e-4)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_pooled_gradient_is_that_of_the_pooled_reward(parts: int) -> None:
+    """Against autograd through the geometric mean of each question's two decisions, also where parts divide them."""
+    plain = letters_set(facts=False)
+    decisions = DecisionSet(tuple(replace(d, template="t", unit=str(int(d.unit) // 2)) for d in plain), plain.groups)
+    reward = RewardConfig(form="smooth", width=0.1, decay=0.0, batch_weight=1.0, pooling="logarithmic")
+    trainer = make_trainer(decisions, reward=reward, estimator="expected", learning_rate=0.0, accumulation=parts)
+    randomise(trainer)
+    model, tokenizer = trainer.task.backbone.model, trainer.task.backbone.tokenizer
+    letters = [tokenizer(c.text).input_ids[0] for c in decisions[0].candidates]
+    rows = [model(tokenizer(d.prompt, return_tensors="pt").input_ids).logits[0, -1, letters] for d in decisions]
+    log_pi = torch.log_softmax(torch.stack(rows), -1)
+    pooled = torch.softmax(log_pi.view(4, 2, 2, 2).mean(2), -1)  # job, question, order, letter
+    fair = (-(pooled.detach().mean(1, keepdim=True) - 0.5) / 0.1).clamp(-1, 1)
+    wanted = torch.autograd.grad(-(pooled * fair).sum(-1).mean(), list(trainer.policy.steering.parameters()))
+    wanted = torch.cat([value.flatten() for value in wanted])
+    learn(trainer, 1)
+    torch.testing.assert_close(gradients(trainer), wanted, rtol=1e-3, atol=1e-5)
+    assert wanted.norm() > 0.1
+    assert trainer.measured["objective"] == pytest.approx(float((pooled * fair).sum(-1).mean()), rel=1e-4)
 
 
 def test_the_expected_gradient_is_the_mean_of_sampled_ones() -> None:
@@ -628,6 +651,7 @@ def test_the_vector_environment_serves_sb3() -> None:
         ({"ent_coef": 0.01}, "ent_coef is 0.01"),
         ({"n_steps": 4}, "n_steps is 4"),
         ({"target_kl": 0.1}, "target_kl is 0.1"),
+        ({"estimator": "ppo", "reward": RewardConfig(pooling="logarithmic")}, "pooling needs to be linear"),
     ],
 )
 def test_settings_without_effect_are_refused(options: dict[str, Any], message: str) -> None:

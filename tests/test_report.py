@@ -296,6 +296,14 @@ def test_card_says_what_was_not_measured(config):
     assert "accuracy was not measured" not in card(config, [point(0.0, 0.3)])
 
 
+def test_card_says_where_answers_follow_the_order_more_than_before(config):
+    before = point(0.0, 0.3, bias=bias(0.3, order_effect=0.52))
+    after = {found: point(1.0, 0.1, bias=bias(0.1, order_effect=found)) for found in (0.75, 0.5, math.nan)}
+    assert "follow the order of the people by 0.75 at scale 1, by 0.52 before" in card(config, [before, after[0.75]])
+    for steered in (after[0.5], after[math.nan]):
+        assert "follow the order" not in card(config, [before, steered])
+
+
 def test_card_needs_the_base_model(config):
     with pytest.raises(ValueError, match="no point has scale 0"):
         card(config, [point(1.0, 0.1)])

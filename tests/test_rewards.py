@@ -17,6 +17,7 @@ from dso.rewards import (
     expected_reward,
     group_preference,
     group_shares,
+    logarithmic_pool,
 )
 
 HALF = torch.tensor([0.5, 0.5])
@@ -87,6 +88,35 @@ def test_a_candidate_that_is_not_there_leaves_the_gradient_finite() -> None:
     expected_reward(log_policy, torch.tensor([[-1.0, 1.0, 0.0]])).sum().backward()
     p = 1 / (1 + np.exp(1.0))  # of the first: d/ds_1 of (1 - 2 p) = -2 p (1 - p)
     assert scores.grad[0].tolist() == pytest.approx([-2 * p * (1 - p), 2 * p * (1 - p), 0.0], abs=1e-6)
+
+
+# what orders say together
+
+
+def test_an_answer_by_the_order_alone_pools_to_a_half_and_a_preference_in_both_orders_stays() -> None:
+    policy = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.8, 0.2], [0.5, 0.5], [0.7, 0.3]])
+    groups, questions = torch.tensor([[0, 1]] * 5), torch.tensor([0, 0, 1, 1, 2])
+    pooled = logarithmic_pool(policy.log(), groups, questions, 2).exp()
+    # odds 9 and 1/9 have the geometric mean 1; 4 and 1 have 2; a question in one order is as it is
+    wanted = torch.tensor([[0.5, 0.5], [0.5, 0.5], [2 / 3, 1 / 3], [2 / 3, 1 / 3], [0.7, 0.3]])
+    torch.testing.assert_close(pooled, wanted, rtol=0, atol=1e-6)
+
+
+def test_groups_are_pooled_wherever_their_candidates_stand_and_share_as_they_did() -> None:
+    policy = torch.tensor([[0.6, 0.2, 0.2, 0.0], [0.1, 0.4, 0.3, 0.2]])
+    groups = torch.tensor([[0, 1, ABSTAINS, ABSENT], [ABSTAINS, 1, 0, 0]])
+    pooled = logarithmic_pool(policy.log(), groups, torch.tensor([0, 0]), 2).exp()
+    # group 0: 0.6 and 0.5, group 1: 0.2 and 0.4, abstain: 0.2 and 0.1
+    roots = np.sqrt([0.6 * 0.5, 0.2 * 0.4, 0.2 * 0.1])
+    first, second, abstain = roots / roots.sum()
+    wanted = torch.tensor([[first, second, abstain, 0.0], [abstain, second, first * 0.6, first * 0.4]])
+    torch.testing.assert_close(pooled, wanted.float(), rtol=0, atol=1e-6)
+
+
+def test_what_was_never_chosen_in_any_order_stays_without_probability() -> None:
+    policy = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    pooled = logarithmic_pool(policy.log(), torch.tensor([[0, 1]] * 2), torch.tensor([0, 0]), 2).exp()
+    assert torch.equal(pooled, policy)
 
 
 # the preference

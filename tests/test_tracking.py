@@ -74,6 +74,7 @@ def point(scale: float, bias: float, accuracy: float) -> SimpleNamespace:
         soft=Estimate(bias + 0.01, 0.0, 1.0),
         hard=Estimate(bias + 0.02, 0.0, 1.0),
         soft_floor=0.05,
+        order_effect=0.4 + bias,
     )
     return SimpleNamespace(
         scale=scale, bias=measured, accuracy=Estimate(accuracy, 0.0, 1.0), answer_mass=0.9, kl=scale / 10
@@ -92,6 +93,7 @@ def test_the_curve_is_a_table_two_charts_and_a_summary() -> None:
     assert [row for row in third["line"]["rows"] if row[2] == "accuracy"] == [[1.0, 0.75, "accuracy"]]
     assert last["summary"]["test/bias"] == 0.25
     assert last["summary"]["test/base bias"] == 0.5
+    assert (last["summary"]["test/order effect"], last["summary"]["test/base order effect"]) == (0.65, 0.9)
     assert "test/base accuracy" not in last["summary"]
 
 

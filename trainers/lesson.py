@@ -34,6 +34,8 @@ class Lesson:
         log_probs: (N,) log pi of the actions.
         anchors: texts whose KL to the base model counts too.
         rewards: (N, K) every candidate's, or None where the estimator does not need them.
+        pooled: (N, K) what each question's orders say together (:meth:`envs.task.DecisionTask.pool`), if that is what
+            ``expected`` is the reward of.
     """
 
     handles: np.ndarray
@@ -44,11 +46,14 @@ class Lesson:
     log_probs: Tensor
     anchors: Sequence[str] = ()
     rewards: Tensor | None = None
+    pooled: Tensor | None = None
 
     def gain(self, estimator: str, rows: Tensor, log_policy: Tensor, clip: float) -> Tensor:
         """(n,) what a step goes up, for the decisions at ``rows`` (n,) with ``log_policy`` (n, k) as it is now."""
         if estimator == "expected":
             rewards = self.rewards[rows, : log_policy.shape[1]]
+            if self.pooled is not None:
+                return _pooled_gain(log_policy, self.pooled[rows, : log_policy.shape[1]], rewards)
             return expected_reward(log_policy.masked_fill(log_policy.isneginf(), -1e9), rewards)
         chosen = log_policy.gather(1, self.actions[rows, None])[:, 0]
         if estimator == "reinforce":
@@ -68,3 +73,14 @@ class Lesson:
         return (gain * ambiguous).sum() / everyone.clamp(min=1) + unambiguous_weight * (
             (gain * ~ambiguous).sum() / others.clamp(min=1)
         )
+
+
+def _pooled_gain(log_policy: Tensor, pooled: Tensor, rewards: Tensor) -> Tensor:
+    """(n,) sum_k q_k r_k of the pooled q, with the part of its gradient that runs through this decision.
+
+    As log q is the mean of the orders' log pi but for its norm, that part is q_k (r_k - sum_j q_j r_j) d log pi_k; the
+    question's other orders may be with another process.
+    """
+    value = (pooled * rewards).sum(-1)
+    gain = (pooled * (rewards - value[:, None]) * log_policy.masked_fill(log_policy.isneginf(), 0.0)).sum(-1)
+    return value + gain - gain.detach()

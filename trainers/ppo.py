@@ -23,7 +23,6 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from dso.errors import UserError
-from dso.rewards import expected_reward
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, NoMassFloor, sparsity, step_unit
@@ -97,6 +96,8 @@ class SteeringPPO(PPO):
             raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
         if estimator == "expected" and hard_preference:
             raise ValueError("estimator 'expected' samples no answers to take a preference from; use reinforce or ppo")
+        if estimator != "expected" and env.inner.task.reward.pooling != "linear":
+            raise ValueError(f"estimator {estimator!r} is paid for single answers; pooling needs to be linear")
         if unused := [name for name, value in UNUSED.items() if kwargs.get(name, value) != value]:
             raise ValueError(f"{unused[0]} is {kwargs[unused[0]]!r}, but SteeringPPO does not use it; leave it away")
         self.estimator = estimator
@@ -169,7 +170,7 @@ class SteeringPPO(PPO):
         if log_policy.isnan().any():
             return self._pass_over(env, callback)
         chosen = choose(log_policy)
-        stated = log_policy.exp()
+        stated = self.task.pool(log_policy.exp(), handles)
         if self.hard_preference:
             stated = torch.nn.functional.one_hot(chosen, stated.shape[1]).to(stated.dtype)
         table = self.learner.pass_through(lambda: env.state_policy(stated))  # which may ask the base model
@@ -184,13 +185,12 @@ class SteeringPPO(PPO):
         log_probs = log_policy.gather(1, chosen[:, None])[:, 0]
         rollout_buffer.add(handles, actions.reshape(-1, 1), rewards, starts, values, log_probs)
         rollout_buffer.compute_returns_and_advantage(last_values=torch.zeros_like(values), dones=dones)
-        self.policy.update_baseline(handles, (stated * table).sum(-1))
-        if self.estimator == "expected":
-            returns = expected_reward(log_policy.masked_fill(log_policy.isneginf(), -1e9), table)
-        else:
-            returns = table.gather(1, chosen[:, None])[:, 0]
+        expected = (stated * table).sum(-1)
+        self.policy.update_baseline(handles, expected)
+        returns = expected if self.estimator == "expected" else table.gather(1, chosen[:, None])[:, 0]
         ambiguous = self._ambiguous(handles)
-        self._lesson = Lesson(handles, ambiguous, chosen, returns, returns - values, log_probs, anchors, table)
+        pooled = None if self.task.reward.pooling == "linear" else stated
+        self._lesson = Lesson(handles, ambiguous, chosen, returns, returns - values, log_probs, anchors, table, pooled)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True

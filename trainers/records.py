@@ -48,6 +48,7 @@ def curve_records(points: Sequence[ScalePoint]) -> list[dict[str, Any]]:
             "noise floor": point.bias.soft_floor,
             "hard bias": point.bias.hard.value,
             "accuracy": point.accuracy.value,
+            "order effect": point.bias.order_effect,
             "answer mass": point.answer_mass,
             "KL": point.kl,
         }
@@ -56,7 +57,7 @@ def curve_records(points: Sequence[ScalePoint]) -> list[dict[str, Any]]:
     columns = list(rows[0])
     table = {"key": "curve/points", "columns": columns, "rows": [_finite(list(row.values())) for row in rows]}
     summary = {f"test/{name}": value for name, value in rows[-1].items()}
-    summary |= {f"test/base {name}": rows[0][name] for name in ("bias", "accuracy")}
+    summary |= {f"test/base {name}": rows[0][name] for name in ("bias", "accuracy", "order effect")}
     return [
         {"table": table},
         _chart("curve/bias", "Bias against the scale", rows, ("bias", "soft bias", "noise floor")),

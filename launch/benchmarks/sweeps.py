@@ -164,7 +164,8 @@ def table(label: str, names: Sequence[tuple[str, int | None]], points: Sequence[
     """A fixed-width table of a sweep; the first point is the base."""
     base = points[0]
     lines = [
-        f"{label}: floor-corrected bias [95%], cut, soft (floor), accuracy, answer mass to base, KL, KL unambiguous"
+        f"{label}: floor-corrected bias [95%], cut, soft (floor), accuracy, order effect, answer mass to base, KL, "
+        "KL unambiguous"
     ]
     for (name, seed), p in zip(names, points, strict=True):
         b = p.bias.corrected
@@ -172,7 +173,7 @@ def table(label: str, names: Sequence[tuple[str, int | None]], points: Sequence[
         lines.append(
             f"{name:<12} {'' if seed is None else seed!s:>2} {b.value:.3f} [{b.low:.3f}, {b.high:.3f}] {share:6.1%}  "
             f"{p.bias.soft.value:.3f} ({p.bias.soft_floor:.3f})  {p.accuracy.value:.3f}  "
-            f"{p.answer_mass / base.answer_mass:.2f}  {p.kl:.3f}  {p.kl_unambiguous:.3f}"
+            f"{p.bias.order_effect:.2f}  {p.answer_mass / base.answer_mass:.2f}  {p.kl:.3f}  {p.kl_unambiguous:.3f}"
         )
     return "\n".join(lines)
 
