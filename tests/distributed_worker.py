@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import training  # noqa: E402
 from conftest import tiny_llama  # noqa: E402
-from training import learn, letters_set, make_trainer, operators  # noqa: E402
+from training import in_orders, learn, letters_set, make_trainer, operators  # noqa: E402
 
 from dso.errors import UserError  # noqa: E402
 from envs.task import DecisionTask, RewardConfig  # noqa: E402
@@ -36,6 +36,7 @@ COMMON: dict[str, Any] = {
     "anchors": ("It rains.", "Two and two", "Once upon a time"), "anchors_a_step": 3, "n_epochs": 2, "batch_size": 8,
     "reward": RewardConfig(estimate="controlled", width=0.1), "policy": {"optimizer_kwargs": {"eps": 1e-3}},
 }  # fmt: skip
+POOLED = RewardConfig(estimate="controlled", width=0.1, pooling="logarithmic", common_weight=0.5)
 CASES: dict[str, dict[str, Any]] = {
     "zero0": {"stage": 0},
     "zero1": {"stage": 1},
@@ -44,8 +45,9 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16": {"stage": 3, "accumulation": 2, "dtype": torch.bfloat16, "checkpointing": True},
     "reinforce": {"stage": 0, "estimator": "reinforce", "accumulation": 3},
     "ppo": {"stage": 1, "estimator": "ppo", "accumulation": 2},
+    "pooled": {"stage": 1, "orders": True, "accumulation": 2, "reward": POOLED},
 }
-OWN = ("stage", "dtype", "checkpointing", "max_tokens")
+OWN = ("stage", "orders", "dtype", "checkpointing", "max_tokens")
 TIMEOUT = 90  # seconds that a process waits for the other: a run that hangs ends by then
 STEPS = 3
 
@@ -69,7 +71,8 @@ def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
     training.tiny_llama = lambda **k: tiny_llama(**k).to(case.get("dtype", torch.float32))
     # A price from the second step on: at the identity it is rounding whether mass is lost.
     limits = {"kl": KLBudget(0.05), "mass_floor": AnswerMassFloor(1.0, learning_rate=5.0)}
-    trainer = make_trainer(letters_set(), world=world, deepspeed=settings, **limits, **options)
+    decisions = in_orders(letters_set()) if case.get("orders") else letters_set()
+    trainer = make_trainer(decisions, world=world, deepspeed=settings, **limits, **options)
     if world and world.rank == 1:
         trainer.task.backbone.max_tokens = case.get("max_tokens", trainer.task.backbone.max_tokens)
     if case.get("checkpointing"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EveryNTimesteps
 from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
-from training import bias, learn, letters_set, make_trainer, mean_kl, operators, preferences
+from training import bias, in_orders, learn, letters_set, make_trainer, mean_kl, operators, preferences
 
-from dso.decisions import ABSTAIN, DecisionSet
+from dso.decisions import ABSTAIN
 from envs.task import DecisionTask, RewardConfig
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, sparsity
 from trainers.lesson import ESTIMATORS, Lesson
@@ -119,8 +118,7 @@ def test_the_expected_gradient_is_the_analytic_one(form: str) -> None:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_pooled_gradient_is_that_of_the_pooled_reward(parts: int) -> None:
     """Against autograd through the geometric mean of each question's two decisions, also where parts divide them."""
-    plain = letters_set(facts=False)
-    decisions = DecisionSet(tuple(replace(d, template="t", unit=str(int(d.unit) // 2)) for d in plain), plain.groups)
+    decisions = in_orders(letters_set(facts=False))
     reward = RewardConfig(form="smooth", width=0.1, decay=0.0, batch_weight=1.0, pooling="logarithmic")
     trainer = make_trainer(decisions, reward=reward, estimator="expected", learning_rate=0.0, accumulation=parts)
     randomise(trainer)
@@ -135,7 +133,7 @@ def test_the_pooled_gradient_is_that_of_the_pooled_reward(parts: int) -> None:
     learn(trainer, 1)
     torch.testing.assert_close(gradients(trainer), wanted, rtol=1e-3, atol=1e-5)
     assert wanted.norm() > 0.1
-    assert trainer.measured["objective"] == pytest.approx(float((pooled * fair).sum(-1).mean()), rel=1e-4)
+    assert trainer.measured["objective"] == pytest.approx((pooled * fair).sum(-1).mean().item(), rel=1e-4)
 
 
 def test_the_expected_gradient_is_the_mean_of_sampled_ones() -> None:

@@ -65,6 +65,12 @@ def letters_set(
     return DecisionSet(tuple(decisions), known, "letters")
 
 
+def in_orders(decisions: DecisionSet) -> DecisionSet:
+    """The ambiguous ones taken for two orders of one question each, in pairs as they come."""
+    paired = (replace(d, template="t", unit=str(int(d.unit) // 2)) if d.ambiguous else d for d in decisions)
+    return DecisionSet(tuple(paired), decisions.groups, decisions.name)
+
+
 def make_trainer(
     decisions: DecisionSet | None = None,
     *,
