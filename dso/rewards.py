@@ -94,16 +94,18 @@ def logarithmic_pool(log_policy: Tensor, groups: Tensor, questions: Tensor, n_gr
         questions: (N,) int64 index of each decision's question.
 
     Returns:
-        (N, K) log-probabilities, a group's divided among its candidates as they were.
+        (N, K) log-probabilities, a group's divided among its candidates as they were (evenly where it had none).
     """
     slots = groups % (n_groups + 2)  # ABSTAINS and ABSENT come last
     wide = log_policy.new_zeros(len(log_policy), n_groups + 2)
-    shares = wide.scatter_add(1, slots, log_policy.exp()).clamp(min=torch.finfo(log_policy.dtype).tiny).log()
+    chosen = wide.scatter_add(1, slots, log_policy.exp())
+    shares = chosen.clamp(min=torch.finfo(log_policy.dtype).tiny).log()
     count = torch.bincount(questions)
     total = log_policy.new_zeros(len(count), n_groups + 2).index_add(0, questions, shares)
-    offered = wide.scatter(1, slots, (groups != ABSENT).to(wide.dtype)) > 0
-    pooled = (total / count.clamp(min=1)[:, None])[questions].masked_fill(~offered, -torch.inf).log_softmax(-1)
-    within = log_policy - shares.gather(1, slots)
+    candidates = wide.scatter_add(1, slots, (groups != ABSENT).to(wide.dtype))
+    pooled = (total / count.clamp(min=1)[:, None])[questions].masked_fill(candidates == 0, -torch.inf).log_softmax(-1)
+    evenly = -candidates.clamp(min=1).log().gather(1, slots)
+    within = torch.where(chosen.gather(1, slots) > 0, log_policy - shares.gather(1, slots), evenly)
     return (pooled.gather(1, slots) + within).masked_fill(groups == ABSENT, -torch.inf)
 
 

@@ -113,10 +113,12 @@ def test_groups_are_pooled_wherever_their_candidates_stand_and_share_as_they_did
     torch.testing.assert_close(pooled, wanted.float(), rtol=0, atol=1e-6)
 
 
-def test_what_was_never_chosen_in_any_order_stays_without_probability() -> None:
-    policy = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    pooled = logarithmic_pool(policy.log(), torch.tensor([[0, 1]] * 2), torch.tensor([0, 0]), 2).exp()
-    assert torch.equal(pooled, policy)
+def test_single_choices_pool_too() -> None:
+    policy = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    pooled = logarithmic_pool(policy.log(), torch.tensor([[0, 1]] * 4), torch.tensor([0, 0, 1, 1]), 2).exp()
+    # the first question's answer is the same in both orders, the second's is the order
+    wanted = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5], [0.5, 0.5]])
+    torch.testing.assert_close(pooled, wanted, rtol=0, atol=1e-6)
 
 
 # the preference
