@@ -22,7 +22,7 @@ from dso.steering import Handle, Steering
 from envs.decision import DecisionVectorEnv
 from envs.task import DecisionTask, RewardConfig
 from launch.config import ConfigError, ConstraintsSection, TrainConfig, TrainSection
-from launch.freeform_config import AnswerConstraintsSection, FreeformConfig
+from launch.freeform_config import AnswerConstraintsSection, AnswerTrainSection, FreeformConfig
 from launch.strict import to_dict
 from trainers.checkpointing import checkpoint_layers
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget
@@ -85,12 +85,14 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
         divide_weights(backbone.model, deepspeed, world)
         steering.to(backbone.device)
     training = decisions.select(split=config.data.train_split)
-    task = DecisionTask(backbone, training, config.data.target, reward_config(config.train), handle, anchors=anchors)
+    # Sampled answers have neither: no base model's preference, and no probabilities to pool.
+    reward = reward_config(config.train, common_weight=config.train.common_weight, pooling=config.train.pooling)
+    task = DecisionTask(backbone, training, config.data.target, reward, handle, anchors=anchors)
     return Session(config, backbone, decisions, steering, handle, _trainer(config, task, steering, world, deepspeed))
 
 
-def reward_config(train: TrainSection) -> RewardConfig:
-    """How decisions are rewarded, from the keys of that name in the section ``train``."""
+def reward_config(train: TrainSection | AnswerTrainSection, **more: Any) -> RewardConfig:
+    """How decisions are rewarded, from the keys of that name in the section ``train``, and ``more``."""
     return RewardConfig(
         form=train.reward,
         width=train.smooth_width,
@@ -101,9 +103,8 @@ def reward_config(train: TrainSection) -> RewardConfig:
         context_decay=train.context_decay,
         batch_weight=train.batch_weight,
         local_weight=train.local_weight,
-        common_weight=train.common_weight,
-        pooling=train.pooling,
         unit_weight=train.unit_weight,
+        **more,
     )
 
 
