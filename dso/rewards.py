@@ -77,8 +77,12 @@ def expected_reward(log_policy: Tensor, rewards: Tensor) -> Tensor:
 
 def group_shares(policy: Tensor, groups: Tensor, n_groups: int) -> Tensor:
     """(N, G) probability of choosing each group, without ``abstain``; arguments as in :func:`group_preference`."""
-    slots = groups % (n_groups + 2)  # ABSTAINS and ABSENT come last
-    return policy.new_zeros(len(policy), n_groups + 2).scatter_add(1, slots, policy)[:, :n_groups]
+    return _by_slot(policy, groups, n_groups)[:, :n_groups]
+
+
+def _by_slot(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
+    """(N, G + 2) sums of the candidates' values (N, K) by group; those of ``ABSTAINS`` and ``ABSENT`` come last."""
+    return values.new_zeros(len(values), n_groups + 2).scatter_add(1, groups % (n_groups + 2), values)
 
 
 def logarithmic_pool(log_policy: Tensor, groups: Tensor, questions: Tensor, n_groups: int) -> Tensor:
@@ -96,13 +100,12 @@ def logarithmic_pool(log_policy: Tensor, groups: Tensor, questions: Tensor, n_gr
     Returns:
         (N, K) log-probabilities, a group's divided among its candidates as they were (evenly where it had none).
     """
-    slots = groups % (n_groups + 2)  # ABSTAINS and ABSENT come last
-    wide = log_policy.new_zeros(len(log_policy), n_groups + 2)
-    chosen = wide.scatter_add(1, slots, log_policy.exp())
+    slots = groups % (n_groups + 2)
+    chosen = _by_slot(log_policy.exp(), groups, n_groups)
+    candidates = _by_slot((groups != ABSENT).to(log_policy.dtype), groups, n_groups)
     shares = chosen.clamp(min=torch.finfo(log_policy.dtype).tiny).log()
     count = torch.bincount(questions)
     total = log_policy.new_zeros(len(count), n_groups + 2).index_add(0, questions, shares)
-    candidates = wide.scatter_add(1, slots, (groups != ABSENT).to(wide.dtype))
     pooled = (total / count.clamp(min=1)[:, None])[questions].masked_fill(candidates == 0, -torch.inf).log_softmax(-1)
     evenly = -candidates.clamp(min=1).log().gather(1, slots)
     within = torch.where(chosen.gather(1, slots) > 0, log_policy - shares.gather(1, slots), evenly)

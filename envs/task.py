@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -355,19 +355,23 @@ class DecisionTask:
 
 def _block_index(decisions: DecisionSet) -> Tensor:
     """(N,) which block each decision belongs to: the same people in the same template."""
-    numbers: dict[tuple[str, ...], int] = {}
     keys = [(d.template, d.unit) if d.unit else (d.id,) for d in decisions]
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+    return _numbered(keys)
 
 
 def _question_index(decisions: DecisionSet, blocks: Sequence[int]) -> Tensor:
     """(N,) which question each decision asks: a block's in one context, of the same groups; unambiguous ones have their
     own."""
-    numbers: dict[tuple[object, ...], int] = {}
     keys = [
         (block, d.context, *sorted(c.group for c in d.candidates)) if d.ambiguous else (d.id,)
         for block, d in zip(blocks, decisions, strict=True)
     ]
+    return _numbered(keys)
+
+
+def _numbered(keys: Iterable[Hashable]) -> Tensor:
+    """(N,) int64: the number of each key, by first appearance."""
+    numbers: dict[Hashable, int] = {}
     return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
 
 
