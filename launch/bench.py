@@ -72,9 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
     transfer.add_argument("--splits", default="test-names,test-templates,test-contexts")
 
     for sub in names.choices.values():
-        sub.add_argument(
-            "--results", default="docs/results", help="folder for what was measured (default: docs/results)"
-        )
+        # Not docs/results, which keeps what is published: a sweep of other settings would write over it.
+        sub.add_argument("--results", default="runs/bench", help="folder for what was measured (default: runs/bench)")
     return parser
 
 
