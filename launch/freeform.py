@@ -25,6 +25,7 @@ from launch.answer_report import HOW, abstention_lines, answer_point, write_resu
 from launch.answer_session import AnswerSession, open_answers, open_world, require_trl
 from launch.folder import Claim, Plan, RunError, Stopped, check_folder, failing_together, on_main, prepare_folder
 from launch.freeform_config import FreeformConfig
+from launch.processes import leave
 from launch.session import open_run_tracker
 from launch.train import Result
 from trainers.distributed import World
@@ -152,4 +153,4 @@ def _keeping(folder: Path, main: bool) -> Iterator[None]:
 if __name__ == "__main__":
     from launch.cli import main
 
-    raise SystemExit(main(["freeform", *sys.argv[1:]]))
+    leave(main(["freeform", *sys.argv[1:]]))

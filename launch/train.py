@@ -39,7 +39,7 @@ from launch.folder import (
 )  # fmt: skip
 from launch.learn import learn
 from launch.measure import scale_points
-from launch.processes import open_world
+from launch.processes import leave, open_world
 from launch.session import Session, open_run_tracker, open_session
 from trainers.distributed import World
 from trainers.records import decision_samples
@@ -228,4 +228,4 @@ def script_arguments(argv: Sequence[str]) -> list[str]:
 if __name__ == "__main__":
     from launch.cli import main
 
-    raise SystemExit(main(script_arguments(sys.argv[1:])))
+    leave(main(script_arguments(sys.argv[1:])))

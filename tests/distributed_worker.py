@@ -23,6 +23,7 @@ from training import in_orders, learn, letters_set, make_trainer, operators  # n
 
 from dso.errors import UserError  # noqa: E402
 from envs.task import DecisionTask, RewardConfig  # noqa: E402
+from launch.processes import leave  # noqa: E402
 from trainers.checkpointing import checkpoint_layers  # noqa: E402
 from trainers.constraints import AnswerMassFloor, KLBudget  # noqa: E402
 from trainers.distributed import Ranks, World  # noqa: E402
@@ -180,4 +181,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     assert os.environ["WORLD_SIZE"]
-    sys.exit(main())
+    leave(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -115,6 +116,16 @@ def test_a_process_that_cannot_go_on_ends_the_job_with_its_message(together: dic
     said = [line for line in done.stderr.splitlines() if line.startswith("dso: ")]
     assert said[0] == "dso: process 1: the memory of this machine is gone", done.stderr[-3000:]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("processes", "code"), [("1", -signal.SIGABRT), ("2", 3)])
+def test_what_aborts_at_the_end_of_one_of_several_processes_does_not_fail_the_job(processes: str, code: int) -> None:
+    """As a thread of gloo does now and then, here a handler that C's exit calls."""
+    words = "import ctypes; from launch.processes import leave; libc = ctypes.CDLL(None); "
+    words += "libc.__cxa_atexit(libc.abort, None, None); print('said', end=''); leave(3)"
+    environment = os.environ | {"WORLD_SIZE": processes, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", words], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "said"), done.stderr
 
 
 # The command, as users give it
