@@ -175,7 +175,7 @@ def leave(code: int) -> NoReturn:
     DeepSpeed holds on to groups after they are destroyed, and a thread of theirs that is left when the interpreter goes
     aborts the process now and then ("terminate called without an active exception"): a job that is done would fail.
     """
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # process_count() refuses nonsense, which was said already
         raise SystemExit(code)
     logging.shutdown()
     sys.stdout.flush()

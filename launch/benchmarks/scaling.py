@@ -31,7 +31,7 @@ from stable_baselines3.common.logger import Logger
 from dso.errors import UserError
 from dso.files import write_text
 from launch.config import load_config
-from launch.processes import open_world
+from launch.processes import leave, open_world
 from launch.session import Session, open_session
 from trainers.state import save_state
 
@@ -272,3 +272,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
