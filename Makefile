@@ -44,6 +44,7 @@ train: $(READY)
 
 test: $(READY)
 	@$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 clean:

@@ -1,1 +1,1 @@
-"""Shipped configs, found by name through :func:`launch.config.load_config`. Data only: no code."""
+"""Shipped configs, found by name through :func:`launch.config.schema.load_config`. Data only: no code."""

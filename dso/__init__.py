@@ -16,11 +16,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dso.backbone import Backbone
-    from dso.data import load_decisions
-    from dso.decisions import Candidate, Decision, DecisionError, DecisionSet, read_jsonl
-    from dso.metrics import BiasReport, accuracy, bias_report
-    from dso.steering import Steering
+    from dso.decisions.decision import Candidate, Decision, DecisionError, DecisionSet, read_jsonl
+    from dso.decisions.sets import load_decisions
+    from dso.evaluation.bias import BiasReport, accuracy, bias_report
+    from dso.models.backbone import Backbone
+    from dso.steering.model import Steering
 
 __version__ = "0.1.0"
 
@@ -39,11 +39,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "dso.backbone": ("Backbone",),
-    "dso.data": ("load_decisions",),
-    "dso.decisions": ("Candidate", "Decision", "DecisionError", "DecisionSet", "read_jsonl"),
-    "dso.metrics": ("BiasReport", "accuracy", "bias_report"),
-    "dso.steering": ("Steering",),
+    "dso.models.backbone": ("Backbone",),
+    "dso.decisions.sets": ("load_decisions",),
+    "dso.decisions.decision": ("Candidate", "Decision", "DecisionError", "DecisionSet", "read_jsonl"),
+    "dso.evaluation.bias": ("BiasReport", "accuracy", "bias_report"),
+    "dso.steering.model": ("Steering",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

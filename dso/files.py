@@ -17,6 +17,11 @@ PART = ".part"
 OLD = ".old" + PART
 
 
+def cache_folder() -> Path:
+    """Where what was fetched, converted or drawn is kept: ``$DSO_CACHE``, else ``~/.cache/dso``."""
+    return Path(os.environ.get("DSO_CACHE") or Path.home() / ".cache" / "dso")
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` at once: after an error the old content stands and nothing else is left."""
     path = Path(path)

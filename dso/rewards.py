@@ -118,7 +118,8 @@ def group_preference(
     """p_g(c) over a batch: the mean probability of each group in each context, renormalised without ``abstain``.
 
     A decision that offers only some of the groups is held against the target restricted to those, as in
-    :mod:`dso.metrics`: in general ``p_g(c)`` is the target plus the mean deviation from what is fair in each decision.
+    :mod:`dso.evaluation.bias`: in general ``p_g(c)`` is the target plus the mean deviation from what is fair in each
+    decision.
 
     Args:
         policy: (N, K) probabilities.

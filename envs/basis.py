@@ -1,7 +1,7 @@
 """Low-dimensional bases of a steering's coefficients, for searches that no gradient guides.
 
-A basis is a mapping from keys of :meth:`dso.steering.Steering.tensors` to tensors of shape (m, ...): m directions,
-each with a part in every tensor that it moves. With coefficients z of shape (m,) the steering is
+A basis is a mapping from keys of :meth:`dso.steering.model.Steering.tensors` to tensors of shape (m, ...): m
+directions, each with a part in every tensor that it moves. With coefficients z of shape (m,) the steering is
 
     x = x_0 + radius * sum_j z_j basis_j
 
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dso.backbone import Backbone
-from dso.decisions import DecisionSet
+from dso.decisions.decision import DecisionSet
+from dso.models.backbone import Backbone
+from dso.models.scoring import Encoded, token_logits
 from dso.rewards import group_shares
-from dso.scoring import Encoded, token_logits
-from dso.steering import Steering
+from dso.steering.model import Steering
 from envs.task import DecisionTask
 
 Basis = dict[str, Tensor]

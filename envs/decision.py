@@ -11,10 +11,10 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from dso.backbone import Backbone
-from dso.decisions import DecisionSet
+from dso.decisions.decision import DecisionSet
+from dso.models.backbone import Backbone
 from dso.rewards import ABSENT
-from dso.steering import Handle
+from dso.steering.model import Handle
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask, RewardConfig
 

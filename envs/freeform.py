@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dso.answers import check_answers
-from dso.matching import Matcher
+from dso.decisions.matching import Matcher
+from dso.evaluation.answers import check_answers
 from envs.task import DecisionTask
 
 Completion = str | Sequence[dict[str, str]]
@@ -35,7 +35,7 @@ class AnswerRewards:
         gather: (N, 2) int64 of this process -> those of all processes by rank; None for a process by itself.
 
     Raises:
-        DecisionError: as :func:`dso.answers.check_answers`.
+        DecisionError: as :func:`dso.evaluation.answers.check_answers`.
     """
 
     def __init__(self, task: DecisionTask, matcher: Matcher, gather: Callable[[Tensor], Tensor] | None = None):

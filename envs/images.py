@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from dso.images import open_image
+from dso.decisions.images import open_image
 from envs.decision import TokenObservation
 
 

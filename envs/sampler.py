@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dso.decisions import Decision, DecisionSet
+from dso.decisions.decision import Decision, DecisionSet
 
 
 class BlockSampler:

@@ -13,11 +13,11 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from dso.backbone import Backbone
-from dso.decisions import DecisionSet
+from dso.decisions.decision import DecisionSet
+from dso.models.backbone import Backbone
+from dso.models.scoring import kl_divergence
 from dso.rewards import group_preference
-from dso.scoring import kl_divergence
-from dso.steering import Handle, Steering
+from dso.steering.model import Handle, Steering
 from envs.basis import group_basis, random_basis
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dso.backbone import Backbone
-from dso.decisions import ABSTAIN, DecisionSet, check_target
+from dso.decisions.decision import ABSTAIN, DecisionSet, check_target
+from dso.models.backbone import Backbone
 from dso.rewards import (
     ABSENT,
     ABSTAINS,
@@ -21,7 +21,7 @@ from dso.rewards import (
     group_preference,
     logarithmic_pool,
 )
-from dso.steering import Handle
+from dso.steering.model import Handle
 from envs.preference import BlockedPreference
 
 ESTIMATES = ("context", "blocked", "controlled")

@@ -16,7 +16,7 @@ OWN = {"dso", "envs", "trainers", "launch", "configs"}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of ``dso``; each command's function is in ``launch.commands``."""
+    """The parser of ``dso``; each command's function is in ``launch.commands.verbs``."""
     parser = argparse.ArgumentParser(
         prog="dso", description="Train and use steerings that make a model's decisions equiprobable across groups."
     )
@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dso.errors import UserError
 
     try:
-        from launch import commands
+        from launch.commands import verbs
 
-        code = getattr(commands, arguments.command)(arguments)
+        code = getattr(verbs, arguments.command)(arguments)
         sys.stdout.flush()  # here, where a reader that left can be told from a bug
         return code
     except KeyboardInterrupt:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dso.backbone import Backbone
 from dso.errors import UserError
-from dso.scoring import Encoded, token_logits
+from dso.models.backbone import Backbone
+from dso.models.scoring import Encoded, token_logits
 
 
 def divide(decisions: int, num_generations: int, ranks: int, micro_batch: int | None) -> tuple[int, int]:

@@ -14,8 +14,8 @@ Rewards are not divided by their standard deviation unless asked for: they vanis
 what is left there.
 
 Three more methods are replaced. Prompts are tokenised by the backbone (answers that are begun, no doubled special
-tokens); answers are sampled by :mod:`dso.sampling`, which evaluation uses too; and the answers to one prompt share its
-forward pass.
+tokens); answers are sampled by :mod:`dso.models.sampling`, which evaluation uses too; and the answers to one prompt
+share its forward pass.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
-from dso.matching import Matcher
-from dso.sampling import sample
-from dso.steering import Steering
+from dso.decisions.matching import Matcher
+from dso.models.sampling import sample
+from dso.steering.model import Steering
 from envs.freeform import AnswerRewards
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask

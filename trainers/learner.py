@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from trainers.distributed import World
 from trainers.optimizer import Whitened
+from trainers.parallel.ranks import World
 from trainers.policy import SteeringPolicy
 
 T = TypeVar("T")

@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from dso.backbone import Backbone
-from dso.decisions import DecisionSet
-from dso.evaluation import Evaluator, Measurement
-from dso.steering import Handle
+from dso.decisions.decision import DecisionSet
+from dso.evaluation.evaluator import Evaluator, Measurement
+from dso.models.backbone import Backbone
+from dso.steering.model import Handle
 from trainers.learner import Learner
 
 
 class SharedEvaluator:
-    """What :class:`dso.evaluation.Evaluator` is in one process, with the same results in each of several.
+    """What :class:`dso.evaluation.evaluator.Evaluator` is in one process, with the same results in each of several.
 
     Args:
         learner: of the model; its processes all measure together.
-        backbone, decisions, handle, options: see :class:`dso.evaluation.Evaluator`; ``progress`` is told of the shares
+        backbone, decisions, handle, options: see :class:`dso.evaluation.evaluator.Evaluator`; ``progress`` is told of
+        the shares
             of all processes as this one does its own.
     """
 

@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from dso.steering import Steering
+from dso.steering.model import Steering
 from envs.task import DecisionTask
 from trainers.optimizer import SteeringAdam, Whitened
 

@@ -4,7 +4,7 @@ Each rollout is one batch of one-step episodes. ``expected`` and ``reinforce`` (
 one forward pass, whose graph is kept from the rollout; ``ppo``, and each of them in more parts than one, rolls out
 first, like the base class. Same rewards, same constraints, same optimiser step (:mod:`trainers.update`).
 
-Several processes (:mod:`trainers.distributed`) all draw the same batch; each passes its own share of it through the
+Several processes (:mod:`trainers.parallel.ranks`) all draw the same batch; each passes its own share of it through the
 model and learns of the others' answers. Rollouts, rewards, baselines and the price of KL are therefore the same in all
 of them, and in one process; what is divided are the passes, and what is added up are gradients.
 """
@@ -26,10 +26,10 @@ from dso.errors import UserError
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, NoMassFloor, sparsity, step_unit
-from trainers.distributed import World
 from trainers.fisher import whitening
 from trainers.learner import Learner
 from trainers.lesson import ESTIMATORS, Lesson
+from trainers.parallel.ranks import World
 from trainers.policy import SteeringPolicy, choose
 from trainers.update import Passed, Updater
 from trainers.vec import DecisionVecEnv
@@ -136,7 +136,7 @@ class SteeringPPO(PPO):
     def _make_learner(self, parts: int, deepspeed: dict[str, Any] | None) -> Learner:
         if deepspeed is None:
             return Learner(self.policy, self.max_grad_norm, parts)
-        from trainers.engine import EngineLearner  # nothing of it is imported in one process
+        from trainers.parallel.engine import EngineLearner  # nothing of it is imported in one process
 
         return EngineLearner(self.policy, self.max_grad_norm, parts, self.world, deepspeed)
 
@@ -327,7 +327,7 @@ class SteeringPPO(PPO):
     def load(cls, *args: Any, **kwargs: Any) -> NoReturn:
         """Not to be had: an archive holds no backbone, so there is nothing to build the policy from."""
         raise TypeError(
-            "build SteeringPPO as for training, then call set_parameters(path), or trainers.state.load_state"
+            "build SteeringPPO as for training, then call set_parameters(path), or trainers.state.saved.load_state"
         )
 
     def _excluded_save_params(self) -> list[str]:

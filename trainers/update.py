@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dso.scoring import kl_divergence
+from dso.models.scoring import kl_divergence
 from envs.sampler import BlockSampler, divide
 from trainers.constraints import step_unit
 from trainers.fisher import Share, fisher_diagonal

@@ -1,0 +1,209 @@
+"""SocialCounterfactuals (Howard et al., "SocialCounterfactuals: Probing and Mitigating Intersectional Social Biases in
+Vision-Language Models with Counterfactual Examples", CVPR 2024; Hub data set ``Intel/SocialCounterfactuals``).
+
+Parquet shards with one picture a row:
+
+==================  ===================================================================================
+``image``           struct of ``bytes`` (JPEG or PNG) and ``path``
+``caption``         "A picture of a White male plumber", "a skinny female Carpenter"
+``counterfactual_set``  the scene; its pictures differ in the two attributes alone
+``a1``, ``a2``      "White", "male"; together ``a1a2``, as in the caption
+``a1_type``, ``a2_type``  two of ``race``, ``gender``, ``physical``
+==================  ===================================================================================
+
+The occupation is what follows ``a1a2`` in the caption, in lower case. A scene for :mod:`dso.decisions.sets.portraits`
+is a
+counterfactual set with one value of the other attribute: a plumber who is White, male in one picture and female in the
+other. Rows whose caption does not hold ``a1a2``, and sets without two groups, are left out and counted in a log
+message.
+
+Of 171,000 pictures only those of the chosen scenes are read; they are written into a folder of files, as decisions name
+their images by path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dso.decisions.decision import DecisionError, DecisionSet
+from dso.decisions.sets.portraits import Scene, portrait_decisions, some_of_each
+from dso.files import cache_folder, write_bytes
+
+ATTRIBUTES = ("gender", "race", "physical")
+COLUMNS = ("caption", "counterfactual_set", "a1", "a2", "a1a2", "a1_type", "a2_type")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    file: Path
+    number: int
+
+
+def load(
+    path: str | Path,
+    *,
+    attribute: str = "gender",
+    per_context: int = 4,
+    contexts: Sequence[str] | None = None,
+    layout: str = "side_by_side",
+    questions: Sequence[str] = ("who",),
+    abstain: bool = False,
+    shards: int | None = None,
+    revision: str | None = None,
+    pictures: str | Path | None = None,
+    seed: int = 0,
+) -> DecisionSet:
+    """Read SocialCounterfactuals.
+
+    Args:
+        path: a folder with the parquet files, or the Hub id ``Intel/SocialCounterfactuals``, of which all files are
+            fetched unless ``shards`` says otherwise.
+        attribute: ``gender``, ``race`` or ``physical``: what the people differ in, the other attribute being equal.
+        per_context: how many scenes of an occupation are used at most.
+        contexts: the occupations; all when None.
+        layout, questions, abstain: of :func:`dso.decisions.sets.portraits.portrait_decisions`.
+        shards: of the Hub, how many files are fetched at most; all 61 when None.
+        revision: of the Hub.
+        pictures: where the pictures are written; a folder in dso's cache when None.
+        seed: of which scenes are used and which of them meet.
+
+    Raises:
+        DecisionError: if there are no such files, one of them is not as above, or no scene is left.
+    """
+    if attribute not in ATTRIBUTES:
+        raise DecisionError(
+            f"socialcounterfactuals: attribute is {attribute!r}, expected one of {', '.join(ATTRIBUTES)}"
+        )
+    found: dict[tuple[str, str, str], dict[str, _Row]] = defaultdict(dict)
+    strange = 0
+    for file in parquet_files("socialcounterfactuals", path, revision, shards):
+        for number, row in enumerate(read_table(file, COLUMNS, "image")):
+            occupation = _occupation(row)
+            if attribute not in (row["a1_type"], row["a2_type"]):
+                continue
+            strange += occupation is None
+            if occupation is not None:
+                group, other = (row["a1"], row["a2"])[:: 1 if row["a1_type"] == attribute else -1]
+                found[occupation, row["counterfactual_set"], other][group] = _Row(file, number)
+    whole = {key: rows for key, rows in found.items() if len(rows) > 1}
+    if strange or len(whole) < len(found):
+        _log.info(
+            "socialcounterfactuals: left out %d pictures (caption without the attributes) and %d sets of one group",
+            strange, len(found) - len(whole),
+        )  # fmt: skip
+    groups = sorted({group for rows in whole.values() for group in rows})
+    names = {key: f"{key[1]}/{key[2]}" for key in whole}
+    scenes = [Scene(names[key], key[0], dict.fromkeys(rows, "")) for key, rows in whole.items()]
+    chosen = {scene.name for scene in some_of_each(scenes, per_context, contexts, seed)}
+    folder = Path(pictures) if pictures else cache_folder() / "pictures" / "socialcounterfactuals"
+    rows_of = {key: rows for key, rows in whole.items() if names[key] in chosen}
+    written = _write([row for rows in rows_of.values() for row in rows.values()], folder)
+    scenes = [
+        Scene(names[key], key[0], {group: written[row] for group, row in rows.items()})
+        for key, rows in sorted(rows_of.items())
+    ]
+    return portrait_decisions(
+        "socialcounterfactuals", scenes, groups, folder=folder, layout=layout, questions=questions, abstain=abstain,
+        seed=seed,
+    )  # fmt: skip
+
+
+def _occupation(row: dict[str, Any]) -> str | None:
+    before, found, after = (row["caption"] or "").lower().partition((row["a1a2"] or "").lower())
+    return after.strip(" .") or None if found else None
+
+
+def parquet_files(name: str, path: str | Path, revision: str | None, most: int | None) -> list[Path]:
+    """The parquet files of a folder or of a Hub data set, in order.
+
+    Raises:
+        DecisionError: if there are none.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        files = sorted(folder.rglob("*.parquet"))
+        if not files:
+            raise DecisionError(f"{name}: no parquet file in {folder}")
+        return files[:most]
+    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
+        raise DecisionError(
+            f"{name}: no folder {str(path)!r}; give one with the parquet files, or a Hub id (owner/name)"
+        )
+    from huggingface_hub import HfApi, hf_hub_download
+
+    where = {"repo_type": "dataset", "revision": revision}
+    try:
+        names = sorted(file for file in HfApi().list_repo_files(str(path), **where) if file.endswith(".parquet"))
+        files = [Path(hf_hub_download(str(path), file, **where)) for file in names[:most]]
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DecisionError(f"{name}: no folder {str(path)!r}, and not to be had from the Hub: {reason}") from error
+    if not files:
+        raise DecisionError(f"{name}: the Hub's {path} has no parquet file")
+    return files
+
+
+def read_table(file: Path, columns: Sequence[str], *others: str) -> list[dict[str, Any]]:
+    """The rows of a parquet file, of these columns only.
+
+    Raises:
+        DecisionError: if it cannot be read, lacks one of the columns or of the ``others``, or pyarrow is not installed.
+    """
+    parquet = _parquet()
+    try:
+        opened = parquet.ParquetFile(file)
+        if missing := [column for column in (*columns, *others) if column not in opened.schema_arrow.names]:
+            raise DecisionError(f"{file}: has no column {missing[0]!r}; it has {', '.join(opened.schema_arrow.names)}")
+        return opened.read(columns=list(columns)).to_pylist()
+    except DecisionError:
+        raise
+    except (OSError, ValueError) as error:  # pyarrow's errors are of these two
+        raise DecisionError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+def _parquet() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DecisionError(
+            "parquet files need pyarrow, which is not installed; install it with: pip install 'dso[vision]'"
+        ) from error
+    return pyarrow.parquet
+
+
+def _write(rows: Sequence[_Row], folder: Path) -> dict[_Row, str]:
+    """The pictures of rows as files; row groups without any of them are not read."""
+    wanted: dict[Path, list[_Row]] = defaultdict(list)
+    for row in rows:
+        wanted[row.file].append(row)
+    written = {}
+    for file, members in wanted.items():
+        opened = _parquet().ParquetFile(file)
+        start = 0
+        for number in range(opened.num_row_groups):
+            end = start + opened.metadata.row_group(number).num_rows
+            here = [row for row in members if start <= row.number < end]
+            if here:
+                images = opened.read_row_group(number, columns=["image"]).column("image")
+                for row in here:
+                    written[row] = _write_image(images[row.number - start].as_py(), row, folder)
+            start = end
+    return written
+
+
+def _write_image(image: Any, row: _Row, folder: Path) -> str:
+    data = image.get("bytes") if isinstance(image, dict) else None
+    if not isinstance(data, bytes):
+        raise DecisionError(f"{row.file}, row {row.number}: image holds no bytes")
+    kind = "png" if data.startswith(b"\x89PNG") else "jpg"
+    path = folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{kind}"
+    if not path.exists():
+        write_bytes(path, data)
+    return str(path)

@@ -1,0 +1,175 @@
+"""WinoBias (Zhao, Wang, Yatskar, Ordonez, Chang: "Gender Bias in Coreference Resolution", NAACL 2018).
+
+The files come from the user: a folder with ``pro_stereotyped_type1.txt.dev`` and the like, ``male_occupations.txt``
+and ``female_occupations.txt``. A line is ``1 [The developer] argued with the designer because [she] did not like the
+design.``: the first pair of brackets holds the referent, the next the pronoun.
+
+What is decided. For a language model that continues text, the sentence is cut before the first pronoun, and the
+candidates are the pronouns of the same case: she/he, her/him or her/his. The context is the referent's occupation,
+its stereotype is the list that it stands in, and the groups are female and male. Nothing determines the gender: all
+decisions are ambiguous. In ``type2`` the syntax determines the referent before the pronoun is read. In ``type1`` only
+the rest of the sentence would, which the model has not read; the two sentences of a pair then often have the same
+prompt and stand in two contexts of opposite stereotypes, so that the preference mixes both occupations. Read the
+stereotype gap on ``type2``; the per-context bias means the same in both.
+
+The anti-stereotyped file has the same sentences with the other pronoun and so the same decisions; it is read to
+learn the case of "her" and for nothing else. Where the two differ before the pronoun (typing errors in the published
+files), the pro-stereotyped one counts. A sentence whose text before the cut contains a gendered pronoun outside
+brackets is left out, since it may give the answer away. Both are counted in a log message. Lines 2k-1 and 2k make one
+unit: they mention the same two occupations, with another referent.
+
+Splits: ``type1-dev``, ``type1-test``, ``type2-dev``, ``type2-test``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dso.decisions.decision import Candidate, Decision, DecisionError, DecisionSet
+
+SPLITS = ("dev", "test")
+TYPES = ("type1", "type2")
+GROUPS = ("female", "male")
+
+_log = logging.getLogger(__name__)
+_LINE = re.compile(r"(\d+) +(.+)")
+_BRACKETS = re.compile(r"\[([^\]]*)\]")
+_GENDERED = re.compile(r"\b(he|she|him|her|his|hers|himself|herself)\b", re.IGNORECASE)
+# pronoun -> gender; the case of "her" is open
+_GENDER = {"he": "male", "him": "male", "his": "male", "she": "female", "her": "female"}
+_CASES = {"he": (" she", " he"), "him": (" her", " him"), "his": (" her", " his")}
+
+
+@dataclass(frozen=True, slots=True)
+class _Sentence:
+    number: int
+    before: str
+    referent: str
+    pronoun: str
+
+
+def load(path: str | Path, *, split: str | Sequence[str] = "test", types: str | Sequence[str] = TYPES) -> DecisionSet:
+    """Read WinoBias.
+
+    Args:
+        path: the folder with the published files.
+        split: ``dev``, ``test`` or both.
+        types: ``type1``, ``type2`` or both.
+
+    Raises:
+        DecisionError: on a missing file, or a line that is not as published, with file, line and reason.
+    """
+    folder, decisions = Path(path), []
+    splits, kinds = _subset("split", split, SPLITS), _subset("types", types, TYPES)
+    stereotypes = {o: g for g in GROUPS for _, o in _lines(folder / f"{g}_occupations.txt")}
+    for part in splits:
+        for kind in kinds:
+            decisions += _read(folder, kind, part, stereotypes)
+    return DecisionSet(tuple(decisions), GROUPS, f"winobias ({', '.join(splits)})")
+
+
+def _subset(name: str, given: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    chosen = (given,) if isinstance(given, str) else tuple(given)
+    if not chosen or not set(chosen) <= set(known):
+        raise DecisionError(f"winobias: {name} is {given!r}, expected one or more of {', '.join(known)}")
+    return chosen
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """The lines that are not blank, with their numbers in the file."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DecisionError(f"{path}: cannot be read: {error.strerror}") from error
+    lines = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        try:
+            text = line.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DecisionError(f"{path}:{number}: not valid UTF-8 at byte {error.start}") from error
+        if text:
+            lines.append((number, text))
+    if not lines:
+        raise DecisionError(f"{path}: is empty")
+    return lines
+
+
+def _read(folder: Path, kind: str, part: str, stereotypes: dict[str, str]) -> list[Decision]:
+    pro_file, anti_file = (folder / f"{side}_stereotyped_{kind}.txt.{part}" for side in ("pro", "anti"))
+    pros, antis = _parse(pro_file, stereotypes), _parse(anti_file, stereotypes)
+    if len(pros) != len(antis):
+        raise DecisionError(f"{anti_file}: has {len(antis)} sentences, {pro_file.name} has {len(pros)}")
+    decisions, differ, left_out = [], 0, 0
+    for index, (pro, anti) in enumerate(zip(pros, antis, strict=True)):
+        stereotype = stereotypes[pro.referent]
+        if _GENDER[pro.pronoun] != stereotype:
+            raise DecisionError(
+                f"{pro_file}:{pro.number}: {pro.pronoun!r} is not pro-stereotypical for {pro.referent!r} ({stereotype})"
+            )
+        differ += pro.before != anti.before
+        if _GENDERED.search(pro.before):
+            left_out += 1
+            continue
+        decisions.append(
+            Decision(
+                id=f"{kind}-{part}/{index + 1:03d}",
+                context=pro.referent,
+                kind="ambiguous",
+                prompt=pro.before,
+                candidates=tuple(
+                    Candidate(text=t, group=g) for t, g in zip(_case(pro, anti, pro_file), GROUPS, strict=True)
+                ),
+                template=f"{kind}-{part}/{index + 1:03d}",
+                split=f"{kind}-{part}",
+                unit=f"{kind}-{part}/pair{index // 2 + 1:03d}",
+                stereotype=stereotype,
+            )
+        )
+    if differ or left_out:
+        _log.info(
+            "%s: %d sentences; %d differ from %s before the pronoun (this file counts), %d left out (gendered "
+            "pronoun before the cut)", pro_file, len(pros), differ, anti_file.name, left_out,
+        )  # fmt: skip
+    return decisions
+
+
+def _case(pro: _Sentence, anti: _Sentence, path: Path) -> tuple[str, str]:
+    if pro.pronoun == "she":
+        return _CASES["he"]
+    for sentence in (pro, anti):
+        if sentence.pronoun in _CASES:
+            return _CASES[sentence.pronoun]
+    raise DecisionError(f"{path}:{pro.number}: cannot tell the case of {pro.pronoun!r}")
+
+
+def _parse(path: Path, stereotypes: dict[str, str]) -> list[_Sentence]:
+    return [_parse_line(f"{path}:{number}", number, line, stereotypes) for number, line in _lines(path)]
+
+
+def _parse_line(where: str, number: int, line: str, stereotypes: dict[str, str]) -> _Sentence:
+    match = _LINE.fullmatch(line)
+    if not match:
+        raise DecisionError(f"{where}: does not begin with a number and a blank")
+    brackets = list(_BRACKETS.finditer(match[2]))
+    pronouns = [found for found in brackets if found[1].strip().lower() in _GENDER]
+    referents = [found for found in brackets if found not in pronouns and not _GENDERED.fullmatch(found[1].strip())]
+    if not pronouns:
+        raise DecisionError(f"{where}: no pronoun (he, she, him, her, his) in brackets")
+    if len(referents) != 1:
+        raise DecisionError(f"{where}: {len(referents)} occupations in brackets, expected one")
+    referent = re.sub(r"^((the|an?)\s+)+", "", referents[0][1].strip(), flags=re.IGNORECASE)
+    if referent not in stereotypes:
+        raise DecisionError(f"{where}: {referent!r} stands in neither list of occupations")
+    if pronouns[0].start() < referents[0].start():
+        raise DecisionError(f"{where}: the pronoun comes before its referent")
+    return _Sentence(number, _clean(match[2][: pronouns[0].start()]), referent, pronouns[0][1].strip().lower())
+
+
+def _clean(text: str) -> str:
+    """The words without brackets, with a doubled article made one and " 's" joined to its noun."""
+    text = re.sub(r"\s+", " ", text.replace("[", "").replace("]", "")).replace(" 's", "'s").strip()
+    return re.sub(r"\b(the) the\b", r"\1", text, flags=re.IGNORECASE)

@@ -1,0 +1,198 @@
+"""The model card of a saved steering: its README.md, with front matter for the Hub."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from dso.evaluation.report import (
+    ScalePoint,
+    base_point,
+    by_scale,
+    clean,
+    contexts_table,
+    decimal_text,
+    markdown_rows,
+    markdown_table,
+)
+
+if TYPE_CHECKING:
+    from dso.steering.checkpoint import SteeringConfig
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+TAGS = ("dso", "steering", "activation-steering", "fairness", "bias")
+
+USE = """\
+```python
+from dso import Backbone, Steering
+
+backbone = Backbone.load({base})  # or any transformers model object with these weights
+steering = Steering.from_pretrained({source})
+
+with steering.on(backbone.model, scale={scale:g}):  # 0 is the base model, bit for bit
+    ...  # generate, score, evaluate
+
+handle = steering.attach(backbone.model, scale={scale:g})
+handle.scale = {high:g}  # turn it at any time, from {low:g} to {high:g}
+handle.detach()
+```
+
+Start a new key-value cache after a change of scale.
+"""
+
+SUMMARY = """\
+A steering: small transforms of the activations of a frozen language model that bring its choices between demographic
+groups towards a target, turned up or down at inference with one number, the scale. It was trained with Direct Steering
+Optimization ([arXiv 2512.15926](https://arxiv.org/abs/2512.15926)) as implemented in `dso`. The base model's weights
+are not part of it and are not changed.
+
+At scale {scale:g}: bias {bias} (base model {base_bias}), sampling noise taken off; unambiguous accuracy {accuracy}
+(base model {base_accuracy}).
+"""
+
+LIMITS = (
+    "The numbers hold for decisions of the kind above: ambiguous choices between the candidates of the decision set. "
+    "They say nothing about bias in other tasks, in free-form text, in other languages or for other attributes.",
+    "Groups that are not listed above were not measured. The labels are what the decision set says "
+    "(first names, pronouns), not how people describe themselves.",
+    "Bias is a mean over contexts: a single context may be worse than the mean, or worse than before.",
+    "Nothing was measured at scales outside the table, with other weights (a fine-tune, another quantisation), or "
+    "together with other adapters. General ability was not measured beyond the columns of the table.",
+    "The choice of the target is a judgement. Equal shares are not the fair answer to every question.",
+)
+
+
+def model_card(
+    config: SteeringConfig,
+    points: Sequence[ScalePoint],
+    *,
+    name: str,
+    data: str,
+    training: Mapping[str, object],
+    source: str | None = None,
+    base_model: str | None = None,
+    kl_budget: float | None = None,
+    figure: str | None = None,
+    limits: Sequence[str] = (),
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        config: of the steering that is saved.
+        points: the measured scales, the base model (scale 0) among them.
+        name: the card's title.
+        data: what the points were measured on, in one sentence.
+        training: what the steering was trained with, one line an entry.
+        source: folder or Hub id to load it from; the name when None.
+        base_model: the base model's Hub id for the front matter, where ``config.base_model`` is not one.
+        kl_budget: of the training run; scales above it are named among the limits.
+        figure: of :func:`dso.evaluation.figure.scale_figure`, relative to the card.
+        limits: further limits, one sentence or more each.
+
+    Raises:
+        ValueError: if no point has scale 0.
+    """
+    ordered = by_scale(points)
+    base = base_point(ordered)
+    full = next((point for point in ordered if point.scale == 1), ordered[-1])
+    sections = [
+        _front_matter(base_model or config.base_model),
+        f"# {clean(name)}\n",
+        _summary(base, full),
+        _facts(config),
+        "## Use\n",
+        _use(config, source or name, full),
+        "## Evidence\n",
+        f"Measured on: {clean(data)}\n",
+        markdown_table(ordered),
+        *([f"![Bias, accuracy and KL against the scale]({figure})\n"] if figure else []),
+        *_contexts(base, full),
+        "## Groups and target\n",
+        markdown_rows([("group", "fair share"), *_target(config, base)]),
+        "## Training\n",
+        markdown_rows([("what", "value"), *((clean(str(k)), clean(str(v))) for k, v in training.items())]),
+        "## Limits\n",
+        "\n".join(f"- {limit}" for limit in (*LIMITS, *_measured_limits(ordered, base, full, kl_budget), *limits))
+        + "\n",
+    ]
+    return "\n".join(sections)
+
+
+def _front_matter(base_model: str) -> str:
+    # A folder's name means nothing on the Hub. A JSON string is a YAML string: "1e3" stays a name.
+    lines = ["library_name: dso", *([f"base_model: {json.dumps(base_model)}"] if HUB_ID.fullmatch(base_model) else [])]
+    return "\n".join(("---", *lines, "tags:", *(f"- {tag}" for tag in TAGS), "---\n"))
+
+
+def _summary(base: ScalePoint, full: ScalePoint) -> str:
+    return SUMMARY.format(
+        scale=full.scale,
+        bias=decimal_text(full.bias.corrected.value),
+        base_bias=decimal_text(base.bias.corrected.value),
+        accuracy=decimal_text(full.accuracy.value),
+        base_accuracy=decimal_text(base.accuracy.value),
+    )
+
+
+def _facts(config: SteeringConfig) -> str:
+    widths = sorted(set(config.sites.values()))
+    rows = [
+        ("base model", f"`{clean(config.base_model)}`" if config.base_model else "not stated"),
+        ("revision", f"`{clean(config.revision)}`" if config.revision else "not stated"),
+        ("fingerprint of the steered base weights", f"`{config.fingerprint}`" if config.fingerprint else "not stated"),
+        ("operator", config.operator if config.rank is None else f"{config.operator}, rank {config.rank}"),
+        ("sites", f"{len(config.sites)} modules of width {', '.join(map(str, widths))}"),
+        ("scales", f"{config.scale_range[0]:g} to {config.scale_range[1]:g}"),
+    ]
+    return markdown_rows([("what", "value"), *rows])
+
+
+def _use(config: SteeringConfig, source: str, full: ScalePoint) -> str:
+    low, high = config.scale_range
+    base = json.dumps(config.base_model, ensure_ascii=False)
+    if config.revision:
+        base += f", revision={json.dumps(config.revision)}"
+    return USE.format(
+        base=base,
+        source=json.dumps(source, ensure_ascii=False),
+        scale=0.4 if low <= 0.4 <= high else full.scale,
+        low=low,
+        high=high,
+    )
+
+
+def _contexts(base: ScalePoint, full: ScalePoint) -> list[str]:
+    if base is full or not base.bias.context_bias or not full.bias.context_bias:
+        return []
+    title = f"### Contexts, at scale {base.scale:g} (before) and {full.scale:g} (after)\n"
+    return [title, contexts_table(base.bias, full.bias, markdown=True)]
+
+
+def _target(config: SteeringConfig, base: ScalePoint) -> list[tuple[str, str]]:
+    shares = dict(zip(config.groups, config.target, strict=True)) if config.target else base.bias.target
+    return [(clean(group), f"{share:.3g}") for group, share in shares.items()]
+
+
+def _measured_limits(
+    points: Sequence[ScalePoint], base: ScalePoint, full: ScalePoint, kl_budget: float | None
+) -> list[str]:
+    found = []
+    if all(math.isnan(point.accuracy.value) for point in points):
+        found.append("What steering costs in accuracy was not measured: the set has no unambiguous decisions.")
+    if over := [f"{point.scale:g}" for point in points if kl_budget is not None and point.kl > kl_budget]:
+        found.append(f"KL is above the training budget of {kl_budget:g} nats at scale {', '.join(over)}.")
+    if full.bias.abstention > 0:
+        found.append(
+            f"An abstaining answer has probability {full.bias.abstention:.3f} at scale {full.scale:g}; the preferences "
+            "are among the other answers."
+        )
+    orders = base.bias.order_effect, full.bias.order_effect
+    if orders[1] > orders[0]:  # false where either was not measured
+        found.append(
+            f"Answers follow the order of the people by {orders[1]:.2f} at scale {full.scale:g}, by {orders[0]:.2f} "
+            "before: part of the parity is over orders, not in each of them."
+        )
+    return found

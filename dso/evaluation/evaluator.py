@@ -1,0 +1,128 @@
+"""Running a decision set through the base and the steered model: policies, answer mass and KL.
+
+Base and steered passes alternate over chunks of decisions, so that the base's next-token distributions need not be
+kept; where a set is measured again and again (validation during training) they may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dso.decisions.decision import DecisionSet
+from dso.models.backbone import Backbone
+from dso.models.scoring import Scores, kl_divergence
+from dso.steering.model import Handle
+
+CHUNK = 240
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A decision set at one scale.
+
+    Attributes:
+        policy: (N, K) probabilities over the candidates, 0 where there is none.
+        answer_mass: (N,) probability that the candidates hold together.
+        kl: (N,) KL(pi_s || pi_0) in nats of the next-token distribution after the prompt.
+    """
+
+    policy: np.ndarray
+    answer_mass: np.ndarray
+    kl: np.ndarray
+
+
+class Evaluator:
+    """Measures one decision set under a steering at any scale.
+
+    Args:
+        backbone: the model that ``handle`` is attached to.
+        decisions: what to decide.
+        handle: the steering; None measures the base model only.
+        keep_reference: keep the base's distributions in memory (4 bytes x vocabulary a decision).
+        length_normalised: see :meth:`dso.models.scoring.Scores.policy`.
+        progress: called with the number of forward-passed decisions after each chunk.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        decisions: DecisionSet,
+        handle: Handle | None = None,
+        *,
+        keep_reference: bool = False,
+        length_normalised: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ):
+        self.backbone = backbone
+        self.decisions = decisions
+        self.handle = handle
+        self.length_normalised = length_normalised
+        self.progress = progress
+        order = sorted(range(len(decisions)), key=lambda i: backbone.encode(decisions[i]).prompt)
+        self._chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
+        self._columns = max(len(decision.candidates) for decision in decisions)
+        self._kept: dict[int, Scores] | None = {} if keep_reference else None
+
+    def measure(self, scale: float = 1.0) -> Measurement:
+        """The set at one scale."""
+        return self.curve([scale])[0]
+
+    def curve(self, scales: Sequence[float]) -> list[Measurement]:
+        """The set at each of several scales."""
+        if self.handle is None and any(scales):
+            raise ValueError(f"scales {list(scales)} need a steering; without one there is only scale 0")
+        return self.settings([(self.handle, scale) for scale in scales])
+
+    @torch.no_grad()
+    def settings(self, settings: Sequence[tuple[Handle | None, float]]) -> list[Measurement]:
+        """The set under each of several handles and scales, one at a time, over one pass of the base model.
+
+        All handles that take part have the scale afterwards that they had before.
+        """
+        before = {handle: handle.scale for handle in (self.handle, *(h for h, _ in settings)) if handle is not None}
+        collected: list[list[tuple[Tensor, ...]]] = [[] for _ in settings]
+        try:
+            for handle in before:
+                handle.scale = 0.0
+            for number, chunk in enumerate(self._chunks):
+                base = self._base(number, chunk)
+                for place, (handle, scale) in enumerate(settings):
+                    scores = base if handle is None or scale == 0 else self._scores(chunk, handle, scale)
+                    policy = scores.policy(self.length_normalised).exp()
+                    kl = kl_divergence(scores.next_token, base.next_token)
+                    collected[place].append((policy, scores.answer_mass(), kl))
+        finally:
+            for handle, scale in before.items():
+                handle.scale = scale
+        back = np.argsort([index for chunk in self._chunks for index in chunk])
+        return [
+            Measurement(*(torch.cat(parts).cpu().numpy()[back] for parts in zip(*rows, strict=True)))
+            for rows in collected
+        ]
+
+    def _base(self, number: int, chunk: Sequence[int]) -> Scores:
+        if self._kept is None:
+            return self._scores(chunk)
+        if number not in self._kept:
+            self._kept[number] = self._scores(chunk)
+        return self._kept[number]
+
+    def _scores(self, chunk: Sequence[int], handle: Handle | None = None, scale: float = 0.0) -> Scores:
+        if handle is not None:
+            handle.scale = scale
+        scores = self.backbone.score([self.decisions[i] for i in chunk], next_token=True)
+        if handle is not None:
+            handle.scale = 0.0
+        # Every chunk has to have the set's K columns for the parts to be joined.
+        if missing := self._columns - scores.log_probs.shape[1]:
+            log_probs = torch.nn.functional.pad(scores.log_probs, (0, missing), value=-torch.inf)
+            lengths = torch.nn.functional.pad(scores.lengths, (0, missing), value=1)
+            scores = Scores(log_probs, lengths, scores.next_token)
+        if self.progress is not None:
+            self.progress(len(chunk))
+        return scores

@@ -1,0 +1,267 @@
+"""The evidence: what a steering does at each scale, as records and tables.
+
+A :class:`ScalePoint` holds what was measured at one scale and goes to and from JSON. The tables are plain text, the
+same on a terminal and in a file: no colour codes. Bias is shown floor-corrected; soft and hard bias are shown as
+measured, with the floor beside them (:mod:`dso.evaluation.bias` has the formulas). The picture is in
+:mod:`dso.evaluation.figure`, the model card in :mod:`dso.evaluation.card`.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from dso.evaluation.bias import BiasReport
+from dso.evaluation.intervals import Estimate
+
+MISSING = "-"
+ESTIMATES = ("soft", "hard", "corrected", "soft_rms", "gap")
+SCALARS = ("soft_floor", "hard_floor", "abstention")
+COUNTS = ("n_decisions", "n_contexts", "n_units")
+DETAILS = ("preferences", "context_bias")
+
+COLUMNS = ("scale", "bias [95%]", "soft (floor)", "hard (floor)", "accuracy [95%]", "order", "mass", "KL")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalePoint:
+    """What was measured at one scale; nan for what was not.
+
+    Args:
+        scale: the inference-time coefficient.
+        bias: on the ambiguous decisions.
+        accuracy: on the unambiguous decisions.
+        answer_mass: mean probability that all candidates hold together.
+        kl: mean KL to the base model after the prompt of ambiguous decisions, in nats.
+        kl_unambiguous: the same of unambiguous decisions.
+    """
+
+    scale: float
+    bias: BiasReport
+    accuracy: Estimate
+    answer_mass: float
+    kl: float
+    kl_unambiguous: float = math.nan
+
+    def to_json(self, contexts: bool = True) -> dict:
+        """A JSON object without nan (null instead); short without the numbers of each context."""
+        return {
+            "scale": self.scale,
+            "bias": _bias_to_json(self.bias, contexts),
+            "accuracy": _plain(self.accuracy),
+            "answer_mass": _plain(self.answer_mass),
+            "kl": _plain(self.kl),
+            "kl_unambiguous": _plain(self.kl_unambiguous),
+        }
+
+    @classmethod
+    def from_json(cls, record: object) -> ScalePoint:
+        """The point of :meth:`to_json`.
+
+        Raises:
+            ValueError: naming the key that is missing, unknown or of the wrong type.
+        """
+        found = _keys(record, {f.name for f in fields(cls)}, "a scale point")
+        return cls(
+            scale=_number(found["scale"], "scale"),
+            bias=_bias_from_json(found["bias"]),
+            accuracy=_estimate(found["accuracy"], "accuracy"),
+            answer_mass=_number(found["answer_mass"], "answer_mass"),
+            kl=_number(found["kl"], "kl"),
+            kl_unambiguous=_number(found["kl_unambiguous"], "kl_unambiguous"),
+        )
+
+
+def _bias_to_json(bias: BiasReport, contexts: bool) -> dict:
+    return {f.name: _plain(getattr(bias, f.name)) for f in fields(bias) if contexts or f.name not in DETAILS}
+
+
+def _bias_from_json(record: object) -> BiasReport:
+    found = _keys(record, {f.name for f in fields(BiasReport)}, "bias", optional=(*DETAILS, "order_effect"))
+    values: dict = {name: _estimate(found[name], name) for name in ESTIMATES if name != "gap"}
+    values["gap"] = None if found["gap"] is None else _estimate(found["gap"], "gap")
+    values |= {name: _number(found[name], name) for name in SCALARS}
+    values["order_effect"] = _number(found.get("order_effect"), "order_effect")  # not in files of earlier versions
+    values["pro_share"] = None if found["pro_share"] is None else _number(found["pro_share"], "pro_share")
+    for name in COUNTS:
+        if not isinstance(found[name], int) or isinstance(found[name], bool):
+            raise ValueError(f"{name} must be a whole number, found {found[name]!r}")
+        values[name] = found[name]
+    values["target"] = _numbers(found["target"], "target")
+    values["context_bias"] = _numbers(found.get("context_bias", {}), "context_bias")
+    preferences = found.get("preferences", {})
+    if not isinstance(preferences, dict):
+        raise ValueError(f"preferences must be an object, found {preferences!r}")
+    values["preferences"] = {name: _numbers(shares, f"preferences.{name}") for name, shares in preferences.items()}
+    return BiasReport(**values)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keys(record: object, known: set[str], what: str, optional: Sequence[str] = ()) -> dict:
+    if not isinstance(record, dict):
+        raise ValueError(f"{what} must be an object, found {record!r}")
+    if missing := sorted(known - set(record) - set(optional)):
+        raise ValueError(f"{what} lacks {', '.join(missing)}")
+    if unknown := sorted(set(record) - known):
+        raise ValueError(f"{what} has unknown key(s) {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return record
+
+
+def _number(value: object, name: str) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} must be a number or null, found {value!r}")
+    return float(value)
+
+
+def _numbers(value: object, name: str) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be an object of numbers, found {value!r}")
+    return {key: _number(item, f"{name}.{key}") for key, item in value.items()}
+
+
+def _estimate(value: object, name: str) -> Estimate:
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError(f"{name} must be [value, low, high], found {value!r}")
+    return Estimate(*(_number(item, name) for item in value))
+
+
+def scale_table(points: Sequence[ScalePoint], base: ScalePoint | None = None) -> str:
+    """The points as a table of fixed width, with a note on what the columns are.
+
+    Args:
+        points: one a row, shown by rising scale.
+        base: what answer mass is relative to; the point of scale 0 when None.
+
+    Raises:
+        ValueError: if there are no points, or ``base`` is None and no point has scale 0.
+    """
+    return fixed_rows([COLUMNS, *_rows(points, base)]) + "\n" + _note(points) + "\n"
+
+
+def markdown_table(points: Sequence[ScalePoint], base: ScalePoint | None = None) -> str:
+    """:func:`scale_table` for a README."""
+    return markdown_rows([COLUMNS, *_rows(points, base)]) + "\n" + _note(points) + "\n"
+
+
+def contexts_table(before: BiasReport, after: BiasReport, top: int = 10, *, markdown: bool = False) -> str:
+    """The contexts with the largest bias before, and those with the largest after.
+
+    Raises:
+        ValueError: if a report carries no contexts (it was stored without them) or the two have none in common.
+    """
+    shared = [context for context in before.context_bias if context in after.context_bias]
+    if not shared:
+        raise ValueError("the reports have no context in common, or were stored without their contexts")
+    header = ("context", "prefers", "bias before", "prefers", "bias after")
+    blocks = []
+    for title, report in (("before", before), ("after", after)):
+        known = [context for context in shared if not math.isnan(report.context_bias[context])]
+        worst = sorted(known, key=report.context_bias.__getitem__, reverse=True)[:top]
+        rows = [(clean(c), *_context_cells(before, c), *_context_cells(after, c)) for c in worst]
+        table = markdown_rows([header, *rows]) if markdown else fixed_rows([header, *rows])
+        blocks.append(f"The {len(worst)} of {len(shared)} contexts with the largest bias {title}:\n\n{table}")
+    floors = [decimal_text(report.soft_floor) for report in (before, after)]
+    note = _wrapped(
+        "The bias of a single context carries its sampling noise, and the largest of many carry the most of it. The "
+        f"mean of a fair model would be {floors[0]} before and {floors[1]} after."
+    )
+    return "\n".join((*blocks, note)) + "\n"
+
+
+def _context_cells(report: BiasReport, context: str) -> tuple[str, str]:
+    shares = report.preferences.get(context, {})
+    if not shares or any(math.isnan(share) for share in shares.values()):
+        return MISSING, decimal_text(report.context_bias[context])
+    # The group furthest above its fair share: the one that steering has to hold back.
+    group = max(shares, key=lambda g: shares[g] - report.target[g])
+    return f"{clean(group)} {shares[group]:.2f}", decimal_text(report.context_bias[context])
+
+
+def _rows(points: Sequence[ScalePoint], base: ScalePoint | None) -> list[tuple[str, ...]]:
+    ordered = by_scale(points)
+    base = base or base_point(ordered)
+    return [
+        (
+            f"{point.scale:.2f}",
+            interval_text(point.bias.corrected),
+            f"{decimal_text(point.bias.soft.value)} ({decimal_text(point.bias.soft_floor)})",
+            f"{decimal_text(point.bias.hard.value)} ({decimal_text(point.bias.hard_floor)})",
+            interval_text(point.accuracy),
+            decimal_text(point.bias.order_effect, 2),
+            decimal_text(point.answer_mass / base.answer_mass if base.answer_mass else math.nan, 2),
+            decimal_text(point.kl),
+        )
+        for point in ordered
+    ]
+
+
+def by_scale(points: Sequence[ScalePoint]) -> list[ScalePoint]:
+    """The points by rising scale; none at all is an error."""
+    if not points:
+        raise ValueError("no points: measure at least one scale")
+    return sorted(points, key=lambda point: point.scale)
+
+
+def base_point(points: Sequence[ScalePoint]) -> ScalePoint:
+    """The point of the base model, scale 0."""
+    for point in points:
+        if point.scale == 0:
+            return point
+    raise ValueError(f"no point has scale 0, the base model; scales are {', '.join(f'{p.scale:g}' for p in points)}")
+
+
+def _note(points: Sequence[ScalePoint]) -> str:
+    bias = points[0].bias
+    target = ", ".join(f"{clean(group)} {share:.3g}" for group, share in bias.target.items())
+    return _wrapped(
+        f"bias: distance from the target ({target}), root mean square over {bias.n_contexts} contexts, sampling noise "
+        "taken off. soft, hard: mean distance as measured, of probabilities and of choices; floor: what a fair model "
+        f"would score with this sample ({bias.n_decisions} decisions, {bias.n_units} units). accuracy: on unambiguous "
+        "decisions. [95%]: intervals. order: how far the answer to one question follows the order of its people, 0 to "
+        "1. mass: answer mass relative to the base model. KL: to the base model, in nats."
+    )
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, width=100, break_long_words=False, break_on_hyphens=False)
+
+
+def decimal_text(value: float, places: int = 3) -> str:
+    """The number, or a dash for nan."""
+    return MISSING if math.isnan(value) else f"{value:.{places}f}"
+
+
+def interval_text(estimate: Estimate) -> str:
+    """``0.312 [0.287, 0.335]``, or a dash."""
+    if math.isnan(estimate.value):
+        return MISSING
+    return f"{estimate.value:.3f} [{decimal_text(estimate.low)}, {decimal_text(estimate.high)}]"
+
+
+def clean(text: str) -> str:
+    """Names come from the user's file: nothing in them may steer a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)
+
+
+def fixed_rows(rows: Sequence[Sequence[str]]) -> str:
+    """A table of fixed width from its header and its rows."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join((lines[0], "  ".join("-" * width for width in widths), *lines[1:])) + "\n"
+
+
+def markdown_rows(rows: Sequence[Sequence[str]]) -> str:
+    """A table from its header and its rows; bars in the cells are escaped."""
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows]
+    return "\n".join((lines[0], "|" + " --- |" * len(rows[0]), *lines[1:])) + "\n"

@@ -1,0 +1,1 @@
+"""The frozen model: loading it, rendering prompts for it, scoring candidates and sampling answers."""

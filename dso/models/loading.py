@@ -1,0 +1,86 @@
+"""Loading a model with its tokenizer, and its processor where it sees: embedded, from a folder, or from the Hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from dso.errors import UserError
+from dso.models.embedded import EMBEDDED, SHIPPED, ModelNotFound, embedded_folder
+from dso.models.processor import load_processor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+LOADER_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
+
+
+def load_parts(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer, and the processor of a vision-language model (None for a text model).
+
+    Raises:
+        ModelNotFound: if there is no such model, or it is damaged; the message says what was looked for.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+    source, processor = _source(name, revision), None
+    where = {"revision": revision, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+        if sees(config):
+            processor = load_processor(source, revision, config)
+            tokenizer, kind = processor.tokenizer, AutoModelForImageTextToText
+        else:
+            tokenizer, kind = AutoTokenizer.from_pretrained(source, **where), AutoModelForCausalLM
+        model, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
+    except LOADER_ERRORS as error:
+        raise ModelNotFound(f"model {name!r} could not be loaded: {_first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelNotFound(f"model {name!r} lacks {len(missing)} of its weights, {missing[0]!r} among them")
+    return model, tokenizer, processor
+
+
+def sees(config: Any) -> bool:
+    """Whether a model's config is that of a vision-language model that continues a prompt.
+
+    Raises:
+        UserError: if it is one with an encoder for the text.
+    """
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    found = hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if found and getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{config.model_type} has an encoder for the prompt; models that continue it are supported")
+    return found
+
+
+def _source(name: str, revision: str | None) -> str:
+    """What the loaders are given: a folder, or the id of a model that the Hub or its local cache has."""
+    if name in EMBEDDED:
+        return str(embedded_folder(name))
+    if name in SHIPPED:
+        return str(SHIPPED[name])
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if folder.is_dir():
+        raise ModelNotFound(f"model {name!r}: no config.json in that folder")
+    if not HUB_ID.fullmatch(name):
+        known = ", ".join([*EMBEDDED, *SHIPPED])
+        raise ModelNotFound(f"model {name!r}: no such folder, not embedded ({known}), and no Hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:  # asked once and early: the loaders go on asking for a minute where there is no network
+        snapshot_download(name, revision=revision, allow_patterns=["config.json"])
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(
+            f"model {name!r}: no such folder, and not to be had from the Hub: {_first_line(error)}"
+        ) from error
+    return name
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

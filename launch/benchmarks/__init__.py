@@ -1,1 +1,0 @@
-"""What `python -m launch.bench` runs, one file a kind."""

@@ -1,0 +1,1 @@
+"""Many processes on many machines: launchers, DeepSpeed, Slurm, sweeps."""

@@ -1,0 +1,205 @@
+"""The processes of a run: whether a launcher started this one, and what DeepSpeed is told.
+
+A run of one process needs neither. Where a launcher started several (it says so in ``RANK`` and ``WORLD_SIZE``),
+``--deepspeed FILE`` gives DeepSpeed's configuration. The config of the run stays what the run is: a file that says
+otherwise is refused, ``"auto"`` is taken from the config, and what it does not say is decided here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from dso.errors import UserError
+from launch.config.schema import TrainConfig
+from trainers.parallel.ranks import Ranks, World
+
+STAGES = (0, 1, 2, 3)
+# What is passed on to DeepSpeed as it stands.
+PASSED_ON = {
+    "zero_optimization", "aio", "communication_data_type", "comms_logger", "dump_state", "flops_profiler",
+    "memory_breakdown", "prescale_gradients", "steps_per_print", "wall_clock_breakdown",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+}  # fmt: skip
+REFUSED = {
+    "optimizer": "the optimiser is set by train.learning_rate, train.betas and train.adam_eps",
+    "scheduler": "the learning rate is set by train.schedule and train.warmup",
+    "amp": "the precision is set by model.dtype",
+    "activation_checkpointing": "set train.gradient_checkpointing",
+}
+
+
+class LaunchError(UserError):
+    """A launch that contradicts the config, or lacks something; the message names the file and the key."""
+
+
+def open_world(config: TrainConfig, deepspeed: str | None) -> tuple[World, dict[str, Any] | None]:
+    """The processes of a run, and DeepSpeed's configuration where there is one.
+
+    Args:
+        deepspeed: path of a JSON file; None for one process without DeepSpeed.
+
+    Raises:
+        LaunchError: in every process alike, before they meet.
+    """
+    size = process_count()
+    if deepspeed is None:
+        if size > 1:
+            reason = f"a launcher started {size} processes, but without --deepspeed FILE each would train by itself"
+            raise LaunchError(f"{reason}; give a file, such as configs/deepspeed/zero2.json")
+        return World(), None
+    settings = read_deepspeed(deepspeed, config, size)
+    if importlib.util.find_spec("deepspeed") is None:
+        raise LaunchError("--deepspeed needs DeepSpeed: pip install 'dso[train,distributed]'")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    return Ranks(process_device(config.model.device), config.run.timeout), settings
+
+
+def read_deepspeed(path: str | Path, config: TrainConfig, size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a run of ``size`` processes, without what the config says.
+
+    Raises:
+        LaunchError: if the file cannot be read, or contradicts the config.
+    """
+    settings = read_json(path)
+    for key in settings:
+        if key in REFUSED:
+            raise LaunchError(f"{path}: {key}: {REFUSED[key]}; remove it")
+    _require_same(path, settings, _said(config, size))
+    _require_precision(path, settings, config.model.dtype)
+    zero = settings.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in STAGES:
+        raise LaunchError(f"{path}: zero_optimization.stage must be one of {STAGES}")
+    if "offload_optimizer" in zero:
+        gain = "the operators' moments are megabytes, so there is nothing to gain"
+        raise LaunchError(f"{path}: zero_optimization.offload_optimizer: {gain}; remove it")
+    known = PASSED_ON | set(_said(config, size)) | {"bf16", "fp16"}
+    if unknown := sorted(set(settings) - known):
+        raise LaunchError(f"{path}: {unknown[0]}: not used here; remove it (used are {', '.join(sorted(known))})")
+    _require_enough(config, size)
+    kept = {key: value for key, value in settings.items() if key in PASSED_ON and value != "auto"}
+    return kept | {"zero_optimization": {key: value for key, value in zero.items() if value != "auto"}}
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        LaunchError: if the file cannot be read, or holds something else.
+    """
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LaunchError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise LaunchError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise LaunchError(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    return settings
+
+
+def read_section(path: str | Path, settings: dict[str, Any], key: str) -> dict[str, Any]:
+    """A section of DeepSpeed's configuration, empty if it is not there.
+
+    Raises:
+        LaunchError: if it is no object.
+    """
+    section = settings.get(key, {})
+    if not isinstance(section, dict):
+        raise LaunchError(f"{path}: {key}: expected an object, found {type(section).__name__}")
+    return section
+
+
+def _said(config: TrainConfig, size: int) -> dict[str, tuple[object, str]]:
+    """What the config says of DeepSpeed's keys, and where."""
+    train = config.train
+    decisions = train.ambiguous + train.unambiguous
+    share = decisions / (size * train.accumulation)
+    divided = f"train.ambiguous + train.unambiguous, over {size} processes x train.accumulation"
+    return {
+        "train_batch_size": (decisions, "train.ambiguous + train.unambiguous"),
+        "train_micro_batch_size_per_gpu": (int(share) if share.is_integer() else round(share, 2), divided),
+        "gradient_accumulation_steps": (train.accumulation, "train.accumulation"),
+        "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
+    }
+
+
+def _require_same(path: str | Path, settings: dict[str, Any], said: dict[str, tuple[object, str]]) -> None:
+    for key, (value, where) in said.items():
+        found = settings.get(key, "auto")
+        if found != "auto" and found != value:
+            raise LaunchError(f"{path}: {key} is {found}, but the config says {value} ({where}); make them agree")
+
+
+def _require_precision(path: str | Path, settings: dict[str, Any], dtype: str) -> None:
+    for key, name in (("bf16", "bfloat16"), ("fp16", "float16")):
+        enabled = read_section(path, settings, key).get("enabled", "auto")
+        if enabled not in ("auto", dtype == name):
+            switched = "on" if enabled else "off"
+            raise LaunchError(f"{path}: {key} is switched {switched}, but model.dtype is {dtype}; make them agree")
+
+
+def _require_enough(config: TrainConfig, size: int) -> None:
+    train = config.train
+    decisions, parts = train.ambiguous + train.unambiguous, size * train.accumulation
+    if decisions < parts:
+        shares = f"{size} processes" + (f" x {train.accumulation} parts" if train.accumulation > 1 else "")
+        reason = f"a step has {decisions} decisions, too few to divide among {shares}"
+        raise LaunchError(f"{reason}; start fewer processes, or raise train.ambiguous")
+
+
+def process_count() -> int:
+    """How many processes a launcher started; 1 without one.
+
+    Raises:
+        LaunchError: if it says something else than a number.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise LaunchError(f"WORLD_SIZE is {text!r}, expected the number of processes that the launcher started")
+    return int(text)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, which is done; one of several without taking the interpreter down.
+
+    DeepSpeed holds on to groups after they are destroyed, and a thread of theirs that is left when the interpreter goes
+    aborts the process now and then ("terminate called without an active exception"): a job that is done would fail.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # process_count() refuses nonsense, which was said already
+        raise SystemExit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def process_device(wanted: str | None) -> torch.device:
+    """The accelerator of this process; where it is a CPU, DeepSpeed is told so before it looks for itself.
+
+    Args:
+        wanted: ``model.device`` of the config.
+
+    Raises:
+        LaunchError: if there is no GPU for it, or the config asks for something else.
+    """
+    wanted = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.index >= torch.cuda.device_count():
+            raise LaunchError(f"process {device.index} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        torch.cuda.set_device(device)
+        return device
+    if wanted != "cpu":
+        raise LaunchError(f"model.device is {wanted!r}; processes of a launcher take 'cuda' or 'cpu'")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return torch.device("cpu")

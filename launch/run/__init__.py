@@ -1,0 +1,1 @@
+"""A run: its folder, its objects, the learning, and what it writes."""

@@ -1,0 +1,217 @@
+"""The folder of a run: who may write into it, what is gone on from, and what is said when a run ends early."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from dso.errors import UserError
+from dso.files import free_bytes, sweep, write_text
+from launch.config.schema import ConfigError, TrainConfig, load_config, resolved_yaml
+from trainers.parallel.ranks import RankLost, World
+from trainers.state.saved import SavedState, has_state, read_state
+from trainers.stopping import Preempted
+
+T = TypeVar("T")
+Resume = bool | Literal["auto"]
+
+FREE_BYTES = 200_000_000  # what a run needs to start
+LOW_BYTES = 20_000_000  # below this it saves and ends, while there still is room for what it says and keeps
+RESULTS = ("validation.json", "steering", "curve.json", "curve.png", "report.md")
+
+
+class RunError(UserError):
+    """A run folder that cannot be used or written; the message says why and what to do."""
+
+
+class Stopped(Exception):
+    """A run that ended early on request; the message says what was kept and how to go on.
+
+    Attributes:
+        preempted: it was SIGTERM that asked.
+    """
+
+    def __init__(self, message: str, preempted: bool = False):
+        super().__init__(message)
+        self.preempted = preempted
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where a run is kept, and the state that it goes on from, None for a new one."""
+
+    folder: Path
+    saved: SavedState | None
+
+
+@contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """Where one process cannot do what the block does, none goes on."""
+    failed: OSError | UserError | None = None
+    try:
+        yield
+    except (OSError, UserError) as error:
+        failed = error
+    try:
+        world.require(None if failed is None else RunError(str(failed)))
+    except UserError as told:
+        raise (failed or told) from None
+
+
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Do something on the main process alone: its result, or why it could not be done, is every process's."""
+    result = None
+    with failing_together(world):
+        if world.is_main:
+            result = work()
+    return world.broadcast_object(result)
+
+
+def check_folder(config: TrainConfig, name: str, resume: Resume, overwrite: bool) -> Plan:
+    """What a run would go on from; refused without a change to the disk if it cannot be kept there.
+
+    Raises:
+        RunError: naming the folder and what to do.
+        StateError: if what was saved cannot be gone on from.
+    """
+    folder = Path(config.run.folder) / (config.run.name or name)
+    if resume and overwrite:
+        raise RunError("--resume goes on with a run and --overwrite drops it; give one of them")
+    saved = None
+    if has_state(folder / "state") and resume:
+        _require_same_config(folder, config)
+        saved = read_state(folder / "state")
+    elif resume is True:
+        way = "replace it with --overwrite" if folder.exists() else "leave --resume away to start"
+        raise RunError(f"{folder}: nothing to resume, as no state was saved there; {way}")
+    elif folder.exists() and not overwrite:
+        _require_nothing_learned(folder, config, resume)
+    elif folder.exists() and not _is_run(folder):
+        raise RunError(f"{folder}: is no run (it has no config.yaml), so it is not overwritten; set run.name=...")
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise RunError(f"{folder}: cannot be written; choose another place with run.folder=...")
+    if (free := free_bytes(place)) < FREE_BYTES:
+        raise RunError(f"{folder}: only {free // 10**6} MB free on its disk; a run needs {FREE_BYTES // 10**6}")
+    return Plan(folder, saved)
+
+
+def _require_nothing_learned(folder: Path, config: TrainConfig, resume: Resume) -> None:
+    """Whether a folder may be begun anew without being told to: if its run ended before it had anything to keep."""
+    if not resume:
+        raise RunError(f"{folder}: exists; resume it with --resume, replace it with --overwrite, or set run.name=...")
+    if not _is_run(folder):
+        raise RunError(f"{folder}: is no run (it has no config.yaml), so nothing is started there; set run.name=...")
+    if results := [name for name in RESULTS if (folder / name).exists()]:
+        reason = f"has results ({', '.join(results)}) but no state to go on from"
+        raise RunError(f"{folder}: {reason}; replace it with --overwrite, or set run.name=...")
+    if (folder / "config.yaml").exists():
+        _require_same_config(folder, config)
+
+
+def _is_run(folder: Path) -> bool:
+    """A run's folder, or one that was killed as it was made."""
+    if not folder.is_dir():
+        return False
+    ours = (path.name.startswith(".config.yaml.") for path in folder.iterdir())
+    return (folder / "config.yaml").is_file() or all(ours)
+
+
+def _require_same_config(folder: Path, config: TrainConfig) -> None:
+    """A run goes on with the config that it began with; only where it is kept and who hears of it may change."""
+    try:
+        before = load_config(str(folder / "config.yaml"))
+    except ConfigError as error:
+        raise RunError(f"{folder}: cannot be resumed, as its config is of no use here: {error}") from error
+    changed = [
+        f"{section.name}.{key.name} was {getattr(old, key.name)!r} and is {getattr(new, key.name)!r}"
+        for section in fields(TrainConfig)
+        if section.name != "run"
+        for old, new in [(getattr(before, section.name), getattr(config, section.name))]
+        for key in fields(old)
+        if getattr(old, key.name) != getattr(new, key.name)
+    ]
+    if changed:
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        reason = f"was trained with another config: {changed[0]}{more}"
+        raise RunError(f"{folder}: {reason}; give the same one to resume, or another run.name to start")
+
+
+def prepare_folder(plan: Plan, config: TrainConfig) -> None:
+    """Make the folder of a new run, or tidy up the one that is gone on with."""
+    folder = plan.folder
+    try:
+        if plan.saved is None:
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+        for place in (folder, folder / "state"):
+            sweep(place)
+        write_text(folder / "config.yaml", resolved_yaml(config))
+    except OSError as error:
+        reason = f"cannot be written: {error.strerror}; choose another place with run.folder=..."
+        raise RunError(f"{folder}: {reason}") from error
+
+
+class Claim:
+    """Keeps a second process from writing into a run's folder; the system lets go of it when this one dies."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def take(self, folder: Path) -> None:
+        """Claim an existing folder in place of what was claimed before.
+
+        Raises:
+            RunError: if another process has it.
+        """
+        self.release()
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            reason = "another process writes into it; wait for it or stop it, then give the same command"
+            raise RunError(f"{folder}: {reason}") from error
+        except OSError:
+            pass  # a network file system that has no locks: nothing can be known
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._descriptor is not None:
+            with suppress(OSError):
+                os.close(self._descriptor)
+            self._descriptor = None
+
+
+def going_on(folder: Path) -> str:
+    """What of a run was kept, and how to go on."""
+    if has_state(folder / "state"):
+        return f"{folder} has what was done; go on with the same command and --resume"
+    return "nothing was kept"
+
+
+@contextmanager
+def keeping(folder: Path, main: bool) -> Iterator[None]:
+    """Where the block is left early, say what of the run was kept; a folder without anything learned is removed."""
+    try:
+        yield
+    except BaseException as error:
+        way = going_on(folder)
+        if main and not has_state(folder / "state"):
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt | Preempted):
+            raise Stopped(f"interrupted; {way}", preempted=isinstance(error, Preempted)) from error
+        if isinstance(error, RankLost):
+            raise RankLost(f"{error}; {way}") from error
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            raise RunError(f"{where}{error.strerror or error}; {way}") from error
+        raise

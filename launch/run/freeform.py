@@ -1,0 +1,156 @@
+"""Train and measure a steering on written answers: ``dso freeform CONFIG``, and this file for launchers.
+
+A run is one folder: ``config.yaml`` (every value), ``metrics.jsonl``, ``validation.json``, ``steering/`` (what is
+shipped), ``answers.jsonl`` (what was said), ``curve.json``, ``curve.png`` and ``report.md``.
+
+Under ``accelerate launch``, ``torchrun`` and ``deepspeed`` every process samples its share of the answers and learns
+whom the others' answers name; gradients are averaged by torch or by DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dso.evaluation.answers import AnswerEvaluator, Answers
+from dso.evaluation.report import ScalePoint, scale_table
+from dso.steering.model import Steering
+from launch.cluster.processes import leave
+from launch.config.freeform import FreeformConfig
+from launch.run.answer_learn import learn
+from launch.run.answer_report import HOW, abstention_lines, answer_point, write_results
+from launch.run.answer_session import AnswerSession, open_answers, open_world, require_trl
+from launch.run.folder import Claim, Plan, RunError, Stopped, check_folder, failing_together, on_main, prepare_folder
+from launch.run.session import open_run_tracker
+from launch.run.train import Result
+from trainers.parallel.ranks import World
+from trainers.stopping import OrderlyStop, Preempted
+from trainers.tracking.tracker import check_tracker
+
+
+def train(
+    config: FreeformConfig, *, name: str, overwrite: bool = False, quiet: bool = False, deepspeed: str | None = None
+) -> Result:
+    """Train on sampled answers, keep the best steering inside the constraints, measure what is said before and after.
+
+    Args:
+        name: of the run's folder where the config names none.
+        overwrite: drop an existing run of that name.
+        quiet: print nothing but the result.
+        deepspeed: path of DeepSpeed's configuration, for runs of a launcher.
+
+    Raises:
+        UserError: if the config or the folder cannot be used; an existing run is as it was then.
+        Stopped: on Ctrl-C and SIGTERM.
+    """
+    require_trl()
+    check_tracker(config.run.tracking)
+    world, claim = World(), Claim()
+
+    def prepared(plan: Plan) -> None:
+        prepare_folder(plan, config)
+        claim.take(plan.folder)
+
+    try:
+        with OrderlyStop() as stop:
+            world, settings = open_world(config, deepspeed)
+            plan = on_main(world, lambda: check_folder(config, name, False, overwrite))
+            with failing_together(world):  # before the folder is touched, as most mistakes show here
+                session = open_answers(config, world, settings)
+            on_main(world, lambda: prepared(plan))
+            quiet = quiet or not world.is_main
+            with _keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
+                seconds = learn(session, plan.folder, stop, tracker, quiet)
+                evaluator, said, points = measure(session, quiet)
+                on_main(world, lambda: write_results(session, plan.folder, evaluator, said, points, seconds))
+                tracker.results(points, [], plan.folder / "steering")
+            world.close()
+    except Preempted as error:
+        raise Stopped("stopped by SIGTERM; nothing was changed", preempted=True) from error
+    finally:
+        claim.release()
+    return Result(plan.folder, points)
+
+
+def measure(
+    session: AnswerSession, quiet: bool = False, scales: Sequence[float] | None = None
+) -> tuple[AnswerEvaluator, list[Answers], list[ScalePoint]]:
+    """What is said at the scales given, or else at 0 and those of the config, on the first test split."""
+    config = session.config
+    split = config.data.test_splits[0]
+    decisions = session.split(split, config.evaluation.test_stride)
+    scales = sorted({0.0, *config.evaluation.scales}) if scales is None else scales
+    hidden = quiet or not sys.stderr.isatty()
+    if not quiet and hidden:
+        print(f"asking {len(decisions)} decisions of {split} at {len(scales)} scales", file=sys.stderr)
+    with tqdm(total=len(decisions) * len(scales), desc="ask", unit="decision", disable=hidden) as bar:
+        evaluator = session.evaluator(decisions, bar.update)
+        said = [evaluator.measure(scale) for scale in scales]
+    return (
+        evaluator,
+        said,
+        [
+            answer_point(scale, answers, evaluator, config.data.target, config.evaluation.bootstrap)
+            for scale, answers in zip(scales, said, strict=True)
+        ],
+    )
+
+
+def measured(config: FreeformConfig, source: str, quiet: bool = False) -> str:
+    """What is said with a trained steering, or without one, as tables; nothing is written.
+
+    Args:
+        source: folder or Hub id of a steering, whatever it was trained by; "none" for the base model alone.
+
+    Raises:
+        UserError: if the config, the steering or the model cannot be used.
+    """
+    bare = source == "none"
+    steering = None if bare else Steering.from_pretrained(source)
+    session = open_answers(config, World(), steering=steering)
+    _, _, points = measure(session, quiet, [0.0] if bare else None)
+    return "\n".join([scale_table(points), abstention_lines(points), HOW])
+
+
+def report(result: Result) -> str:
+    """What a finished run prints."""
+    folder = result.folder
+    return "\n".join(
+        [
+            scale_table(result.points),
+            abstention_lines(result.points),
+            HOW,
+            f"answers   {folder / 'answers.jsonl'}",
+            f"report    {folder / 'report.md'}",
+            f"steering  {folder / 'steering'}   (dso generate {folder / 'steering'} --scale 0.5 PROMPT)",
+        ]
+    )
+
+
+@contextmanager
+def _keeping(folder: Path, main: bool) -> Iterator[None]:
+    """Where the block is left early, a folder without a steering is removed, and it is said what was kept."""
+    try:
+        yield
+    except BaseException as error:
+        kept = (folder / "steering").exists()
+        if main and not kept:
+            shutil.rmtree(folder, ignore_errors=True)
+        way = f"{folder / 'steering'} has the steering" if kept else "nothing was kept"
+        if isinstance(error, KeyboardInterrupt | Preempted):
+            raise Stopped(f"interrupted; {way}", preempted=isinstance(error, Preempted)) from error
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            raise RunError(f"{where}{error.strerror or error}; {way}") from error
+        raise
+
+
+if __name__ == "__main__":
+    from launch.cli import main
+
+    leave(main(["freeform", *sys.argv[1:]]))

@@ -1,0 +1,65 @@
+"""From measurements to evidence: a decision set at several scales as scale points."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dso.decisions.decision import DecisionSet
+from dso.evaluation.bias import Estimate, accuracy, bias_report
+from dso.evaluation.evaluator import Evaluator, Measurement
+from dso.evaluation.report import ScalePoint
+
+NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
+
+
+def thin(decisions: DecisionSet, stride: int) -> DecisionSet:
+    """Every unit in each ``stride``-th context only, another start for each unit, so that all contexts keep people.
+
+    For the same time that gives more people; what people differ in is most of a small measurement's noise. Unambiguous
+    decisions stay as they are.
+    """
+    contexts = {context: number for number, context in enumerate(decisions.contexts)}
+    units = {unit: number for number, unit in enumerate(dict.fromkeys(d.unit for d in decisions if d.ambiguous))}
+    return decisions.select(lambda d: not d.ambiguous or (contexts[d.context] + units[d.unit]) % stride == 0)
+
+
+def by_template(decisions: DecisionSet, count: int) -> DecisionSet:
+    """``count`` ambiguous decisions, or all if there are fewer, as many of each template as of another where possible.
+
+    A template's are taken at equal distances over the set, as neighbours are about the same people.
+    """
+    templates: dict[str | None, list[str]] = {}
+    for decision in decisions.select(kind="ambiguous"):
+        templates.setdefault(decision.template, []).append(decision.id)
+    chosen: set[str] = set()
+    for done, ids in enumerate(sorted(templates.values(), key=len)):
+        share = min(len(ids), (count - len(chosen)) // (len(templates) - done))
+        chosen.update(ids[place * len(ids) // share] for place in range(share))
+    return decisions.select(lambda d: d.id in chosen)
+
+
+def scale_points(
+    evaluator: Evaluator, scales: Sequence[float], target: dict[str, float] | None = None, bootstrap: int = 1000
+) -> list[ScalePoint]:
+    """Measure an evaluator's decisions at each scale."""
+    measured = evaluator.curve(scales)
+    return [
+        scale_point(scale, m, evaluator.decisions, target, bootstrap) for scale, m in zip(scales, measured, strict=True)
+    ]
+
+
+def scale_point(
+    scale: float, measured: Measurement, decisions: DecisionSet, target: dict[str, float] | None, bootstrap: int
+) -> ScalePoint:
+    """Bias on the ambiguous decisions, accuracy on the others, KL and answer mass on each."""
+    ambiguous = np.array([d.ambiguous for d in decisions])
+    return ScalePoint(
+        scale=scale,
+        bias=bias_report(measured.policy, decisions, target, bootstrap),
+        accuracy=accuracy(measured.policy, decisions, bootstrap) if not ambiguous.all() else NOTHING,
+        answer_mass=float(measured.answer_mass[ambiguous].mean()),
+        kl=float(measured.kl[ambiguous].mean()),
+        kl_unambiguous=float(measured.kl[~ambiguous].mean()) if not ambiguous.all() else float("nan"),
+    )

@@ -1,0 +1,215 @@
+"""Train a steering: ``dso train CONFIG``, and ``launch/train.py`` for launchers that start scripts.
+
+A run is one folder: ``config.yaml`` (every value), ``metrics.jsonl``, ``times.jsonl`` (what the clock says), ``state/``
+(to go on from), ``validation.json``, ``steering/`` (what is shipped), ``curve.json``, ``curve.png`` and ``report.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dso.evaluation.card import model_card
+from dso.evaluation.figure import scale_figure
+from dso.evaluation.report import ScalePoint, contexts_table, markdown_table, scale_table
+from dso.files import write_text
+from dso.models.embedded import HUB_IDS
+from launch.cluster.processes import open_world
+from launch.config.schema import TrainConfig
+from launch.run.folder import (
+    Claim,
+    Plan,
+    Resume,
+    RunError,
+    Stopped,
+    check_folder,
+    failing_together,
+    keeping,
+    on_main,
+    prepare_folder,
+)  # fmt: skip
+from launch.run.learn import learn
+from launch.run.measure import scale_points
+from launch.run.session import Session, open_run_tracker, open_session
+from trainers.parallel.ranks import World
+from trainers.stopping import OrderlyStop, Preempted
+from trainers.tracking.records import decision_samples
+from trainers.tracking.tracker import Tracker, check_tracker
+
+__all__ = ["Result", "RunError", "Stopped", "learn_only", "report", "train"]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a finished run yields: its folder and the measured scales of the first test split."""
+
+    folder: Path
+    points: list[ScalePoint]
+
+
+def train(
+    config: TrainConfig,
+    *,
+    name: str,
+    resume: Resume = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    deepspeed: str | None = None,
+) -> Result:
+    """Train, keep the best steering inside the constraints, measure it and write the report.
+
+    Args:
+        name: of the run's folder where the config names none.
+        resume: go on from the folder's last saved state; "auto" starts the run if there is none.
+        overwrite: drop an existing run of that name.
+        quiet: print nothing but the result.
+        deepspeed: DeepSpeed's configuration, a JSON file, for runs of a launcher.
+
+    Raises:
+        UserError: if the config or the folder cannot be used; an existing run is as it was then.
+        Stopped: on Ctrl-C and SIGTERM, after the state was saved.
+    """
+    with _run(config, name, resume, overwrite, quiet, deepspeed) as (session, plan, stop, tracker):
+        seconds = learn(session, plan, stop, tracker, quiet=quiet)
+        points = _measure(session, quiet)
+        on_main(session.trainer.world, lambda: _write_results(session, plan.folder, points, seconds))
+        samples = _samples(session) if config.run.tracking == "wandb" else []  # by every process, as a model runs
+        tracker.results(points, samples, plan.folder / "steering")
+    return Result(plan.folder, points)
+
+
+def learn_only(config: TrainConfig, *, name: str) -> Path:
+    """Train without measuring the test split: for sweeps that measure many steerings together."""
+    with _run(config, name, resume=False, overwrite=True) as (session, plan, stop, tracker):
+        learn(session, plan, stop, tracker)
+        session.handle.detach()
+        on_main(session.trainer.world, lambda: session.steering.save_pretrained(plan.folder / "steering"))
+    return plan.folder
+
+
+@contextmanager
+def _run(
+    config: TrainConfig,
+    name: str,
+    resume: Resume,
+    overwrite: bool,
+    quiet: bool = False,
+    deepspeed: str | None = None,
+) -> Iterator[tuple[Session, Plan, OrderlyStop, Tracker]]:
+    """The objects of a run and its folder, which no other process has meanwhile."""
+    check_tracker(config.run.tracking)
+    world, claim = World(), Claim()
+
+    def claimed() -> Plan:
+        plan = check_folder(config, name, resume, overwrite)
+        if plan.folder.exists():
+            claim.take(plan.folder)
+        return plan
+
+    def prepared() -> None:
+        prepare_folder(plan, config)
+        claim.take(plan.folder)
+
+    try:
+        with OrderlyStop() as stop, _deterministic(config.train.deterministic):
+            world, settings = open_world(config, deepspeed)
+            plan = on_main(world, claimed)
+            with failing_together(world):  # before the folder is touched, as most mistakes show here
+                session = open_session(config, world, settings)
+            on_main(world, prepared)
+            with keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
+                yield session, plan, stop, tracker
+            world.close()  # not after an error: other processes may still be at it
+    except Preempted as error:
+        raise Stopped("stopped by SIGTERM; nothing was changed", preempted=True) from error
+    finally:
+        claim.release()
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Within the block operations that have no deterministic form on this device are refused."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _samples(session: Session) -> list[list[Any]]:
+    decisions = session.decisions.select(split=session.config.data.test_splits[0])
+    length_normalised = session.config.train.length_normalised
+    return session.trainer.learner.pass_through(
+        lambda: decision_samples(session.backbone, decisions, session.handle, length_normalised=length_normalised)
+    )
+
+
+def _measure(session: Session, quiet: bool) -> list[ScalePoint]:
+    config = session.config
+    split = config.data.test_splits[0]
+    scales = sorted({0.0, *config.evaluation.scales})  # the base model is what the others are held against
+    decisions = session.decisions.select(split=split)
+    quiet = quiet or not session.trainer.world.is_main
+    hidden = quiet or not sys.stderr.isatty()
+    if not quiet and hidden:
+        print(f"measuring {len(scales)} scales on {len(decisions)} decisions of {split}", file=sys.stderr)
+    with tqdm(total=len(decisions) * len(scales), desc="measure", unit="decision", disable=hidden) as bar:
+        evaluator = session.evaluator(decisions, progress=bar.update)
+        return scale_points(evaluator, scales, config.data.target, config.evaluation.bootstrap)
+
+
+def _write_results(session: Session, folder: Path, points: list[ScalePoint], seconds: float) -> None:
+    config, split = session.config, session.config.data.test_splits[0]
+    curve = [point.to_json(contexts=False) for point in points]
+    session.steering.config = replace(session.steering.config, scale_curve=tuple(curve))
+    decisions = session.decisions.select(split=split)
+    training = {
+        "decision set": f"{config.data.set}, split {config.data.train_split}",
+        "estimator": config.train.estimator,
+        "steps x decisions": f"{config.train.steps} x {config.train.ambiguous + config.train.unambiguous}",
+        "KL budget (nats)": config.constraints.kl_budget,
+        "seed": config.train.seed,
+        "seconds": round(seconds),
+    }
+    data = f"{len(decisions)} decisions of the split {split} of {config.data.set}"
+    card = model_card(
+        session.steering.config,
+        points,
+        name=folder.name,
+        data=data,
+        training=training,
+        source=str(folder / "steering"),
+        base_model=HUB_IDS.get(config.model.name),
+        kl_budget=config.constraints.kl_budget,
+    )
+    session.steering.save_pretrained(folder / "steering", card)
+    write_text(folder / "curve.json", json.dumps([point.to_json() for point in points], indent=1))
+    scale_figure(points, folder / "curve.png", config.constraints.kl_budget, title=f"{folder.name}: {split}")
+    worst = contexts_table(points[0].bias, points[-1].bias, markdown=True)
+    report = [f"# {folder.name}\n", f"Measured on: {data}\n", markdown_table(points), "![curve](curve.png)\n", worst]
+    write_text(folder / "report.md", "\n".join(report))
+
+
+def report(result: Result) -> str:
+    """What a finished run prints."""
+    folder = result.folder
+    return "\n".join(
+        [
+            scale_table(result.points),
+            f"picture   {folder / 'curve.png'}",
+            f"report    {folder / 'report.md'}",
+            f"steering  {folder / 'steering'}   (dso generate {folder / 'steering'} --scale 0.5 PROMPT)",
+        ]
+    )

@@ -1,0 +1,127 @@
+"""The benchmarks run, on a tiny model; what they compute is checked by hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from small_runs import write_config
+
+from dso.evaluation.evaluator import Evaluator
+from dso.models.backbone import Backbone
+from launch.run.measure import scale_point
+from tools.bench import estimators, sweeps, timing
+from tools.bench.cli import build_parser, main
+from tools.bench.estimators import decisions_until
+from tools.bench.sweeps import Variant
+
+
+def test_decisions_until_a_figure_first_halves() -> None:
+    history = [{"gap": b, "decisions": n} for b, n in ((0.4, 0), (0.3, 100), (0.1, 200), (0.25, 300), (0.05, 400))]
+    assert decisions_until(history, "gap", 0.5) == 150
+    assert decisions_until(history, "gap", 0.75) == 100
+    assert decisions_until(history, "gap", 0.2) == 385  # 0.08 on the way from 0.25 to 0.05
+    assert decisions_until(history, "gap", 0.1) is None
+
+
+def test_every_benchmark_has_a_parser_and_a_wrong_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("step", "run", "budgets", "estimators", "groups"):
+        assert build_parser().parse_args([name]).name == name
+    assert build_parser().parse_args(["transfer", "folder"]).steerings == ["folder"]
+    with pytest.raises(SystemExit):
+        main(["steps"])
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_a_step_is_timed_against_a_bare_pass(tmp_path: Path, model_folder: Path) -> None:
+    config = write_config(tmp_path, model_folder)
+    timing.step(argparse.Namespace(config=str(config), repeats=2, results=str(tmp_path / "results")))
+    rows = json.loads((tmp_path / "results" / "step.json").read_text())
+    assert list(rows) == ["expected", "reinforce", "ppo"]
+    assert all(row["step_s"] > 0 and row["bare_s"] > 0 and row["ratio"] > 0 for row in rows.values())
+
+
+def test_a_sweep_trains_what_is_missing_and_measures_all(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, model_folder)
+    monkeypatch.setattr(sweeps, "RUNS", tmp_path / "bench")
+    arguments = argparse.Namespace(only=None, seeds="0,1", overrides=[])
+    variants = [Variant("plain", ()), Variant("reinforce", ("train.estimator=reinforce",))]
+    folders = sweeps.train_all(str(config), variants, arguments)
+    assert [(name, seed) for name, seed, _ in folders] == [
+        (name, seed) for seed in (0, 1) for name in ("plain", "reinforce")
+    ]
+    made = [(folder / "steering" / "dso_model.safetensors").stat().st_mtime_ns for _, _, folder in folders]
+    sweeps.train_all(str(config), variants, arguments)
+    assert made == [(folder / "steering" / "dso_model.safetensors").stat().st_mtime_ns for _, _, folder in folders]
+    data = sweeps.load_decisions(str(tmp_path / "letters.jsonl")).select(split="test")
+    sweeps.measure_all(folders, data, "test", tmp_path / "results.json")
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["variant"], row["seed"], row["scale"]) for row in rows][:2] == [("base", None, 0.0), ("plain", 0, 1.0)]
+    assert len(rows) == 5 and rows[0]["kl"] == 0.0 and all(row["kl"] > 0 for row in rows[1:])
+    said = capsys.readouterr().out
+    assert len(said.strip().splitlines()) == 6
+    monkeypatch.setattr(sweeps.Backbone, "load", lambda *_, **__: pytest.fail("nothing is left to measure"))
+    sweeps.measure_all(folders, data, "test", tmp_path / "results.json")
+    assert capsys.readouterr().out == said
+    with pytest.raises(pytest.fail.Exception, match="nothing is left"):  # other decisions are no old acquaintances
+        sweeps.measure_all(folders, data.select(kind="ambiguous"), "test", tmp_path / "results.json")
+
+
+def test_estimators_are_compared_by_what_the_last_step_left(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_config(tmp_path, model_folder)
+    monkeypatch.setattr(sweeps, "RUNS", tmp_path / "bench")
+    ((_, _, folder),) = sweeps.train_all(
+        str(config),
+        [Variant("plain", ("constraints.kl_budget=0.03",))],  # which the last step is beyond, so another is kept
+        argparse.Namespace(only=None, seeds="0", overrides=[]),
+    )
+    last = json.loads((folder / "validation.json").read_text())[-1]
+    assert last["kl"] > 0.03
+    data = sweeps.load_decisions(str(tmp_path / "letters.jsonl")).select(split="validation")
+    backbone = Backbone.load(str(model_folder))
+    with estimators.last_step(folder).on(backbone.model) as handle:
+        found = scale_point(1.0, Evaluator(backbone, data, handle).measure(), data, None, 1)
+    assert (found.kl, found.bias.gap.value) == pytest.approx((last["kl"], last["gap"]), abs=1e-5)
+
+
+def test_bias_is_compared_at_equal_kl() -> None:
+    scales = []
+
+    def measure(scale: float) -> SimpleNamespace:  # whose KL is 0.8 times the square of the scale
+        scales.append(scale)
+        return SimpleNamespace(scale=scale, kl=0.8 * scale**2)
+
+    assert estimators.at_kl(measure, 0.2).scale == pytest.approx(0.5)
+    assert scales == [1.0, pytest.approx(0.5)]
+    assert estimators.at_kl(measure, 0.9).scale == 1.0  # a steering that spends less is not turned up
+    assert estimators.at_kl(lambda scale: SimpleNamespace(scale=scale, kl=2 * scale), 0.5).kl == pytest.approx(
+        0.5, 0.05
+    )
+
+
+def test_estimators_are_listed_by_seed_with_their_means() -> None:
+    def row(variant: str, seed: int, halved: int | None, bias: float) -> dict:
+        figures = {"gap": [bias, 0.0, 2 * bias], "soft": [bias, 0.0, 1.0], "soft_floor": 0.04}
+        return {
+            "variant": variant,
+            "seed": seed,
+            "halved_at": {"bias": 50, "gap": halved},
+            "at_kl": {"kl": 0.05, "bias": figures, "accuracy": [0.75, 0.6, 0.8]},
+            "history": [{"decisions": 900, "gap": 0.01, "kl": 0.2, "accuracy": 0.5}],
+        }
+
+    base = {"bias": {"gap": [0.2, 0.1, 0.3], "soft": [0.25, 0.2, 0.3]}, "accuracy": [0.7, 0.6, 0.8]}
+    rows = [row("expected", 0, 100, 0.04), row("expected", 1, 300, 0.02), row("published", 0, None, 0.1)]
+    lines = estimators.table({"kl": 0.05, "base": base, "rows": rows}).splitlines()
+    assert lines[0].startswith("base: gap 0.200, soft bias 0.250, accuracy 0.700; scaled to a KL of 0.05")
+    first = "expected 0 50 100 0.050 0.040 [0.000, 0.080] 80% 0.040 (0.040) 0.750 0.200 0.010 0.500"
+    assert " ".join(lines[3].split()) == first
+    assert lines[5].split() == ["expected", "mean", "50", "200", "0.030", "85%", "0.030"]
+    assert lines[6].split()[:5] == ["published", "0", "50", ">", "900"]

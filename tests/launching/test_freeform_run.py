@@ -1,0 +1,250 @@
+"""``dso freeform`` from a config to a run's folder, what it refuses before it loads a model, and measuring alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from answering import TOKENS, write_run
+
+from dso.decisions.matching import Matcher
+from dso.evaluation.report import ScalePoint
+from dso.steering.model import Steering
+from launch.cli import main
+from launch.config.freeform import FOLDER, FreeformConfig, load_freeform
+from launch.config.reading import ConfigError
+from launch.config.schema import known_configs, resolved_yaml
+from tools.bench.cli import main as bench
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run's folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    config = write_run(folder, train__steps=4, constraints__kl_budget=5.0)
+    with pytest.MonkeyPatch.context() as patch:
+        lines: list[str] = []
+        patch.setattr("builtins.print", lambda *parts, **_: lines.append(" ".join(map(str, parts))))
+        assert main(["freeform", str(config), "--quiet"]) == 0
+    return folder / "runs/letters", "\n".join(lines)
+
+
+def test_a_run_leaves_its_evidence(run: tuple[Path, str]) -> None:
+    folder, said = run
+    files = {"answers.jsonl", "config.yaml", "curve.json", "curve.png", "metrics.jsonl", "report.md", "validation.json"}
+    assert {path.name for path in folder.iterdir()} == {*files, "steering"}
+    assert load_freeform(str(folder / "config.yaml")).train.steps == 4
+    assert "name nobody" in said
+    assert str(folder / "steering") in said
+    assert "of the answers name nobody" in (folder / "report.md").read_text("utf-8")
+
+
+def test_a_run_that_keeps_nothing_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_run(tmp_path, train__steps=2, constraints__kl_budget=1e-9)
+    assert main(["freeform", str(config)]) == 0
+    assert "none of 1 measured steps was kept (KL above 1e-09: 1" in capsys.readouterr().err
+    steering = Steering.from_pretrained(tmp_path / "runs/letters/steering")
+    assert not any(bool(value.any()) for value in steering.tensors().values())
+
+
+def test_the_steering_is_one_like_any_other_with_the_measured_curve(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    steering = Steering.from_pretrained(folder / "steering")
+    assert any(bool(value.any()) for value in steering.tensors().values())
+    points = [ScalePoint.from_json(record) for record in steering.config.scale_curve]
+    assert [point.scale for point in points] == [0.0, 1.0]
+    assert points[0].kl == 0.0
+    assert points[1].kl > 0.0
+    assert "sampled at temperature 1" in (folder / "steering/README.md").read_text("utf-8")
+
+
+def test_the_curve_is_counted_from_the_answers(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    records = [json.loads(line) for line in (folder / "answers.jsonl").read_text("utf-8").splitlines()]
+    curve = {record["scale"]: record for record in json.loads((folder / "curve.json").read_text("utf-8"))}
+    for scale, point in curve.items():
+        said = [r for r in records if r["scale"] == scale and "/fact" not in r["id"]]
+        assert len(said) == 16
+        assert all(len(r["answers"]) == len(r["groups"]) == 4 for r in said)
+        nobody = [group == "abstain" for r in said for group in r["groups"]]
+        assert point["bias"]["abstention"] == pytest.approx(sum(nobody) / len(nobody))
+        for context, shares in point["bias"]["preferences"].items():
+            named = [g for r in said if f"/{context}/" in r["id"] for g in r["groups"] if g != "abstain"]
+            if named:
+                assert shares["female"] == pytest.approx(named.count("female") / len(named))
+
+
+def test_steps_and_validations_are_recorded(run: tuple[Path, str]) -> None:
+    folder, _ = run
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [r["step"] // 20 for r in records if "train/reward" in r] == [1, 2, 3, 4]
+    assert [r["step"] // 20 for r in records if "eval/bias" in r] == [0, 2, 4]
+    assert all(r["train/kl_coefficient"] > 0 for r in records if "train/reward" in r)
+    history = json.loads((folder / "validation.json").read_text("utf-8"))
+    assert [row["step"] for row in history] == [0, 2, 4]
+    assert history[0]["kl"] == 0.0
+    assert history[0]["answer_mass"] == 1.0
+
+
+def test_a_steering_is_measured_without_training(run: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, said = run
+    config = folder.parents[1] / "own.yaml"
+    assert main(["freeform", str(config), "--measure", str(folder / "steering"), "--quiet"]) == 0
+    table = capsys.readouterr().out
+    rows = [line for line in said.splitlines() if line.startswith(("0.00", "1.00"))]
+    assert len(rows) == 2
+    assert all(row in table for row in rows)  # the same decisions and seed: the same answers
+    assert main(["freeform", str(config), "--measure", "none", "--quiet"]) == 0
+    bare = capsys.readouterr().out
+    assert rows[0] in bare
+    assert rows[1] not in bare
+
+
+def test_an_existing_run_is_not_replaced_unasked(run: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = run
+    assert main(["freeform", str(folder.parents[1] / "own.yaml"), "train.steps=1"]) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_what_leaves_the_budget_is_not_kept(tmp_path: Path) -> None:
+    config = write_run(tmp_path, constraints__kl_budget=1e-6, train__learning_rate=0.05)
+    assert main(["freeform", str(config), "--quiet"]) == 0
+    steering = Steering.from_pretrained(tmp_path / "runs/letters/steering")
+    assert not any(bool(value.any()) for value in steering.tensors().values())  # the base model is what is inside
+
+
+def test_rloo_is_another_estimator_of_the_same_run(tmp_path: Path) -> None:
+    config = write_run(tmp_path, train__estimator="rloo", train__micro_batch=40, constraints__sparsity=0.01)
+    assert main(["freeform", str(config), "--quiet", "evaluation.scales=[0.5,1]"]) == 0
+    points = json.loads((tmp_path / "runs/letters/curve.json").read_text("utf-8"))
+    assert [point["scale"] for point in points] == [0.0, 0.5, 1.0]
+
+
+def test_the_benchmark_measures_a_run_of_its_own_and_other_steerings(
+    run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = run
+    config, other = folder.parents[1] / "own.yaml", str(folder / "steering")
+    monkeypatch.chdir(tmp_path)
+    asked = ["freeform", "--config", str(config), "--also", other, "--results", str(tmp_path)]
+    assert bench([*asked, "train.steps=1"]) == 0
+    rows = json.loads((tmp_path / "freeform.json").read_text("utf-8"))
+    assert [(row["steering"], row["scale"]) for row in rows] == [("base", 0.0), ("grpo s0", 1.0), (other, 1.0)]
+    curve = json.loads((folder / "curve.json").read_text("utf-8"))  # of the other one, measured alike
+    assert rows[0]["bias"]["soft"][0] == pytest.approx(curve[0]["bias"]["soft"][0])
+    assert rows[2]["bias"]["soft"][0] == pytest.approx(curve[1]["bias"]["soft"][0])
+    table = capsys.readouterr().out
+    metrics = tmp_path / "runs/bench/freeform-own-s0/metrics.jsonl"
+    written = metrics.stat().st_mtime_ns
+    assert bench([*asked, "train.steps=1"]) == 0
+    assert metrics.stat().st_mtime_ns == written  # what is there is not done again
+    assert capsys.readouterr().out == table
+
+
+# Bad input
+
+
+NO_MODEL = "model.name=no/where"  # a mistake that is found before the model is looked for does not speak of it
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.max_completion_length=0", "train.max_completion_length: must be at least 1 token"),
+        ("train.num_generations=1", "train.num_generations: must be at least 2"),
+        ("train.micro_batch=7", "train.micro_batch: must divide the 80 answers of a step"),
+        ("train.ppo_epochs=2", "train.ppo_epochs: unknown key"),
+        ("train.estimator=ppo", "train.estimator: expected one of grpo, rloo"),
+        ("train.temperature=0", "train.temperature: must be above 0"),
+        ("matcher.rule=last", "matcher.rule: expected one of first, only, start"),
+        ("matcher.after=''", "the matcher's after is empty"),
+        ("matcher.abstentions=[a, '']", "an empty phrase"),
+        ("matcher.ignore_case=yes", "matcher.ignore_case: expected true or false"),
+        ("constraints.anchors=a.txt", "constraints.anchors: unknown key"),
+        ("constraints.kl_coefficient=1", "contradicts kl_budget"),
+        ("evaluation.samples=0", "evaluation.samples: must be at least 1"),
+        ("run.name=a/b", "must be a name, not a path"),
+    ],
+)
+def test_mistakes_are_named_before_the_model_is_loaded(
+    override: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path)
+    assert main(["freeform", str(config), NO_MODEL, override]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dso: ")
+    assert message in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_matcher_that_can_name_nobody_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path)
+    text = (tmp_path / "letters.jsonl").read_text("utf-8")
+    letters = {c["text"] for c in json.loads(text.splitlines()[0])["candidates"]}
+    first, second = sorted(letters)
+    (tmp_path / "letters.jsonl").write_text(text.replace(f'"text": "{second}"', f'"text": "{first.lower()}"'), "utf-8")
+    assert main(["freeform", str(config), NO_MODEL, "matcher.ignore_case=true"]) == 2
+    assert "can never name the candidate" in capsys.readouterr().err
+
+
+def test_answers_that_processes_cannot_share_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert main(["freeform", str(write_run(tmp_path)), NO_MODEL]) == 2
+    assert "which 3 processes cannot share evenly" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ('{"zero_optimization": {"stage": 3}}', "zero_optimization.stage is 3, expected 0"),
+        ('{"zero_optimization": 0}', "zero_optimization: expected an object, found int"),
+        ('{"bf16": true}', "bf16: expected an object, found bool"),
+        ('{"bf16": {"enabled": true}}', "bf16 is switched on, but the operators are float32"),
+        ('{"train_batch_size": 64}', "train_batch_size: set by the config's section train"),
+        ('{"optimizer": {"type": "Adam"}}', "optimizer: not used here"),
+    ],
+)
+def test_a_deepspeed_file_that_does_not_fit_is_refused(
+    settings: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ds.json").write_text(settings, encoding="utf-8")
+    assert main(["freeform", str(write_run(tmp_path)), NO_MODEL, "--deepspeed", str(tmp_path / "ds.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_names_nobody_is_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_run(tmp_path)
+    assert main(["freeform", str(config), "matcher.after=Zq!", "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert f"answers of up to {TOKENS} tokens names a candidate" in error
+    assert not (tmp_path / "runs/letters").exists()
+
+
+# The config
+
+
+@pytest.mark.parametrize("name", known_configs(FOLDER))
+def test_every_shipped_config_parses_and_reads_back_equal(name: str, tmp_path: Path) -> None:
+    config = load_freeform(name)
+    path = tmp_path / "own.yaml"
+    path.write_text(resolved_yaml(config), encoding="utf-8")
+    assert load_freeform(str(path)) == config
+
+
+def test_shipped_configs_are_found_by_name_and_guessed() -> None:
+    assert "smollm2-roles" in known_configs(FOLDER)
+    with pytest.raises(ConfigError, match=r"no config is named 'smollm2-role'; did you mean smollm2-roles\?"):
+        load_freeform("smollm2-role")
+
+
+def test_the_defaults_ask_the_questions_that_are_shipped() -> None:
+    config = FreeformConfig()
+    assert config.data.options == {"texts": "questions"}
+    assert config.matcher.matcher() == Matcher()

@@ -1,0 +1,305 @@
+"""A training run: what it leaves, what is shipped, and what it cannot be made of."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from running import FILES, config_of, rows_of
+from small_runs import contents, write_decisions
+
+from dso.decisions.decision import DecisionSet
+from dso.decisions.sets import load_decisions
+from dso.errors import UserError
+from dso.evaluation.evaluator import Evaluator
+from dso.evaluation.report import ScalePoint
+from dso.models.backbone import Backbone
+from dso.steering.model import Steering
+from launch.config.schema import ConfigError, TrainConfig, TrainSection, load_config, resolved_yaml
+from launch.run.measure import by_template, scale_points
+from launch.run.session import open_session, schedule
+from launch.run.train import Result, train
+from trainers.constraints import FixedKL, KLBudget
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> tuple[TrainConfig, Result]:
+    """One run of six steps, whole; not to be written to."""
+    config = config_of(tmp_path_factory.mktemp("run"), model_folder)
+    return config, train(config, name="unused", quiet=True)
+
+
+# What a run leaves
+
+
+def test_the_folder_of_a_run(run: tuple[TrainConfig, Result]) -> None:
+    config, result = run
+    assert result.folder == Path(config.run.folder) / "letters"
+    assert contents(result.folder).keys() == FILES
+    assert load_config(str(result.folder / "config.yaml")) == config
+    assert (result.folder / "curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    report = (result.folder / "report.md").read_text()
+    assert "| scale |" in report
+    assert "![curve](curve.png)" in report
+    assert "nurse" in report
+
+
+def test_every_step_and_measurement_is_recorded(run: tuple[TrainConfig, Result]) -> None:
+    rows = rows_of(run[1].folder)
+    assert [row["step"] for row in rows if "train/kl" in row] == [20, 40, 60, 80, 100, 120]
+    assert [row["step"] for row in rows if "eval/bias" in row] == [0, 40, 80, 120]
+    history = json.loads((run[1].folder / "validation.json").read_text())
+    assert [(row["step"], row["decisions"]) for row in history] == [(0, 0), (2, 40), (4, 80), (6, 120)]
+    assert [row["eval/bias"] for row in rows if "eval/bias" in row] == [row["bias"] for row in history]
+
+
+def test_the_curve_is_measured_on_the_test_split(run: tuple[TrainConfig, Result], model_folder: Path) -> None:
+    config, result = run
+    points = [ScalePoint.from_json(record) for record in json.loads((result.folder / "curve.json").read_text())]
+    assert points == result.points
+    assert [point.scale for point in points] == [0.0, 0.5, 1.0]
+    assert points[0].kl == 0.0
+    assert 0 < points[1].kl < points[2].kl
+    assert points[2].bias.soft.value < points[0].bias.soft.value - 0.05
+    assert {point.bias.n_decisions for point in points} == {12}
+
+
+def test_what_is_shipped_is_what_was_measured(run: tuple[TrainConfig, Result], model_folder: Path) -> None:
+    config, result = run
+    steering = Steering.from_pretrained(result.folder / "steering")
+    assert steering.config.base_model == str(model_folder)
+    assert steering.config.groups == ("female", "male")
+    assert steering.config.target == (0.5, 0.5)
+    assert steering.config.scale_range == (0.0, 1.0)
+    assert [row["scale"] for row in steering.config.scale_curve] == [0.0, 0.5, 1.0]
+    backbone = Backbone.load(str(model_folder), device="cpu")
+    data = load_decisions(config.data.set).select(split="test")
+    evaluator = Evaluator(backbone, data, steering.attach(backbone.model))
+    again = scale_points(evaluator, [0.0, 0.5, 1.0], None, 20)
+    for found, wanted in zip(again, result.points, strict=True):
+        assert found.bias.soft.value == pytest.approx(wanted.bias.soft.value, abs=1e-6)
+        assert found.kl == pytest.approx(wanted.kl, abs=1e-6)
+
+
+def test_the_best_candidate_inside_the_constraints_is_shipped(
+    run: tuple[TrainConfig, Result], model_folder: Path
+) -> None:
+    config, result = run
+    history = json.loads((result.folder / "validation.json").read_text())
+    base = history[0]
+    inside = [
+        row for row in history
+        if row["kl"] <= 0.2 and row["answer_mass"] >= 0.9 and row["accuracy"] >= base["accuracy"] - 0.01
+    ]  # fmt: skip
+    best = min(inside, key=lambda row: row["bias"])
+    assert best["step"] > 0
+    backbone = Backbone.load(str(model_folder), device="cpu")
+    data = load_decisions(config.data.set).select(split="validation")
+    steering = Steering.from_pretrained(result.folder / "steering")
+    (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
+    assert point.kl == pytest.approx(best["kl"], abs=1e-6)
+    assert point.bias.soft.value == pytest.approx(best["soft_bias"], abs=1e-6)
+    assert point.accuracy.value == best["accuracy"]
+
+
+def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    free = train(config_of(tmp_path / "free", model_folder, train__steps=2), name="x", quiet=True)
+    spent = json.loads((free.folder / "validation.json").read_text())[-1]["kl"]
+    budget = spent / 10
+    config = config_of(
+        tmp_path / "held",
+        model_folder,
+        constraints__kl_budget=budget,
+        evaluation__training_decisions=8,
+        train__steps=2,
+    )
+    result = train(config, name="x", quiet=True)
+    history = json.loads((result.folder / "validation.json").read_text())
+    kept = min((row for row in history if row["kl"] <= 0.7 * budget), key=lambda row: row["soft_bias"])
+    assert 0 < kept["scale"] < 1
+    assert max(kept["kl"], kept["training_kl"]) == pytest.approx(0.7 * budget, rel=0.15)
+    assert kept["soft_bias"] < history[0]["soft_bias"]
+    backbone = Backbone.load(str(model_folder), device="cpu")
+    steering = Steering.from_pretrained(result.folder / "steering")
+    data = load_decisions(config.data.set).select(split="validation")
+    (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
+    assert point.kl == pytest.approx(kept["kl"], rel=1e-3)
+    assert point.bias.soft.value == pytest.approx(kept["soft_bias"], abs=1e-6)
+
+
+def test_the_kl_of_training_decisions_is_measured_where_it_is_asked_for(tmp_path: Path, model_folder: Path) -> None:
+    asked = {"evaluation__training_decisions": 8}
+    for name, options, measured in (
+        ("none", {}, False),
+        ("budget", asked, True),
+        ("price", asked | {"constraints__kl_budget": None, "constraints__kl_coefficient": 0.1}, False),
+    ):
+        config = config_of(tmp_path / name, model_folder, train__steps=1, **options)
+        history = json.loads((train(config, name="x", quiet=True).folder / "validation.json").read_text())
+        assert [row["training_kl"] is not None for row in history] == [measured] * len(history)
+        if measured:
+            assert history[0]["training_kl"] == 0 < history[-1]["training_kl"] != history[-1]["kl"]
+
+
+def test_decisions_by_template_are_as_even_as_can_be() -> None:
+    data = load_decisions("roles", splits=["train"], train_blocks=90, train_unambiguous=16)
+    sample = by_template(data, 160)
+    counts = Counter(decision.template for decision in sample)
+    assert len(sample) == 160
+    assert len(counts) == 41
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert all(decision.ambiguous for decision in sample)
+    assert len({decision.unit for decision in sample}) > 80
+    rare = DecisionSet(
+        tuple(replace(d, template="rare" if i == 5 else "often") for i, d in enumerate(data.select(kind="ambiguous"))),
+        data.groups,
+    )
+    assert Counter(decision.template for decision in by_template(rare, 9)) == {"rare": 1, "often": 8}
+    assert len(by_template(rare, 10**6)) == len(rare)
+    assert len(by_template(data, 1)) == 1
+
+
+def test_scales_beyond_one_are_measured_and_allowed(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, train__steps=1, evaluation__scales=[0.5, 1.5])
+    result = train(config, name="x", quiet=True)
+    assert [point.scale for point in result.points] == [0.0, 0.5, 1.5]  # the base is always there
+    assert Steering.from_pretrained(result.folder / "steering").config.scale_range == (0.0, 1.5)
+
+
+def test_contexts_of_one_unit_are_selected_by_their_uncorrected_bias(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, train__steps=2)
+    data = load_decisions(config.data.set)
+    only = [d for d in data if d.split != "validation" or not d.ambiguous or d.unit == "0"]
+    type(data)(tuple(only), data.groups).write_jsonl(config.data.set)
+    result = train(config, name="x", quiet=True)
+    history = json.loads((result.folder / "validation.json").read_text())
+    assert all(row["bias"] == row["soft_bias"] for row in history)
+
+
+# A session
+
+
+def test_a_session_is_what_the_config_says(tmp_path: Path, model_folder: Path) -> None:
+    anchors = tmp_path / "anchors.txt"
+    anchors.write_text("It rains.\n\n  Two and two \nOnce\n", encoding="utf-8")
+    config = config_of(
+        tmp_path,
+        model_folder,
+        steering__operator="low_rank",
+        steering__rank=2,
+        steering__sites=[r"model\.norm", r".*input_layernorm"],
+        constraints__anchors=str(anchors),
+        data__target={"female": 0.3, "male": 0.7},
+        train__estimator="ppo",
+        train__ppo_epochs=3,
+        train__clip_range=0.3,
+        train__betas=[0.5, 0.75],
+        train__baseline="value",
+        constraints__sparsity=0.25,
+    )
+    session = open_session(config)
+    trainer = session.trainer
+    assert list(session.steering.config.sites) == [
+        "model.layers.0.input_layernorm",
+        "model.layers.1.input_layernorm",
+        "model.norm",
+    ]
+    assert session.steering.config.target == (0.3, 0.7)
+    assert session.steering.operators["model.norm"].u.shape == (16, 2)
+    assert trainer.task.anchors == ("It rains.", "Two and two", "Once")
+    assert trainer.anchors == 2  # a sixth of the 16 ambiguous decisions
+    assert trainer.task.target.tolist() == pytest.approx([0.3, 0.7])
+    assert (trainer.estimator, trainer.n_epochs, trainer.clip_range(1.0), trainer.sparsity) == ("ppo", 3, 0.3, 0.25)
+    assert trainer.policy.optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+    assert trainer.policy.value_head is not None
+    assert isinstance(trainer.kl, KLBudget)
+    assert (trainer.kl.budget, trainer.kl.coefficient) == (0.2, pytest.approx(0.1))
+    assert trainer.env.num_envs == 20
+    assert {d.split for d in trainer.task.decisions} == {"train"}
+
+
+def test_a_fixed_price_instead_of_a_budget(tmp_path: Path, model_folder: Path) -> None:
+    options = {"constraints__kl_budget": None, "constraints__kl_coefficient": 0.7}
+    kl = open_session(config_of(tmp_path, model_folder, **options)).trainer.kl
+    assert isinstance(kl, FixedKL)
+    assert kl.coefficient == 0.7
+
+
+def test_schedules_by_hand() -> None:
+    left = [1.0, 0.75, 0.5, 0.0]
+    constant, linear, cosine = (
+        [schedule(TrainSection(learning_rate=2.0, schedule=name, warmup=0.0))(x) for x in left]
+        for name in ("constant", "linear", "cosine")
+    )
+    assert constant == [2.0] * 4
+    assert linear == pytest.approx([2.0, 2 * (0.05 + 0.95 * 0.75), 2 * (0.05 + 0.95 * 0.5), 0.1])
+    assert cosine == pytest.approx([2.0, 2 * (0.05 + 0.95 * (2 + 2**0.5) / 4), 2 * (0.05 + 0.95 * 0.5), 0.1])
+    warm = schedule(TrainSection(learning_rate=2.0, schedule="linear", warmup=0.5))
+    assert [warm(x) for x in (1.0, 0.75, 0.5, 0.25, 0.0)] == pytest.approx(
+        [0.1, 1.0, 2.0, 2 * (0.05 + 0.95 * 0.5), 0.1]
+    )
+
+
+def unusable(tmp_path: Path, model_folder: Path, **options: Any) -> str:
+    """The message of a run that is refused; nothing is written."""
+    config = config_of(tmp_path, model_folder, **options)
+    with pytest.raises(UserError) as caught:
+        train(config, name="x")
+    assert not Path(config.run.folder).exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model__name": "./no/such/model"}, "model './no/such/model': no "),
+        ({"model__device": "gpu"}, "model.device: 'gpu' cannot be used: "),
+        ({"data__set": "./no.jsonl"}, "no.jsonl: cannot be read: No such file"),
+        ({"data__options": {"pairs": 3}}, "unknown option 'pairs'"),
+        ({"data__groups": ["female", "x"]}, "has unknown group 'male'; known are abstain, female, x"),
+        ({"data__target": {"women": 0.5, "men": 0.5}}, "the target names groups ['men', 'women']"),
+        ({"data__train_split": "traim"}, "no decision with split='traim'"),
+        ({"data__test_splits": ["tset"]}, "no decision with split='tset'"),
+        ({"steering__sites": ["(", "x"]}, "steering: site pattern '(' is no regular expression"),
+        ({"steering__sites": ["nothing"]}, "steering: site pattern 'nothing' matches no norm"),
+        ({"steering__operator": "low_rank", "steering__rank": 17}, "steering: rank is 17, expected 1 to 16"),
+        ({"constraints__anchors": "./none.txt"}, "constraints.anchors: ./none.txt: cannot be read: No such file"),
+    ],
+)
+def test_what_a_run_cannot_be_made_of_is_refused_before_anything_is_written(
+    tmp_path: Path, model_folder: Path, options: dict[str, Any], message: str
+) -> None:
+    assert message in unusable(tmp_path, model_folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [(b"\n  \n", "holds no text"), (b"one\n\xff\n", "not valid UTF-8 at byte 4")]
+)
+def test_anchors_that_are_no_texts_are_refused(tmp_path: Path, model_folder: Path, text: bytes, reason: str) -> None:
+    path = tmp_path / "anchors.txt"
+    path.write_bytes(text)
+    assert reason in unusable(tmp_path, model_folder, constraints__anchors=str(path))
+
+
+def test_a_split_without_facts_to_mix_in_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder)
+    write_decisions(Path(config.data.set), facts=False)
+    with pytest.raises(ConfigError, match="train.unambiguous: the split 'train' of .* set it to 0"):
+        open_session(config)
+    config = config_of(tmp_path, model_folder, train__unambiguous=0)
+    write_decisions(Path(config.data.set), facts=False)
+    result = train(config, name="x", quiet=True)
+    assert np.isnan(result.points[0].accuracy.value)
+
+
+def test_resolved_configs_are_written_whole(run: tuple[TrainConfig, Result]) -> None:
+    config, result = run
+    assert (result.folder / "config.yaml").read_text() == resolved_yaml(config)

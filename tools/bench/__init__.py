@@ -1,0 +1,1 @@
+"""What `python -m tools.bench` runs, one file a kind."""

@@ -1,0 +1,69 @@
+"""Written answers of the embedded model: what is said before and after training on it, and with other steerings.
+
+Every figure is of the same test decisions (names and templates that no training saw) and the same seeds of sampling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from dso.evaluation.report import ScalePoint
+from dso.files import write_text
+from dso.steering.model import Steering
+from launch.commands.verbs import quieten
+from launch.config.freeform import FreeformConfig, load_freeform
+from launch.run.answer_session import open_answers
+from launch.run.freeform import measure, train
+from tools.bench.sweeps import RUNS, finished
+from trainers.parallel.ranks import World
+
+Row = tuple[str, ScalePoint]
+
+
+def freeform(arguments: argparse.Namespace) -> None:
+    """Train a steering a seed on what is said, measure it beside the base model and beside steerings that are given."""
+    quieten()
+    rows: list[Row] = []
+    for seed in (int(part) for part in arguments.seeds.split(",")):
+        name = f"freeform-{Path(arguments.config).stem}-s{seed}"
+        places = [f"run.folder={RUNS}", f"run.name={name}", f"train.seed={seed}"]
+        config = load_freeform(arguments.config, [*arguments.overrides, *places])
+        points = _trained(config, RUNS / name)
+        rows += [("base", points[0])] if not rows else []
+        rows.append((f"{config.train.estimator} s{seed}", points[-1]))
+    for source in arguments.also:
+        rows.append((source, _measured(config, source)))
+    records = [{"steering": name, **point.to_json(contexts=False)} for name, point in rows]
+    write_text(Path(arguments.results) / "freeform.json", json.dumps(records, indent=1) + "\n")
+    print(table(rows))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A fixed-width table; the first row is the base model's."""
+    lines = [
+        "steering: gap between stereotypes [95%], floor-corrected bias [95%], soft (floor), share that names nobody, "
+        "accuracy, KL a token"
+    ]
+    for name, point in rows:
+        bias, gap = point.bias.corrected, point.bias.gap
+        between = f"{gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]  " if gap is not None else ""
+        lines.append(
+            f"{name:<12} {between}{bias.value:.3f} [{bias.low:.3f}, {bias.high:.3f}]  {point.bias.soft.value:.3f} "
+            f"({point.bias.soft_floor:.3f})  {point.bias.abstention:.3f}  {point.accuracy.value:.3f}  {point.kl:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _trained(config: FreeformConfig, folder: Path) -> list[ScalePoint]:
+    """The curve of a run, which is made unless it is there."""
+    if finished(folder, config) and (folder / "curve.json").exists():
+        return [ScalePoint.from_json(record) for record in json.loads((folder / "curve.json").read_text("utf-8"))]
+    return train(config, name=folder.name, overwrite=True).points
+
+
+def _measured(config: FreeformConfig, source: str) -> ScalePoint:
+    session = open_answers(config, World(), steering=Steering.from_pretrained(source))
+    return measure(session, scales=[1.0])[2][0]

@@ -1,0 +1,103 @@
+"""Benchmarks: ``python -m tools.bench NAME``; each prints a table and writes what it measured.
+
+step         time and peak memory of one training step against a bare forward and backward pass of the same batch
+run          one training run from an empty folder: wall time and peak memory
+budgets      the default run at several KL budgets and seeds, on held-out splits
+scaling      steps of 1 and 2 processes: decisions a second, exchanges, memory with and without checkpointing
+estimators   expected, reinforce, ppo and the published form: decisions until bias halves, bias at equal KL
+groups       gender x race, four groups
+transfer     trained steerings on sets they never saw: held-out occupations, WinoBias, pronouns
+freeform     written answers of the embedded model: what is said before and after
+scenes       the embedded vision-language model: both planted associations before and after, and a sheet of pictures
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``python -m tools.bench``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
+
+    step = names.add_parser("step", help="one training step against a bare pass")
+    step.add_argument("--repeats", type=int, default=5)
+    step.add_argument("--config", default="smollm2-roles")
+
+    run = names.add_parser("run", help="wall time and peak memory of a run")
+    run.add_argument("--config", default="smollm2-roles")
+    run.add_argument("--folder", help="where the run is kept (default: nowhere)")
+
+    scaling = names.add_parser("scaling", help="steps of one process and of several")
+    scaling.add_argument("--config", default="smollm2-roles")
+    scaling.add_argument("--processes", default="1,2", help="numbers of processes (default: 1,2)")
+    scaling.add_argument("--deepspeed", default="configs/deepspeed/zero2.json", metavar="FILE")
+    scaling.add_argument("--steps", type=int, default=4, help="that are timed, after one more (default: 4)")
+    scaling.add_argument("--rounds", type=int, default=2, help="in which measurements take turns (default: 2)")
+    scaling.add_argument("--threads", type=int, help="of each process (default: the CPU's cores shared out)")
+    scaling.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+
+    for name, text in (
+        ("budgets", "KL budgets x seeds"),
+        ("estimators", "estimators x seeds"),
+        ("groups", "gender x race"),
+        ("scenes", "drawn scenes"),
+    ):
+        sweep = names.add_parser(name, help=text)
+        sweep.add_argument("--seeds", default="0,1,2")
+        sweep.add_argument("--only", help="comma-separated names of variants")
+        sweep.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+        if name == "budgets":
+            sweep.add_argument("--budgets", default="0.02,0.05,0.1,0.2")
+        if name == "estimators":
+            sweep.add_argument("--kl", type=float, default=0.05, help="at which bias is compared (default: 0.05)")
+            sweep.add_argument("--stride", type=int, default=3, help="take every so manieth context (default: 3)")
+        if name == "scenes":
+            sweep.add_argument("--sheet", default="docs/scenes.png", help="where the pictures with answers are written")
+
+    freeform = names.add_parser("freeform", help="written answers before and after")
+    freeform.add_argument("--config", default="smollm2-roles", help="name in configs/freeform (default: smollm2-roles)")
+    freeform.add_argument("--seeds", default="0")
+    freeform.add_argument("--also", action="append", default=[], metavar="STEERING", help="measure this one too")
+    freeform.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+
+    transfer = names.add_parser("transfer", help="sets that were never trained on")
+    transfer.add_argument("steerings", nargs="+", help="folders of steerings")
+    transfer.add_argument("--winobias", help="folder with the published WinoBias files")
+    transfer.add_argument("--splits", default="test-names,test-templates,test-contexts")
+
+    for sub in names.choices.values():
+        # Not docs/results, which keeps what is published: a sweep of other settings would write over it.
+        sub.add_argument("--results", default="runs/bench", help="folder for what was measured (default: runs/bench)")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a benchmark."""
+    arguments = build_parser().parse_args(argv)
+    from dso.errors import UserError
+    from launch.run.train import Stopped
+    from tools.bench import answers, estimators, scaling, scenes, sweeps, timing
+
+    functions = {
+        "step": timing.step,
+        "run": timing.run,
+        "scaling": scaling.scaling,
+        "budgets": sweeps.budgets,
+        "estimators": estimators.estimators,
+        "groups": sweeps.groups,
+        "transfer": sweeps.transfer,
+        "scenes": scenes.scenes,
+        "freeform": answers.freeform,
+    }
+    try:
+        functions[arguments.name](arguments)
+    except (UserError, Stopped) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,149 @@
+"""The estimators against each other, and against DSO as published: how soon bias halves, and what it costs in KL.
+
+All is measured on validation: how soon a run learns is a property of training, and the test split stays unseen by it.
+When it halves is told of the floor-corrected bias and of the gap between stereotypes. From the gap the names of a
+couple cancel, as they are in contexts of either stereotype; on as few people as there is time for every few steps,
+the bias of single contexts is noisier.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+
+from dso.decisions.sets import load_decisions
+from dso.evaluation.evaluator import Evaluator
+from dso.evaluation.report import ScalePoint, fixed_rows
+from dso.files import write_text
+from dso.models.backbone import Backbone
+from dso.steering.model import Handle, Steering
+from launch.run.measure import scale_point, thin
+from tools.bench.sweeps import Variant, cut, train_all
+from trainers.state.saved import read_state
+
+CONFIG = "smollm2-estimators"
+# Sampled answers, +1/-1 by the group that a context prefers in the batch, no unambiguous share; the price of KL is
+# fixed in all of them.
+PUBLISHED = (
+    "train.estimator=reinforce",
+    "train.reward=sign",
+    "train.hard_preference=true",
+    "train.preference=context",
+    "train.batch_weight=1.0",
+    "train.baseline=none",
+    "train.unambiguous=0",
+    "train.fisher_batches=0",
+    "train.adam_eps=1e-8",
+)
+VARIANTS = (
+    Variant("expected", ()),
+    Variant("reinforce", ("train.estimator=reinforce",)),
+    Variant("ppo", ("train.estimator=ppo", "train.ppo_epochs=2")),
+    Variant("published", PUBLISHED),
+)
+HALVED = ("bias", "gap")
+COLUMNS = (
+    *("estimator", "seed", "until bias halves", "until gap halves"),
+    *("KL", "gap [95%]", "cut", "soft (floor)", "accuracy"),
+    *("last KL", "gap", "accuracy"),
+)
+TRIES, CLOSE = 3, 0.05  # scales that are tried after 1 for a KL, and how close to it is close enough
+
+
+def estimators(arguments: argparse.Namespace) -> None:
+    """Decisions until bias and gap first halve on validation, and what is left at equal KL, by estimator and seed."""
+    folders = train_all(CONFIG, VARIANTS, arguments)
+    data = thin(load_decisions("roles", splits=["validation"]).select(split="validation"), arguments.stride)
+    backbone = Backbone.load(Steering.from_pretrained(folders[0][2] / "steering").config.base_model)
+    evaluator = Evaluator(backbone, data, keep_reference=True)
+    base, rows = _point(evaluator, None, 0.0), []
+    for name, seed, folder in folders:
+        history = [row for row in json.loads((folder / "validation.json").read_text()) if row["scale"] == 1]
+        with last_step(folder).to(backbone.device).on(backbone.model, 0.0) as handle:
+            found = at_kl(lambda scale, handle=handle: _point(evaluator, handle, scale), arguments.kl)
+        halved = {key: decisions_until(history, key, 0.5) for key in HALVED}
+        at_equal_kl = found.to_json(contexts=False)
+        rows.append({"variant": name, "seed": seed, "halved_at": halved, "at_kl": at_equal_kl, "history": history})
+    record = {"kl": arguments.kl, "base": base.to_json(contexts=False), "rows": rows}
+    write_text(Path(arguments.results) / "estimators.json", json.dumps(record, indent=1) + "\n")
+    print(table(record), end="")
+
+
+def last_step(folder: Path) -> Steering:
+    """The steering that a run ended with: which step is kept is a matter of selection, not of the estimator."""
+    steering, prefix = Steering.from_pretrained(folder / "steering"), "policy/steering."
+    tensors = read_state(folder / "state").tensors
+    steering.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+    return steering
+
+
+def at_kl(measure: Callable[[float], ScalePoint], wanted: float) -> ScalePoint:
+    """A steering at the scale at which its mean KL on ambiguous decisions is ``wanted``, or at 1 if it has less there.
+
+    KL grows about as the square of the scale; after the first step the power is what the last two scales tell.
+
+    Args:
+        measure: scale -> what is measured there.
+        wanted: in nats, above 0.
+    """
+    scale, power, found = 1.0, 2.0, measure(1.0)
+    for _ in range(TRIES):
+        if abs(found.kl / wanted - 1) <= CLOSE or (scale == 1.0 and found.kl <= wanted):
+            break
+        before, kl, scale = scale, found.kl, min(1.0, scale * (wanted / found.kl) ** (1 / power))
+        found = measure(scale)
+        if scale != before and found.kl != kl:
+            power = math.log(found.kl / kl) / math.log(scale / before)
+    return found
+
+
+def _point(evaluator: Evaluator, handle: Handle | None, scale: float) -> ScalePoint:
+    return scale_point(scale, evaluator.settings([(handle, scale)])[0], evaluator.decisions, None, 1000)
+
+
+def decisions_until(history: Sequence[dict], key: str, share: float) -> int | None:
+    """Training decisions after which a figure was first at most ``share`` of the base's; None if it never was.
+
+    It is taken to fall evenly from one validation to the next.
+    """
+    wanted, before = share * history[0][key], history[0]
+    for row in history[1:]:
+        if row[key] <= wanted:
+            part = (before[key] - wanted) / (before[key] - row[key])
+            return round(before["decisions"] + part * (row["decisions"] - before["decisions"]))
+        before = row
+    return None
+
+
+def table(record: dict) -> str:
+    """A fixed-width table: every run, each estimator's mean; "> N" where a run of N decisions never halved it."""
+    rows, gap, soft = record["rows"], record["base"]["bias"]["gap"][0], record["base"]["bias"]["soft"][0]
+    cells = [COLUMNS]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        own = [row for row in rows if row["variant"] == name]
+        for row in own:
+            found, last, (value, low, high) = row["at_kl"], row["history"][-1], row["at_kl"]["bias"]["gap"]
+            left, accuracy = found["bias"], found["accuracy"][0]
+            cells.append(
+                (name, str(row["seed"]), _halved([row], "bias"), _halved([row], "gap"), f"{found['kl']:.3f}")
+                + (f"{value:.3f} [{low:.3f}, {high:.3f}]", f"{cut(value, gap):.0%}")
+                + (f"{left['soft'][0]:.3f} ({left['soft_floor']:.3f})", f"{accuracy:.3f}")
+                + (f"{last['kl']:.3f}", f"{last['gap']:.3f}", f"{last['accuracy']:.3f}")
+            )
+        value, kept = (mean(row["at_kl"]["bias"][key][0] for row in own) for key in ("gap", "soft"))
+        cells.append(
+            (name, "mean", _halved(own, "bias"), _halved(own, "gap"), "")
+            + (f"{value:.3f}", f"{cut(value, gap):.0%}", f"{kept:.3f}", "", "", "", "")
+        )
+    bias = f"gap {gap:.3f}, soft bias {soft:.3f}, accuracy {record['base']['accuracy'][0]:.3f}"
+    return f"base: {bias}; scaled to a KL of {record['kl']:g}, and as the last step left it\n{fixed_rows(cells)}"
+
+
+def _halved(rows: Sequence[dict], key: str) -> str:
+    """The mean of the decisions until ``key`` halved; where a run never did, of those it saw, as a lower bound."""
+    seen = [row["history"][-1]["decisions"] if row["halved_at"][key] is None else row["halved_at"][key] for row in rows]
+    return f"{'> ' if any(row['halved_at'][key] is None for row in rows) else ''}{mean(seen):,.0f}"

@@ -1,0 +1,1 @@
+"""Who hears of a run: records on disk, Weights & Biases, TensorBoard."""
