@@ -44,8 +44,9 @@ import launch.train
 from dso.errors import UserError
 from dso.evaluation.evaluator import Evaluator
 from dso.files import write_bytes
-from launch.cli import EXIT_INPUT, EXIT_PREEMPTED, EXIT_STOPPED, main
+from launch.cli import main
 from launch.config.schema import TrainConfig, load_config
+from launch.exits import EXIT_INPUT, EXIT_PREEMPTED, EXIT_STOPPED
 from launch.run.folder import Stopped
 from launch.run.learn import Keeper
 from launch.run.session import load_backbone

@@ -17,13 +17,15 @@ import pytest
 import torch
 from small_runs import contents, letters_set, write_config
 
-import launch.commands.verbs
+import launch.commands.decisions
+import launch.commands.inspect
 from dso.decisions.decision import Decision, read_jsonl
 from dso.errors import UserError
 from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
-from launch.cli import build_parser, main
+from launch.cli import main
+from launch.commands.parsers import build_parser
 
 ROOT = Path(__file__).parents[2]
 CONTROL = ("\r", "\x1b")
@@ -228,7 +230,7 @@ def test_an_interrupt_anywhere_else_is_one_line(call: Any, monkeypatch: pytest.M
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch.commands.verbs, "decisions", interrupted)
+    monkeypatch.setattr(launch.commands.decisions, "run", interrupted)
     assert call("decisions", "roles") == (130, "", "dso: interrupted\n")
 
 
@@ -241,7 +243,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         def broken(_: object, error: Exception = error) -> int:
             raise error
 
-        monkeypatch.setattr(launch.commands.verbs, "decisions", broken)
+        monkeypatch.setattr(launch.commands.decisions, "run", broken)
         with pytest.raises(type(error)):
             main(["decisions", "roles"])
 
@@ -264,7 +266,7 @@ def test_what_the_user_can_mend_is_one_line(
     def refuse(_: object) -> int:
         raise error
 
-    monkeypatch.setattr(launch.commands.verbs, "inspect", refuse)
+    monkeypatch.setattr(launch.commands.inspect, "run", refuse)
     assert call("inspect", "x") == (2, "", line)
 
 

@@ -16,7 +16,7 @@ import pytest
 from running import outcome
 from small_runs import write_config
 
-from launch.cli import EXIT_PREEMPTED
+from launch.exits import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parents[2]
 KILLING = ROOT / "tests" / "helpers" / "killing.py"

@@ -429,7 +429,9 @@ def test_wrong_use_is_refused(machine: Machine, script: Path, arguments: tuple[s
 def test_help_is_the_scripts_own_comment(machine: Machine) -> None:
     for script in (NODE, HOSTS):
         done = machine.run(script, "--help")
-        assert done.returncode == 0 and f"launch/cluster/{script.name} " in done.stdout and "set -euo" not in done.stdout
+        assert (
+            done.returncode == 0 and f"launch/cluster/{script.name} " in done.stdout and "set -euo" not in done.stdout
+        )
 
 
 def test_the_documented_commands_run(machine: Machine, tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ import pytest
 from running import outcome, rows_of
 from small_runs import write_config
 
-from launch.cli import EXIT_PREEMPTED, _parse
+from launch.cli import _parse
 from launch.config.schema import load_config
+from launch.exits import EXIT_PREEMPTED
 from launch.run.train import train
 from launch.train import script_arguments
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args, load_sweep_config
 
-from launch.cli import build_parser
+from launch.commands.parsers import build_parser
 from launch.config.schema import load_config
 from trainers.callbacks import Validation
 

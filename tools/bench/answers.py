@@ -13,7 +13,7 @@ from pathlib import Path
 from dso.evaluation.report import ScalePoint
 from dso.files import write_text
 from dso.steering.model import Steering
-from launch.commands.verbs import quieten
+from launch.commands.common import quieten
 from launch.config.freeform import FreeformConfig, load_freeform
 from launch.run.answer_session import open_answers
 from launch.run.freeform import measure, train

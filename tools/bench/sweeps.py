@@ -25,7 +25,7 @@ from dso.evaluation.report import ScalePoint
 from dso.files import write_bytes, write_text
 from dso.models.backbone import Backbone
 from dso.steering.model import Handle, Steering
-from launch.commands.verbs import quieten
+from launch.commands.common import quieten
 from launch.config.schema import ConfigError, load_config, read_config
 from launch.run.measure import scale_point
 from launch.run.train import learn_only

@@ -1,0 +1,63 @@
+"""What several commands of ``dso`` share."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from dso.errors import UserError
+from dso.models.backbone import Backbone
+from dso.steering.model import Steering
+from launch.config.reading import parse_yaml
+
+
+def quieten() -> None:
+    """Keep transformers' loading bars and advice out of our output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def run_name(config: str) -> str:
+    """What a run is called after its config; a model's "2.5" is no suffix."""
+    return Path(config).name.removesuffix(".yaml").removesuffix(".yml")
+
+
+def load_backbone(name: str | None, steering: Steering | None) -> Backbone:
+    """The base model that was named, or else the one that the steering states.
+
+    Raises:
+        UserError: if neither names one.
+    """
+    stated = steering.config.base_model if steering else ""
+    if not (name or stated):
+        raise UserError("name the base model with --model; no steering states one")
+    revision = steering.config.revision if steering and name in (None, stated) else None
+    return Backbone.load(name or stated, revision=revision)
+
+
+def pairs(items: list[str], option: str) -> dict:
+    """``key=value`` arguments as a dictionary of YAML values.
+
+    Raises:
+        UserError: if one has no ``=``.
+    """
+    if bad := [item for item in items if "=" not in item]:
+        raise UserError(f"{option} {bad[0]!r}: expected key=value")
+    return {key: parse_yaml(value) for key, value in (item.split("=", 1) for item in items)}
+
+
+def numbers(text: str) -> list[float]:
+    """Comma-separated finite numbers.
+
+    Raises:
+        UserError: if they are not.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"--scales {text!r}: expected comma-separated numbers, as in 0,0.5,1")
+    return found

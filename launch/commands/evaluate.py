@@ -1,0 +1,49 @@
+"""``dso evaluate``: measure a steering, or a base model, on a decision set."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from tqdm import tqdm
+
+from dso.decisions.decision import check_target
+from dso.decisions.sets import load_decisions
+from dso.evaluation.evaluator import Evaluator
+from dso.evaluation.figure import scale_figure
+from dso.evaluation.report import contexts_table, scale_table
+from dso.files import write_text
+from dso.steering.model import Steering
+from launch.commands.common import load_backbone, numbers, pairs, quieten
+from launch.run.measure import scale_points
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``dso evaluate``."""
+    bare = arguments.steering == "none"
+    scales = [0.0] if bare else sorted({0.0, *numbers(arguments.scales)})
+    data = load_decisions(arguments.set, **pairs(arguments.option, "--option"))
+    data = data.select(split=arguments.split)
+    data.select(kind="ambiguous")
+    shares = pairs(arguments.target, "--target") or None
+    check_target(shares, data.groups)
+    quieten()
+    steering = None if bare else Steering.from_pretrained(arguments.steering)
+    if shares is None and steering is not None and {*steering.config.groups} == {*data.groups}:
+        shares = dict(zip(steering.config.groups, steering.config.target, strict=True))  # what it was trained towards
+    target = dict(zip(data.groups, check_target(shares, data.groups), strict=True))
+    backbone = load_backbone(arguments.model, steering)
+    handle = steering.to(backbone.device).attach(backbone.model) if steering else None
+    hidden = arguments.quiet or not sys.stderr.isatty()
+    with tqdm(total=len(data) * len(scales), unit="decision", disable=hidden) as bar:
+        evaluator = Evaluator(backbone, data, handle, progress=bar.update)
+        points = scale_points(evaluator, scales, target, arguments.bootstrap)
+    print(scale_table(points))
+    if arguments.contexts:
+        print(contexts_table(points[0].bias, points[-1].bias, arguments.contexts))
+    if arguments.json:
+        write_text(arguments.json, json.dumps([point.to_json() for point in points], indent=1))
+    if arguments.figure:
+        scale_figure(points, arguments.figure)
+    return 0

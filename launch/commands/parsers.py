@@ -1,0 +1,101 @@
+"""What the commands of ``dso`` take. Light: nothing of a command is imported before its arguments are parsed."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of ``dso``; each command is a file beside this one."""
+    parser = argparse.ArgumentParser(
+        prog="dso", description="Train and use steerings that make a model's decisions equiprobable across groups."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a steering from a config")
+    train.add_argument("config", help="name of a shipped config, or a path to a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the config, e.g. train.steps=50")
+    resume = "go on where the run was stopped; 'auto': start it if there is nothing to go on from"
+    train.add_argument("--resume", choices=("always", "auto"), metavar="auto", nargs="?", const="always", help=resume)
+    train.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
+    train.add_argument("--quiet", action="store_true", help="print only the result")
+    train.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, for runs of a launcher")
+    train.add_argument("--dry-run", action="store_true", help="say what the run will be and need, and load nothing")
+    train.add_argument("--ranks", type=_positive, default=1, help="with --dry-run: processes of the run (default: 1)")
+
+    _add_freeform(commands)
+    _add_evaluate(commands)
+
+    generate = commands.add_parser("generate", help="generate text with a steered model")
+    generate.add_argument("steering", help="folder or Hub id of a steering")
+    generate.add_argument("prompt", help="the text to go on from")
+    generate.add_argument("--scale", type=float, default=1.0, help="strength, 0 is the base model (default: 1)")
+    generate.add_argument("--model", help="base model (default: the one the steering states)")
+    generate.add_argument("--chat", action="store_true", help="send the prompt as a user's chat message")
+    generate.add_argument("--max-new-tokens", type=_positive, default=40, help="(default: 40)")
+
+    inspect = commands.add_parser("inspect", help="show what a steering states and which sites it moves most")
+    inspect.add_argument("steering", help="folder or Hub id of a steering")
+    inspect.add_argument("--top", type=_count, default=10, help="sites to list (default: 10)")
+
+    decisions = commands.add_parser("decisions", help="validate a decision set, count it, show examples")
+    decisions.add_argument("set", help="name of a decision set or a .jsonl file")
+    _add_option(decisions)
+    decisions.add_argument("--examples", type=_count, default=3, help="of each split and kind (default: 3)")
+    decisions.add_argument("--model", help="show prompts as this model's template renders them")
+    return parser
+
+
+def _add_freeform(commands: argparse._SubParsersAction) -> None:
+    freeform = commands.add_parser("freeform", help="train and measure on written answers, by GRPO or RLOO")
+    freeform.add_argument("config", help="name of a config in configs/freeform, or a path to a YAML file")
+    freeform.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.estimator=rloo")
+    freeform.add_argument("--measure", metavar="STEERING", help="ask with this steering instead of training; or 'none'")
+    freeform.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
+    freeform.add_argument("--quiet", action="store_true", help="print only the result")
+    freeform.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, for runs of its launcher")
+
+
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser("evaluate", help="measure a steering, or a base model, on a decision set")
+    evaluate.add_argument("steering", help="folder or Hub id of a steering; 'none' for the base model alone")
+    evaluate.add_argument("--model", help="base model (default: the one the steering states)")
+    evaluate.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
+    _add_option(evaluate)
+    evaluate.add_argument("--split", default="test", help="split to measure (default: test)")
+    evaluate.add_argument("--scales", default="1", help="comma-separated, beside the base model's 0 (default: 1)")
+    evaluate.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="group=share",
+        help="fair shares, repeatable (default: those the steering states)",
+    )
+    evaluate.add_argument(
+        "--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)"
+    )
+    evaluate.add_argument(
+        "--contexts", type=_count, default=0, metavar="N", help="also list the N most biased contexts"
+    )
+    evaluate.add_argument("--json", metavar="FILE", help="also write the points to a file")
+    evaluate.add_argument("--figure", metavar="FILE", help="also draw them into a PNG")
+    evaluate.add_argument("--quiet", action="store_true", help="print only the table")
+
+
+def _add_option(command: argparse.ArgumentParser) -> None:
+    text = "of the decision set, repeatable"
+    command.add_argument("--option", action="append", default=[], metavar="key=value", help=text)
+
+
+def _count(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _at_least(low: int, text: str) -> int:
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {text!r}")
+    return int(text)
