@@ -9,18 +9,19 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
 
 from dso.decisions.decision import DecisionSet
 from dso.models.backbone import Backbone
 from dso.rewards import ABSENT
 from dso.steering.model import Handle
-from envs.sampler import BlockSampler
-from envs.task import DecisionTask, RewardConfig
+from envs.layout import Indices
+from envs.reward import RewardConfig
+from envs.spec import SharedSpec
+from envs.task import DecisionTask
 
 
-class DecisionEnv(gym.Env):
-    """Decide for someone, and be paid for deciding alike for all groups.
+class DecisionEnv(SharedSpec, gym.Env[int, int]):
+    """Choose between people, and be paid for choosing all groups alike.
 
     ## Description
     Each episode is one decision of a set: a prompt with K candidate answers. The model's own policy is the softmax over
@@ -28,31 +29,31 @@ class DecisionEnv(gym.Env):
 
     ## Action Space
     ``Discrete(K)``: the candidate that is chosen. Where a decision has fewer than K, ``info["action_mask"]`` says which
-    there are; choosing one that is not there earns -1 and shows no preference.
+    ones exist; choosing one that does not earns -1 and shows no preference.
 
     ## Observation Space
-    ``Discrete(N)``: a *handle*, the decision's index in the set. Prompts stay in the backbone's cache;
-    :class:`TokenObservation` expands handles for agents that want to read.
+    ``Discrete(N)``: the decision's index in the set. Prompts stay in the backbone's cache;
+    :class:`envs.tokens.TokenObservation` expands an index to tokens for agents that want to read.
 
     ## Rewards
     Ambiguous: the equiprobability reward of the chosen candidate's group, given how the answers so far were shared
-    among the groups in that context. Unambiguous: +1 for the right candidate, -1 for another.
+    among the groups in that context. Unambiguous: +1 for the right candidate, -1 for any other.
 
     ## Starting State
-    A decision drawn at random, or ``options={"handle": i}``. With a seed, the answers so far are forgotten.
+    A decision drawn at random, or ``options={"index": i}``. A seed also makes it forget the answers so far.
 
     ## Episode End
     After one step.
 
     ## Info
-    ``id``, ``context``, ``kind``; ``policy`` (K,) of the model as it was at the reset; ``reference_log_probs`` (K,) of
-    the base model; ``action_mask`` (K,). Where there is no candidate they are 0, -inf and 0.
+    ``id``, ``context``, ``kind``; ``policy`` (K,) of the model at the reset; ``reference_log_probs`` (K,) of the base
+    model; ``action_mask`` (K,). Where there is no candidate they are 0, -inf and 0.
 
     Args:
         backbone, decisions, target, reward, handle: see :class:`envs.task.DecisionTask`.
     """
 
-    metadata = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}
 
     def __init__(
         self,
@@ -69,159 +70,68 @@ class DecisionEnv(gym.Env):
         self._facts: dict[str, Any] = {}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """Draw a decision, or take the one that ``options["index"]`` names."""
         super().reset(seed=seed)
         if seed is not None:
             self.task.forget()
-        chosen = (options or {}).get("handle")
-        handle = int(self.np_random.integers(len(self.task.decisions))) if chosen is None else int(chosen)
-        if not 0 <= handle < len(self.task.decisions):
-            raise ValueError(f"handle is {handle}, expected 0 to {len(self.task.decisions) - 1}")
-        self._current, self._facts = handle, self._measure(handle)
-        return handle, self._info()
+        size = len(self.task.decisions)
+        chosen = (options or {}).get("index")
+        index = int(self.np_random.integers(size)) if chosen is None else int(chosen)
+        if not 0 <= index < size:
+            raise ValueError(f"index is {index}, expected 0 to {size - 1}")
+        (self._facts,) = facts(self.task, [index])
+        self._current = index
+        return index, self._info()
 
     def step(self, action: int) -> tuple[int, float, bool, bool, dict[str, Any]]:
+        """Decide, be paid, and end the episode."""
         if self._current is None:
             raise gym.error.ResetNeeded("there is no decision yet: call reset() before step()")
         if not 0 <= int(action) < self.task.n_candidates:
             raise ValueError(f"action is {action}, expected 0 to {self.task.n_candidates - 1}")
-        rewards = self.task.observe([self._current], _one_hot(self.task, [action]))
-        paid = _pay(self.task, [self._current], rewards, [action])
+        rewards = self.task.observe([self._current], one_hot(self.task, [action]))
+        paid = pay(self.task, [self._current], rewards, [action])
         return self._current, float(paid[0]), True, False, self._info()
 
     def _info(self) -> dict[str, Any]:
         """The facts as objects that the caller may keep and change."""
         return {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in self._facts.items()}
 
-    @torch.no_grad()
-    def _measure(self, handle: int) -> dict[str, Any]:
-        decision = self.task.decisions[handle]
-        scores = self.task.backbone.score([decision])
-        with self.task.unsteered():
-            reference = scores if self.task.handle is None else self.task.backbone.score([decision])
-        absent = self.task.n_candidates - len(decision.candidates)
-        return {
-            "id": decision.id,
-            "context": decision.context,
-            "kind": decision.kind,
-            "policy": np.pad(scores.policy()[0].exp().cpu().numpy(), (0, absent)),
-            "reference_log_probs": np.pad(reference.log_probs[0].cpu().numpy(), (0, absent), constant_values=-np.inf),
-            "action_mask": np.pad(np.ones(len(decision.candidates), np.int8), (0, absent)),
-        }
+
+@torch.no_grad()
+def facts(task: DecisionTask, indices: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+    """What an info says of each decision, from one pass of the model as it is and one of the base model."""
+    decisions = task.pick(indices)
+    scores = task.backbone.score(decisions)
+    with task.unsteered():
+        reference = scores if task.handle is None else task.backbone.score(decisions)
+    policy = scores.policy().exp().cpu().numpy()
+    log_probs = reference.log_probs.cpu().numpy()
+    found = []
+    for row, decision in enumerate(decisions):
+        count = len(decision.candidates)
+        absent = task.n_candidates - count
+        found.append(
+            {
+                "id": decision.id,
+                "context": decision.context,
+                "kind": decision.kind,
+                "policy": np.pad(policy[row, :count], (0, absent)),
+                "reference_log_probs": np.pad(log_probs[row, :count], (0, absent), constant_values=-np.inf),
+                "action_mask": np.pad(np.ones(count, np.int8), (0, absent)),
+            }
+        )
+    return found
 
 
-class DecisionVectorEnv(VectorEnv):
-    """A batch of decisions a step: :class:`DecisionEnv` with blocks that cancel name and position effects.
-
-    Observations are (num_envs,) handles, actions (num_envs,) candidates. Every episode ends after its step and the next
-    batch is returned at once (``SAME_STEP``); ``info["final_obs"]`` has the handles that were decided. Rewards come
-    from the probabilities that the agent stated for this batch through :meth:`state_policy`; where it stated none, from
-    the choices themselves. A candidate that is not there earns -1. A reset with a seed starts anew: the same batches
-    follow, and the answers so far are forgotten.
-
-    Args:
-        task: decisions, backbone and rewards.
-        ambiguous, unambiguous: decisions of each kind a batch.
-    """
-
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
-
-    def __init__(self, task: DecisionTask, ambiguous: int, unambiguous: int = 0, seed: int = 0):
-        self.task = task
-        self.sampler = BlockSampler(task.decisions, ambiguous, unambiguous, seed)
-        self.num_envs = self.sampler.size
-        self.single_observation_space = spaces.Discrete(len(task.decisions))
-        self.single_action_space = spaces.Discrete(task.n_candidates)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self.handles = np.zeros(self.num_envs, dtype=np.int64)
-        self._stated: torch.Tensor | None = None
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        if seed is not None:
-            super().reset(seed=seed)
-            self.sampler.seed(seed)
-            self.task.forget()
-        self._next_batch()
-        return self.handles.copy(), {}
-
-    def state_policy(self, policy: torch.Tensor) -> torch.Tensor:
-        """Say with which probabilities (num_envs, K) this batch is decided; returns every candidate's reward."""
-        self._stated = self.task.observe(self.handles, policy.detach())
-        return self._stated
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        actions = np.asarray(actions)
-        if actions.shape != (self.num_envs,) or actions.min() < 0 or actions.max() >= self.task.n_candidates:
-            wanted = f"{self.num_envs} candidates from 0 to {self.task.n_candidates - 1}"
-            raise ValueError(f"actions are {actions.tolist()}, expected {wanted}")
-        rewards = self.state_policy(_one_hot(self.task, actions)) if self._stated is None else self._stated
-        paid = _pay(self.task, self.handles, rewards, actions)
-        over, decided = np.ones(self.num_envs, dtype=bool), self.handles
-        self._next_batch()
-        return self.handles.copy(), paid, over, np.zeros_like(over), {"final_obs": decided, "_final_obs": over.copy()}
-
-    def restore(self, sampler: dict[str, Any], handles: list[int]) -> np.ndarray:
-        """Go on with a batch and a sampler state that were taken earlier; returns the batch's handles."""
-        self.sampler.load_state_dict(sampler)
-        self.handles, self._stated = np.array(handles, dtype=np.int64), None
-        return self.handles.copy()
-
-    def _next_batch(self) -> None:
-        self.handles = self.sampler.draw()
-        self._stated = None
+def one_hot(task: DecisionTask, actions: Indices) -> torch.Tensor:
+    """(N, K) the choices as a policy."""
+    return torch.nn.functional.one_hot(task.layout.index(actions), task.n_candidates).float()
 
 
-class TokenObservation(gym.ObservationWrapper, gym.utils.RecordConstructorArgs):
-    """Handles expanded to what the model reads: (length,) prompt tokens, right-padded with -1.
-
-    Args:
-        env: a :class:`DecisionEnv`.
-    """
-
-    def __init__(self, env: gym.Env):
-        gym.utils.RecordConstructorArgs.__init__(self)
-        super().__init__(env)
-        task = env.unwrapped.task
-        self._prompts = [np.array(task.backbone.encode(d).prompt, dtype=np.int64) for d in task.decisions]
-        size = task.backbone.model.get_input_embeddings().num_embeddings
-        self.observation_space = spaces.Box(-1, size - 1, (max(map(len, self._prompts)),), np.int64)
-
-    def observation(self, observation: int) -> np.ndarray:
-        tokens = np.full(self.observation_space.shape, -1, dtype=np.int64)
-        tokens[: len(self._prompts[observation])] = self._prompts[observation]
-        return tokens
-
-
-Indices = Sequence[int] | np.ndarray
-
-
-def _one_hot(task: DecisionTask, actions: Indices) -> torch.Tensor:
-    chosen = torch.as_tensor(np.asarray(actions), device=task.groups.device).long()
-    return torch.nn.functional.one_hot(chosen, task.n_candidates).float()
-
-
-def _pay(task: DecisionTask, handles: Indices, rewards: torch.Tensor, actions: Indices) -> np.ndarray:
-    """(N,) the chosen candidates' rewards; the worst there is, -1, where there is no such candidate."""
-    chosen = _one_hot(task, actions)
+def pay(task: DecisionTask, indices: Indices, rewards: torch.Tensor, actions: Indices) -> np.ndarray:
+    """(N,) float64 rewards of the chosen candidates; the worst there is, -1, where there is no such candidate."""
+    chosen = one_hot(task, actions)
     paid = (torch.nn.functional.pad(rewards, (0, task.n_candidates - rewards.shape[1])) * chosen).sum(1)
-    index = torch.as_tensor(np.asarray(handles), device=task.groups.device)
-    absent = (chosen.bool() & (task.groups[index] == ABSENT)).any(1)
+    absent = (chosen.bool() & (task.groups[task.layout.index(indices)] == ABSENT)).any(1)
     return paid.masked_fill(absent, -1.0).cpu().numpy().astype(np.float64)
-
-
-def make_vector(
-    num_envs: int,
-    backbone: Backbone,
-    decisions: DecisionSet,
-    *,
-    unambiguous: int = 0,
-    target: dict[str, float] | None = None,
-    reward: RewardConfig | None = None,
-    handle: Handle | None = None,
-    seed: int = 0,
-) -> DecisionVectorEnv:
-    """What ``gymnasium.make_vec("dso/Decision-v0", ...)`` makes: ``num_envs`` decisions a step, some unambiguous."""
-    task = DecisionTask(backbone, decisions, target, reward, handle)
-    return DecisionVectorEnv(task, num_envs - unambiguous, unambiguous, seed)

@@ -1,4 +1,4 @@
-"""Endless batches of decisions in which what has to cancel stays together."""
+"""Endless batches of decisions that keep together what has to cancel."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from dso.decisions.decision import Decision, DecisionSet
 
 
 class BlockSampler:
-    """Batches of handles; decisions of one block follow each other.
+    """Batches of indices; the decisions of a block follow each other.
 
     A block is all ambiguous decisions of one template and one unit (the same people in every order and context), so
     that name and position effects cancel within a batch; unambiguous decisions that begin alike are one block, and a
-    decision without a unit is a block of its own. Every block is drawn once before any is drawn again. A batch that
-    ends inside a block is followed by one that begins with the rest of it: let ``ambiguous`` be a multiple of the
-    blocks' size.
+    decision without a unit is a block of its own. Every block is drawn once before any is drawn again. Where a batch
+    ends inside a block, the next one begins with the rest of it: choose a multiple of the block size for
+    ``ambiguous``.
 
     Args:
         decisions: what to draw from.
-        ambiguous: ambiguous decisions a batch.
-        unambiguous: unambiguous decisions a batch.
+        ambiguous: ambiguous decisions in a batch.
+        unambiguous: unambiguous decisions in a batch.
+        seed: of the order; None draws one at random.
 
     Raises:
-        ValueError: if a batch is empty, or the set has no decisions of a kind that is asked for.
+        ValueError: if a batch is empty, or the set lacks a kind that is asked for.
     """
 
-    def __init__(self, decisions: DecisionSet, ambiguous: int, unambiguous: int = 0, seed: int = 0):
+    def __init__(self, decisions: DecisionSet, ambiguous: int, unambiguous: int = 0, seed: int | None = None):
         if ambiguous < 0 or unambiguous < 0 or ambiguous + unambiguous < 1:
             raise ValueError(f"a batch of {ambiguous} ambiguous and {unambiguous} unambiguous decisions is empty")
         self.size = ambiguous + unambiguous
@@ -37,16 +38,18 @@ class BlockSampler:
         self._blocks = {kind: _blocks(decisions, kind) for kind in self._counts}
         for kind, blocks in self._blocks.items():
             if not blocks:
-                raise ValueError(f"{decisions.name}: no {kind} decisions to draw {self._counts[kind]} a batch from")
+                raise ValueError(
+                    f"{decisions.name}: no {kind} decisions, so no batch can have {self._counts[kind]} of them"
+                )
         self.seed(seed)
 
-    def seed(self, seed: int) -> None:
+    def seed(self, seed: int | None) -> None:
         """Start anew from a seed."""
         self._rng = np.random.default_rng(seed)
         self._queues: dict[str, list[int]] = {kind: [] for kind in self._counts}
 
     def draw(self) -> np.ndarray:
-        """(batch,) int64 handles, ambiguous ones first."""
+        """(batch,) int64 indices, ambiguous decisions first."""
         batch: list[int] = []
         for kind, count in self._counts.items():
             queue = self._queues[kind]
@@ -63,22 +66,22 @@ class BlockSampler:
         return {"rng": self._rng.bit_generator.state, "queues": queues}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Continue where :meth:`state_dict` was taken."""
         self._rng.bit_generator.state = state["rng"]
         self._queues = {kind: list(queue) for kind, queue in state["queues"].items()}
 
 
 def divide(blocks: Sequence[int], parts: int) -> list[np.ndarray]:
-    """Positions of a batch in parts of much the same size that keep blocks whole, as their beginnings are shared.
+    """Divide a batch into parts of about the same size, blocks whole, because a block's prompts share their beginning.
 
-    Blocks are halved only if there are fewer than parts. The same batch is always divided alike.
+    Blocks are halved only where there are fewer blocks than parts. The same batch is always divided the same way.
 
     Args:
         blocks: (N,) which block each decision of the batch is of.
         parts: number of parts.
 
     Returns:
-        for each part its positions, rising; none is empty.
+        the positions of each part, rising; no part is empty.
 
     Raises:
         ValueError: if there are fewer decisions than parts.

@@ -1,4 +1,4 @@
-"""SteeringSearchEnv: a steering's coefficients as the action, for models that no gradient reaches."""
+"""SteeringSearchEnv: a steering's coefficients as the action, for models without gradients."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from dso.rewards import group_preference
 from dso.steering.model import Handle, Steering
 from envs.basis import group_basis, random_basis
 from envs.sampler import BlockSampler
+from envs.spec import SharedSpec
 from envs.task import DecisionTask
 
 __all__ = ["Found", "SteeringSearchEnv", "group_basis", "random_basis"]
@@ -27,65 +28,69 @@ __all__ = ["Found", "SteeringSearchEnv", "group_basis", "random_basis"]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Coefficients (m,), and how much more they were paid than the starting state on the same minibatch."""
+    """Coefficients (m,), and how much more they earned than the starting state on the same minibatch."""
 
     coefficients: np.ndarray
     gain: float
 
 
-class SteeringSearchEnv(gym.Env):
-    """Find a steering without gradients: propose coefficients, be paid for the fairness of the steered model.
+class SteeringSearchEnv(SharedSpec, gym.Env[np.ndarray, np.ndarray]):
+    """Find a steering without gradients: propose coefficients, and be paid for how fair the steered model is.
 
     ## Description
     A steering has many coefficients; a basis (:func:`envs.basis.random_basis`, :func:`envs.basis.group_basis`) names
     m directions among them. A step takes a proposal z, sets the steering to ``x_0 + radius * sum_j z_j basis_j`` and
     runs the steered model on the episode's minibatch of decisions, in which name and position effects cancel
-    (:class:`envs.sampler.BlockSampler`). Only forward passes are run.
+    (:class:`envs.sampler.BlockSampler`). It needs forward passes only.
 
     ## Action Space
     ``Box(-1, 1, (m,), float32)``: z itself, not a change of it; values outside are clipped.
 
     ## Observation Space
-    ``Box(-1, 1, (m + G + 3,), float32)``, of the last proposal: z; per group, the mean over contexts of p_g(c) - t_g;
+    ``Box(-1, 1, (m + G + 3,), float32)`` about the last proposal: z; for each group, the mean over contexts of
+    p_g(c) - t_g;
     half the bias; KL / (KL + KL budget); the mean probability of the right answer on unambiguous decisions (0 if the
     minibatch has none).
 
     ## Rewards
     ``-bias - kl_weight * max(0, KL - kl_budget) + accuracy_weight * correctness``, where bias is the mean over the
     minibatch's contexts of sum_g |p_g(c) - t_g|, KL the mean KL(pi_s || pi_0) in nats of the next-token distribution
-    at the answer positions, and correctness as observed. Each is in the info too, under ``bias``, ``kl`` and
+    at the answer positions, and correctness as observed. The info has each of them, as ``bias``, ``kl`` and
     ``correctness``.
 
     ## Starting State
-    z = 0, measured on a minibatch that is drawn anew and kept for the episode, so that its steps compare. With
-    a seed, the minibatches start anew too.
+    z = 0, measured on a fresh minibatch, which the whole episode keeps so that its steps can be compared. A seed also
+    starts the minibatches anew.
 
     ## Episode End
     Truncated after ``horizon`` steps, never terminated.
 
     Args:
         backbone: the model.
-        decisions: what minibatches are drawn from.
-        steering: whose coefficients are searched; x_0 are those it has now. It holds the last proposal until
+        decisions: minibatches are drawn from these.
+        steering: its coefficients are searched, from x_0, the ones it has now. It holds the last proposal until
             :meth:`apply_best`.
         basis: key of the steering's tensors -> (m, ...).
-        handle: of the steering where it is attached already, at the scale to search at. None: it is attached, at
-            scale 1, while the environment measures and no longer, so that several environments can share a model.
+        handle: of the steering, if it is attached already, at the scale to search at. None attaches it at scale 1 just
+            while the environment measures, so several environments can share a model.
         target: fair share of each group; uniform when None.
-        ambiguous, unambiguous: decisions of each kind a minibatch. The fewer units a context has in it, the more of
-            the bias is noise.
-        horizon: steps an episode.
-        radius: distance that 1 in z stands for.
-        kl_budget, kl_weight: nats that are free, and the price of one nat above them.
+        ambiguous, unambiguous: decisions of each kind in a minibatch. The fewer units a context has in it, the more
+            of the bias is noise.
+        horizon: steps in an episode.
+        radius: the distance that 1 in z stands for.
+        kl_budget, kl_weight: nats that are free, and the price of each nat above them.
         accuracy_weight: of the correctness.
-        seed: of the minibatches.
+        seed: of the minibatches; None draws one at random.
 
     Attributes:
-        best: the coefficients with the largest gain inside the KL budget so far, at first those of x_0. The gain is
-            that of one minibatch and flatters: measure what was found on decisions of its own.
+        best: the coefficients with the largest gain inside the KL budget so far, at first those of x_0. The gain comes
+            from one minibatch and flatters: measure the result on other decisions.
+
+    Raises:
+        ValueError: on an option outside its range, or a basis that does not fit the steering.
     """
 
-    metadata = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": []}
 
     def __init__(
         self,
@@ -103,14 +108,14 @@ class SteeringSearchEnv(gym.Env):
         kl_budget: float = 0.1,
         kl_weight: float = 2.0,
         accuracy_weight: float = 0.5,
-        seed: int = 0,
+        seed: int | None = None,
     ):
         if ambiguous < 1 or horizon < 1 or radius <= 0 or kl_budget <= 0 or kl_weight < 0:
             raise ValueError(
                 "expected ambiguous and horizon >= 1, radius and kl_budget > 0, kl_weight >= 0; found "
                 f"ambiguous={ambiguous}, horizon={horizon}, {radius=}, {kl_budget=}, {kl_weight=}"
             )
-        m = _directions(basis, steering)
+        m = self._m = _directions(basis, steering)
         self.task = DecisionTask(backbone, decisions, target, handle=handle)
         self.steering = steering
         self.sampler = BlockSampler(decisions, ambiguous, unambiguous, seed)
@@ -121,26 +126,28 @@ class SteeringSearchEnv(gym.Env):
         self.best = Found(np.zeros(m, np.float32), 0.0)
         self.action_space = spaces.Box(-1.0, 1.0, (m,), np.float32)
         self.observation_space = spaces.Box(-1.0, 1.0, (m + len(decisions.groups) + 3,), np.float32)
-        self._handles = np.zeros(0, np.int64)
+        self._indices = np.zeros(0, np.int64)
         self._steps = 0
         self._start = 0.0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Measure x_0 on a fresh minibatch; with a seed, on the first of that seed."""
         super().reset(seed=seed)
         if seed is not None:
             self.sampler.seed(seed)
-        self._handles, self._steps = self.sampler.draw(), 0
-        observation, self._start, info = self._measure(np.zeros(self.action_space.shape, np.float32))
+        self._indices, self._steps = self.sampler.draw(), 0
+        observation, self._start, info = self._measure(np.zeros(self._m, np.float32))
         return observation, info
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        if not len(self._handles):
+        """Measure a proposal on the episode's minibatch."""
+        if not len(self._indices):
             raise gym.error.ResetNeeded("there is no minibatch yet: call reset() before step()")
         proposal = np.asarray(action, np.float32)
-        if proposal.shape != self.action_space.shape or not np.isfinite(proposal).all():
-            raise ValueError(f"action is {action}, expected {self.action_space.shape[0]} finite numbers")
+        if proposal.shape != (self._m,) or not np.isfinite(proposal).all():
+            raise ValueError(f"action is {action}, expected {self._m} finite numbers")
         proposal = proposal.clip(-1.0, 1.0)
         observation, reward, info = self._measure(proposal)
         if info["kl"] <= self.kl_budget and reward - self._start > self.best.gain:
@@ -165,13 +172,14 @@ class SteeringSearchEnv(gym.Env):
     def _measure(self, coefficients: np.ndarray) -> tuple[np.ndarray, float, dict[str, float]]:
         """Observation, reward and info of a proposal on the episode's minibatch."""
         task = self.task
-        reference = task.reference(self._handles)
+        reference = task.reference(self._indices)
         self.set_coefficients(coefficients)
         with self._steered():
-            scores = task.backbone.score(task.pick(self._handles), next_token=True)
+            scores = task.backbone.score(task.pick(self._indices), next_token=True)
+        assert scores.next_token is not None  # asked for
         kl = float(kl_divergence(scores.next_token, reference).mean())
         policy = scores.policy().exp()
-        index = torch.as_tensor(self._handles, device=task.groups.device)
+        index = torch.as_tensor(self._indices, device=task.groups.device)
         groups, contexts, answers = task.groups[index][:, : policy.shape[1]], task.contexts[index], task.answers[index]
         free = answers < 0
         preference, mass = group_preference(policy[free], groups[free], contexts[free], task.n_contexts, task.target)

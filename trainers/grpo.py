@@ -175,13 +175,13 @@ class SteeredAnswers:
 
     def _rows(self, sampler: BlockSampler, steps: int) -> Dataset:
         """The decisions of all steps, in the order in which they are asked; prompts are rendered when read."""
-        handles = [int(handle) for _ in range(steps) for handle in sampler.draw()]
+        indices = [int(index) for _ in range(steps) for index in sampler.draw()]
         text, pick = self.task.backbone.prompt_text, self.task.pick
 
         def render(rows: dict[str, list]) -> dict[str, list]:
-            return {**rows, "prompt": [text(decision) for decision in pick(rows["handle"])]}
+            return {**rows, "prompt": [text(decision) for decision in pick(rows["index"])]}
 
-        return Dataset.from_dict({"handle": handles}).with_transform(render)
+        return Dataset.from_dict({"index": indices}).with_transform(render)
 
     def _prime(self, sampler: BlockSampler, batches: int, damping: float) -> None:
         """Make the optimiser's state, and measure its steps in KL (:mod:`trainers.fisher`) if there are batches."""

@@ -9,11 +9,11 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from envs.decision import DecisionVectorEnv
+from envs.vector import DecisionVectorEnv
 
 
 class DecisionVecEnv(VecEnv):
-    """Adapter: same batches, handles, actions and rewards; episodes of one step.
+    """Adapter: same batches, indices, actions and rewards; episodes of one step.
 
     Args:
         env: the Gymnasium vector environment.
@@ -25,11 +25,11 @@ class DecisionVecEnv(VecEnv):
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
     def state_policy(self, policy: Tensor) -> Tensor:
-        """See :meth:`envs.decision.DecisionVectorEnv.state_policy`."""
+        """See :meth:`envs.vector.DecisionVectorEnv.state_policy`."""
         return self.inner.state_policy(policy)
 
     def pass_over(self) -> np.ndarray:
-        """The next batch's handles; this one is not decided, so nothing is noted of it."""
+        """The next batch's indices; nobody decides this one, so nothing is noted of it."""
         return self.inner.reset()[0]
 
     def reset(self) -> np.ndarray:
@@ -41,9 +41,9 @@ class DecisionVecEnv(VecEnv):
         self._actions = np.asarray(actions).reshape(-1)
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
-        handles, rewards, terminated, truncated, _ = self.inner.step(self._actions)
+        indices, rewards, terminated, truncated, _ = self.inner.step(self._actions)
         infos: list[dict[str, Any]] = [{"episode": {"r": float(r), "l": 1, "t": 0.0}} for r in rewards]
-        return handles, rewards.astype(np.float32), terminated | truncated, infos
+        return indices, rewards.astype(np.float32), terminated | truncated, infos
 
     def close(self) -> None:
         self.inner.close()

@@ -19,8 +19,9 @@ from dso.decisions.sets import load_decisions
 from dso.evaluation.evaluator import Evaluator
 from dso.models.backbone import Backbone
 from dso.steering.model import Handle, Steering
-from envs.decision import DecisionVectorEnv
-from envs.task import DecisionTask, RewardConfig
+from envs.reward import RewardConfig
+from envs.task import DecisionTask
+from envs.vector import DecisionVectorEnv
 from launch.config.freeform import AnswerConstraintsSection, AnswerTrainSection, FreeformConfig
 from launch.config.reading import to_dict
 from launch.config.schema import ConfigError, ConstraintsSection, TrainConfig, TrainSection
@@ -198,7 +199,7 @@ def _trainer(
     config: TrainConfig, task: DecisionTask, steering: Steering, world: World, deepspeed: dict[str, Any] | None
 ) -> SteeringPPO:
     train, limits = config.train, config.constraints
-    env = DecisionVecEnv(DecisionVectorEnv(task, train.ambiguous, train.unambiguous, seed=train.seed))
+    env = DecisionVecEnv(DecisionVectorEnv(task, train.ambiguous, train.unambiguous, seed=train.seed, infos=False))
     return SteeringPPO(
         env,
         policy_kwargs={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 
@@ -20,8 +21,11 @@ from dso.decisions.decision import ABSTAIN, Candidate, Decision, DecisionSet
 from dso.models.backbone import Backbone
 from dso.rewards import group_preference
 from dso.steering.model import Steering
-from envs.decision import DecisionEnv, DecisionVectorEnv, TokenObservation
-from envs.task import DecisionTask, RewardConfig
+from envs.decision import DecisionEnv
+from envs.reward import RewardConfig
+from envs.task import DecisionTask
+from envs.tokens import TokenObservation
+from envs.vector import DecisionVectorEnv
 
 PRONOUNS = {"he": " he", "she": " she", "they": " they", ABSTAIN: " nobody"}
 
@@ -61,7 +65,7 @@ def random_steering(backbone: Backbone) -> Steering:
 
 
 def find(decisions: DecisionSet, context: str, kind: str = "ambiguous", count: int = 1) -> list[int]:
-    """The first handles of a context and kind."""
+    """The first indices of a context and kind."""
     return [h for h, d in enumerate(decisions) if d.context == context and d.kind == kind][:count]
 
 
@@ -94,10 +98,10 @@ def test_a_random_agent_decides(backbone: Backbone, decisions: DecisionSet) -> N
     env.action_space.seed(0)
     rewards = []
     for episode in range(20):
-        handle, info = env.reset(seed=episode if episode == 0 else None)
+        index, info = env.reset(seed=episode if episode == 0 else None)
         again, reward, terminated, truncated, _ = env.step(env.action_space.sample(mask=info["action_mask"]))
-        assert (again, terminated, truncated) == (handle, True, False)
-        assert info["id"] == decisions[handle].id
+        assert (again, terminated, truncated) == (index, True, False)
+        assert info["id"] == decisions[index].id
         rewards.append(reward)
     assert len(set(rewards)) > 1
     assert all(-1 <= reward <= 1 for reward in rewards)
@@ -107,22 +111,22 @@ def test_a_seed_starts_anew(backbone: Backbone, train: DecisionSet) -> None:
     env = DecisionEnv(backbone, train)
 
     def play() -> list[tuple[int, float]]:
-        handles = [env.reset(seed=4)[0]]
+        indices = [env.reset(seed=4)[0]]
         paid = [env.step(0)[1]]
         for number in range(12):
-            handles.append(env.reset()[0])
+            indices.append(env.reset()[0])
             paid.append(env.step(number % 2)[1])
-        return list(zip(handles, paid, strict=True))
+        return list(zip(indices, paid, strict=True))
 
     first = play()
-    assert len({handle for handle, _ in first}) > 4
+    assert len({index for index, _ in first}) > 4
     assert first == play()
 
 
-@pytest.mark.parametrize("handle", [-1, 40])
-def test_a_handle_beyond_the_set_is_refused(backbone: Backbone, train: DecisionSet, handle: int) -> None:
-    with pytest.raises(ValueError, match=f"handle is {handle}, expected 0 to 39"):
-        DecisionEnv(backbone, train).reset(options={"handle": handle})
+@pytest.mark.parametrize("index", [-1, 40])
+def test_an_index_beyond_the_set_is_refused(backbone: Backbone, train: DecisionSet, index: int) -> None:
+    with pytest.raises(ValueError, match=f"index is {index}, expected 0 to 39"):
+        DecisionEnv(backbone, train).reset(options={"index": index})
 
 
 def test_a_step_needs_a_reset_and_a_candidate(backbone: Backbone, train: DecisionSet) -> None:
@@ -140,11 +144,11 @@ def test_a_step_needs_a_reset_and_a_candidate(backbone: Backbone, train: Decisio
 
 def test_an_info_holds_the_model_s_own_scores(backbone: Backbone, train: DecisionSet) -> None:
     env = DecisionEnv(backbone, train)
-    for handle in (0, 7, 39):
-        observed, info = env.reset(options={"handle": handle})
-        direct = backbone.score([train[handle]])
-        assert observed == handle
-        assert all(info[key] == getattr(train[handle], key) for key in ("id", "context", "kind"))
+    for index in (0, 7, 39):
+        observed, info = env.reset(options={"index": index})
+        direct = backbone.score([train[index]])
+        assert observed == index
+        assert all(info[key] == getattr(train[index], key) for key in ("id", "context", "kind"))
         np.testing.assert_array_equal(info["policy"], direct.policy()[0].exp().numpy())
         np.testing.assert_array_equal(info["reference_log_probs"], direct.log_probs[0].numpy())
         assert info["action_mask"].tolist() == [1, 1]
@@ -153,7 +157,7 @@ def test_an_info_holds_the_model_s_own_scores(backbone: Backbone, train: Decisio
 def test_infos_are_padded_where_a_decision_has_fewer_candidates(backbone: Backbone) -> None:
     env = DecisionEnv(backbone, mixed_set())
     assert env.action_space.n == 4
-    _, info = env.reset(options={"handle": 1})
+    _, info = env.reset(options={"index": 1})
     direct = backbone.score([mixed_set()[1]])
     assert info["policy"].tolist() == [*direct.policy()[0].exp().tolist(), 0.0, 0.0]
     assert info["reference_log_probs"].tolist() == [*direct.log_probs[0].tolist(), -np.inf, -np.inf]
@@ -166,7 +170,7 @@ def test_under_a_steering_the_policy_is_the_steered_one_and_the_reference_is_not
     base = backbone.score([train[3]])
     with random_steering(backbone).on(backbone.model) as handle:
         changed = backbone.score([train[3]])
-        _, info = DecisionEnv(backbone, train, handle=handle).reset(options={"handle": 3})
+        _, info = DecisionEnv(backbone, train, handle=handle).reset(options={"index": 3})
         assert handle.scale == 1.0
     assert not torch.allclose(base.log_probs, changed.log_probs, atol=1e-2)
     np.testing.assert_array_equal(info["policy"], changed.policy()[0].exp().numpy())
@@ -177,10 +181,10 @@ def test_tokens_are_the_prompt_as_the_model_reads_it(backbone: Backbone, train: 
     env = TokenObservation(DecisionEnv(backbone, train))
     prompts = [backbone.encode(d).prompt for d in train]
     assert env.observation_space.shape == (max(map(len, prompts)),)
-    for handle in (0, 39):
-        tokens, _ = env.reset(options={"handle": handle})
-        length = len(prompts[handle])
-        assert tuple(tokens[:length]) == prompts[handle]
+    for index in (0, 39):
+        tokens, _ = env.reset(options={"index": index})
+        length = len(prompts[index])
+        assert tuple(tokens[:length]) == prompts[index]
         assert (tokens[length:] == -1).all()
         assert tokens in env.observation_space
 
@@ -190,31 +194,31 @@ def test_tokens_are_the_prompt_as_the_model_reads_it(backbone: Backbone, train: 
 
 def test_choices_are_paid_by_how_the_answers_so_far_were_shared(backbone: Backbone, train: DecisionSet) -> None:
     env = DecisionEnv(backbone, train, reward=RewardConfig(form="smooth", width=0.1, decay=0.8, batch_weight=0.3))
-    (handle,) = find(train, "nurse")
-    env.reset(seed=0, options={"handle": handle})
+    (index,) = find(train, "nurse")
+    env.reset(seed=0, options={"index": index})
     # the first answer: all were female
     assert env.step(0)[1] == -1.0
-    env.reset(options={"handle": handle})
+    env.reset(options={"index": index})
     # the second, male: running 0.8 female, of which the answer's own 0 is blended in: 0.8 + 0.3 (0 - 0.8) = 0.56
     assert env.step(1)[1] == pytest.approx(0.6, abs=1e-5)
     # another context has seen nothing
-    env.reset(options={"handle": find(train, "pilot")[0]})
+    env.reset(options={"index": find(train, "pilot")[0]})
     assert env.step(1)[1] == -1.0
     assert env.unwrapped.task.preference[0].tolist() == pytest.approx([0.8, 0.2])
 
 
 def test_unambiguous_choices_are_right_or_wrong(backbone: Backbone, train: DecisionSet) -> None:
     env = DecisionEnv(backbone, train)
-    for handle in find(train, "nurse", "unambiguous", 4):
+    for index in find(train, "nurse", "unambiguous", 4):
         for action in (0, 1):
-            env.reset(options={"handle": handle})
-            assert env.step(action)[1] == (1.0 if action == train[handle].answer else -1.0)
+            env.reset(options={"index": index})
+            assert env.step(action)[1] == (1.0 if action == train[index].answer else -1.0)
     assert torch.equal(env.task.preference, torch.full((4, 2), 0.5))
 
 
 def test_a_candidate_that_is_not_there_is_paid_worst_and_shows_nothing(backbone: Backbone) -> None:
     env = DecisionEnv(backbone, mixed_set())
-    env.reset(seed=0, options={"handle": 1})
+    env.reset(seed=0, options={"index": 1})
     assert env.step(3)[1] == -1.0
     assert torch.equal(env.task.preference, torch.full((2, 3), 1 / 3))
 
@@ -232,21 +236,21 @@ def test_the_vector_form_is_what_make_vec_makes(backbone: Backbone, train: Decis
     assert env.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
     assert env.num_envs == 20
     assert env.observation_space.shape == env.action_space.shape == (20,)
-    handles, _ = env.reset(seed=3)
-    assert handles in env.observation_space
-    assert [train[h].ambiguous for h in handles] == [True] * 16 + [False] * 4
+    indices, _ = env.reset(seed=3)
+    assert indices in env.observation_space
+    assert [train[h].ambiguous for h in indices] == [True] * 16 + [False] * 4
 
 
 def test_a_random_agent_decides_batches(backbone: Backbone) -> None:
     env = make_vector(backbone, mixed_set(), num_envs=4, unambiguous=1)
     env.action_space.seed(0)
-    handles, _ = env.reset(seed=0)
+    indices, _ = env.reset(seed=0)
     for _ in range(10):
         new, rewards, terminated, truncated, info = env.step(env.action_space.sample())
-        assert np.array_equal(info["final_obs"], handles)
+        assert np.array_equal(info["final_obs"], indices)
         assert info["_final_obs"].all() and terminated.all() and not truncated.any()
         assert rewards.shape == (4,) and (np.abs(rewards) <= 1).all()
-        handles = new
+        indices = new
 
 
 def test_gymnasium_s_own_vector_form_runs_too(backbone: Backbone, train: DecisionSet) -> None:
@@ -254,8 +258,77 @@ def test_gymnasium_s_own_vector_form_runs_too(backbone: Backbone, train: Decisio
     env.action_space.seed(0)
     env.reset(seed=0)
     for _ in range(4):
-        handles, rewards, *_ = env.step(env.action_space.sample())
-        assert handles.shape == rewards.shape == (2,)
+        indices, rewards, *_ = env.step(env.action_space.sample())
+        assert indices.shape == rewards.shape == (2,)
+
+
+def test_infos_of_a_batch_are_those_of_gymnasium_s_own_vector_form(backbone: Backbone) -> None:
+    decisions = mixed_set()
+    own = gym.make_vec(
+        "dso/Decision-v0", 4, "sync", backbone=backbone, decisions=decisions,
+        vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP},
+    )  # fmt: skip
+    env = make_vector(backbone, decisions, num_envs=4, unambiguous=1)
+    single = DecisionEnv(backbone, decisions)
+
+    def check(infos: dict, like: dict, indices: np.ndarray) -> None:
+        assert set(infos) == set(like)
+        for key, value in infos.items():
+            if isinstance(value, np.ndarray):
+                assert (value.shape, value.dtype) == (like[key].shape, like[key].dtype)
+        for row, index in enumerate(indices):
+            for key, value in single.reset(options={"index": int(index)})[1].items():
+                assert infos[f"_{key}"][row]
+                if isinstance(value, str):
+                    assert infos[key][row] == value
+                else:
+                    np.testing.assert_allclose(infos[key][row], value, rtol=1e-5, atol=1e-6)
+
+    first, infos = env.reset(seed=0)
+    check(infos, own.reset(seed=0)[1], first)
+    infos["policy"][:] = 0.0  # the caller's to change
+    second, *_, infos = env.step(np.zeros(4, np.int64))
+    like = own.step(np.zeros(4, np.int64))[-1]
+    assert set(infos) == set(like)
+    check(infos["final_info"], like["final_info"], first)
+    about = {key: value for key, value in infos.items() if "final" not in key}
+    check(about, {key: value for key, value in like.items() if "final" not in key}, second)
+
+
+def test_a_batch_costs_no_pass_where_nobody_reads_its_infos(
+    backbone: Backbone, train: DecisionSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = DecisionVectorEnv(DecisionTask(backbone, train), 8, infos=False)
+    monkeypatch.setattr(backbone, "score", counted := Count(backbone.score))
+    assert env.reset(seed=0)[1] == {}
+    assert set(env.step(np.zeros(8, np.int64))[-1]) == {"final_obs", "_final_obs"}
+    assert counted.items == []
+
+
+def test_without_a_seed_two_environments_draw_different_batches(backbone: Backbone, train: DecisionSet) -> None:
+    def play(env: DecisionVectorEnv) -> list[list[int]]:
+        return [env.reset()[0].tolist() for _ in range(32)]  # eight rounds of four blocks: 24 ** 8 orders
+
+    one, other = (make_vector(backbone, train, num_envs=8) for _ in range(2))
+    assert play(one) != play(other)
+    one, other = (make_vector(backbone, train, num_envs=8, seed=3) for _ in range(2))
+    assert play(one) == play(other)
+
+
+def test_a_seed_for_each_decision_of_a_batch_is_refused(backbone: Backbone, train: DecisionSet) -> None:
+    with pytest.raises(ValueError, match=r"seed is \[1, 2\], expected one number"):
+        make_vector(backbone, train, num_envs=2).reset(seed=[1, 2])
+
+
+def test_reading_a_spec_does_not_copy_the_model(backbone: Backbone, train: DecisionSet) -> None:
+    env = gym.make("dso/Decision-v0", backbone=backbone, decisions=train)
+    assert env.spec is not None and env.spec.kwargs["backbone"] is backbone
+    again = gym.make(env.spec)
+    assert again.unwrapped.task.backbone is backbone
+    assert TokenObservation(env).spec.kwargs["backbone"] is backbone
+    several = make_vector(backbone, train, num_envs=8)
+    assert copy.deepcopy(several.spec).kwargs["backbone"] is backbone
+    assert copy.deepcopy(backbone.model) is not backbone.model  # whoever asks for a copy of the model itself gets one
 
 
 def test_the_same_seed_gives_the_same_batches_and_rewards(backbone: Backbone, train: DecisionSet) -> None:
@@ -265,8 +338,8 @@ def test_the_same_seed_gives_the_same_batches_and_rewards(backbone: Backbone, tr
         seen = [(env.reset(seed=5)[0].tolist(), [])]
         for number in range(5):
             actions = (np.arange(10) + number) % 2
-            handles, rewards, *_ = env.step(actions)
-            seen.append((handles.tolist(), rewards.tolist()))
+            indices, rewards, *_ = env.step(actions)
+            seen.append((indices.tolist(), rewards.tolist()))
         return seen
 
     assert play() == play()
@@ -275,9 +348,9 @@ def test_the_same_seed_gives_the_same_batches_and_rewards(backbone: Backbone, tr
 def test_rewards_come_from_the_policy_that_is_stated(backbone: Backbone, train: DecisionSet) -> None:
     task = DecisionTask(backbone, train, reward=RewardConfig(form="smooth", width=0.4))
     env = DecisionVectorEnv(task, 8, 2)  # one couple in 4 jobs and 2 orders
-    handles, _ = env.reset(seed=0)
+    indices, _ = env.reset(seed=0)
     policy = torch.full((10, 2), 0.5)
-    nurse = [row for row, h in enumerate(handles) if train[h].context == "nurse" and train[h].ambiguous]
+    nurse = [row for row, h in enumerate(indices) if train[h].context == "nurse" and train[h].ambiguous]
     assert len(nurse) == 2
     policy[nurse] = torch.tensor([[0.8, 0.2], [0.6, 0.4]])
     table = env.state_policy(policy)
@@ -285,7 +358,7 @@ def test_rewards_come_from_the_policy_that_is_stated(backbone: Backbone, train: 
     for row in range(8):
         assert table[row].tolist() == pytest.approx([-0.5, 0.5] if row in nurse else [0.0, 0.0], abs=1e-6)
     for row in (8, 9):
-        right = train[handles[row]].answer
+        right = train[indices[row]].answer
         assert table[row].tolist() == [1.0 if k == right else -1.0 for k in (0, 1)]
     actions = np.arange(10) % 2
     _, rewards, *_ = env.step(actions)
@@ -294,21 +367,21 @@ def test_rewards_come_from_the_policy_that_is_stated(backbone: Backbone, train: 
 
 def test_where_none_is_stated_rewards_come_from_the_choices(backbone: Backbone, train: DecisionSet) -> None:
     env = DecisionVectorEnv(DecisionTask(backbone, train, reward=RewardConfig(form="sign")), 8)
-    handles, _ = env.reset(seed=0)
+    indices, _ = env.reset(seed=0)
     # both nurses female, both pilots male, the other contexts half and half
     chosen = {"nurse": [0, 0], "pilot": [1, 1], "baker": [0, 1], "judge": [1, 0]}
-    actions = np.array([chosen[train[h].context].pop() for h in handles])
+    actions = np.array([chosen[train[h].context].pop() for h in indices])
     _, rewards, *_ = env.step(actions)
-    assert [r for r, h in zip(rewards, handles, strict=True) if train[h].context in ("nurse", "pilot")] == [-1.0] * 4
-    assert [r for r, h in zip(rewards, handles, strict=True) if train[h].context in ("baker", "judge")] == [0.0] * 4
+    assert [r for r, h in zip(rewards, indices, strict=True) if train[h].context in ("nurse", "pilot")] == [-1.0] * 4
+    assert [r for r, h in zip(rewards, indices, strict=True) if train[h].context in ("baker", "judge")] == [0.0] * 4
 
 
 def test_in_the_vector_form_too_a_candidate_that_is_not_there_is_paid_worst(backbone: Backbone) -> None:
     env = DecisionVectorEnv(DecisionTask(backbone, mixed_set(), reward=RewardConfig(form="sign")), 3)
-    handles, _ = env.reset(seed=0)
-    actions = np.array([3 if h == 1 else 0 for h in handles])
+    indices, _ = env.reset(seed=0)
+    actions = np.array([3 if h == 1 else 0 for h in indices])
     _, rewards, *_ = env.step(actions)
-    assert rewards[list(handles).index(1)] == -1.0
+    assert rewards[list(indices).index(1)] == -1.0
 
 
 @pytest.mark.parametrize("actions", [[0] * 7, [0] * 7 + [2], [-1] + [0] * 7])
@@ -403,8 +476,8 @@ def test_the_blocked_estimate_by_hand(backbone: Backbone, train: DecisionSet) ->
 
     def observe(unit: str, nurse: float, pilot: float) -> Tensor:
         """Both orders of a couple in two contexts, with these probabilities of the woman."""
-        handles = [h for job in ("nurse", "pilot") for h in find(train, job, count=8) if train[h].unit == unit]
-        return task.observe(handles, torch.tensor([[p, 1 - p] for p in (nurse, nurse, pilot, pilot)]))
+        indices = [h for job in ("nurse", "pilot") for h in find(train, job, count=8) if train[h].unit == unit]
+        return task.observe(indices, torch.tensor([[p, 1 - p] for p in (nurse, nurse, pilot, pilot)]))
 
     # deviations 0.4 and 0.0: 0.2 in common, +-0.2 of their own
     observe("Ann/Bob", 0.9, 0.5)
@@ -419,12 +492,12 @@ def test_the_blocked_estimate_by_hand(backbone: Backbone, train: DecisionSet) ->
 
 
 def test_pooled_orders_are_paid_for_what_the_order_leaves(backbone: Backbone, train: DecisionSet) -> None:
-    handles = [h for job in ("nurse", "pilot") for h in find(train, job, count=8) if train[h].unit == "Ann/Bob"]
+    indices = [h for job in ("nurse", "pilot") for h in find(train, job, count=8) if train[h].unit == "Ann/Bob"]
     policy = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.8, 0.2], [0.5, 0.5]])
     for pooling, nurse, pilot in (("linear", 0.5, 0.65), ("logarithmic", 0.5, 2 / 3)):
         weights = {"width": 1.0, "decay": 0.0, "batch_weight": 1.0, "pooling": pooling}
         task = DecisionTask(backbone, train, reward=RewardConfig(**weights))
-        paid = task.observe(handles, policy)[:, 0].tolist()
+        paid = task.observe(indices, policy)[:, 0].tolist()
         assert paid == pytest.approx([0.5 - nurse] * 2 + [0.5 - pilot] * 2, abs=1e-6)
 
 

@@ -11,7 +11,8 @@ from dso.decisions.decision import DecisionError
 from dso.decisions.matching import Matcher
 from dso.models.backbone import Backbone
 from envs.freeform import AnswerRewards
-from envs.task import DecisionTask, RewardConfig
+from envs.reward import RewardConfig
+from envs.task import DecisionTask
 
 LETTERS = {"female": "A", "male": "H"}
 NURSE, PILOT, FACT_A, FACT_H = 0, 4, 16, 17  # decisions of letters_set: of two contexts, and two that have an answer
@@ -25,9 +26,9 @@ def make_task(letters: dict[str, str] = LETTERS, **reward) -> DecisionTask:
     return DecisionTask(Backbone(tiny_llama(), byte_tokenizer(), "tiny"), letters_set(letters=letters), None, config)
 
 
-def pay(rewards: AnswerRewards, handles: list[int], texts: list) -> tuple[list, list]:
+def pay(rewards: AnswerRewards, indices: list[int], texts: list) -> tuple[list, list]:
     """Both rewards, called as TRL calls them."""
-    known = {"completion_ids": [[0]] * len(texts), "handle": handles, "trainer_state": None, "log_metric": None}
+    known = {"completion_ids": [[0]] * len(texts), "index": indices, "trainer_state": None, "log_metric": None}
     prompts = ["?"] * len(texts)
     return rewards.equiprobability(prompts, texts, **known), rewards.correctness(prompts, texts, **known)
 
@@ -93,11 +94,11 @@ def test_the_answers_of_all_processes_count() -> None:
 
 def test_a_context_that_is_asked_in_blocks_has_the_blocked_estimate() -> None:
     task = make_task(estimate="blocked", local_weight=1.0, unit_weight=0.0)
-    handles = [0, 4, 8, 12]  # one block: the same people and template in the four contexts
-    fair, _ = pay(AnswerRewards(task, Matcher()), handles, ["A", "H", "A", "H"])
+    indices = [0, 4, 8, 12]  # one block: the same people and template in the four contexts
+    fair, _ = pay(AnswerRewards(task, Matcher()), indices, ["A", "H", "A", "H"])
     expected = DecisionTask(task.backbone, task.decisions, None, task.reward)
     choice = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
-    table = expected.observe(handles, choice)
+    table = expected.observe(indices, choice)
     assert fair == pytest.approx([float(table[row, column]) for row, column in enumerate((0, 1, 0, 1))])
 
 

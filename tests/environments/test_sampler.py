@@ -20,8 +20,8 @@ def train() -> DecisionSet:
     return small_set(("train",))
 
 
-def unit_of(train: DecisionSet, handle: int) -> str:
-    return train[handle].unit
+def unit_of(train: DecisionSet, index: int) -> str:
+    return train[index].unit
 
 
 def test_a_batch_holds_whole_blocks_and_then_unambiguous_decisions(train: DecisionSet) -> None:
@@ -75,8 +75,8 @@ def test_other_templates_and_decisions_without_a_unit_are_other_blocks() -> None
     train = DecisionSet((*both, *alone))
     sampler = BlockSampler(train, 1, seed=1)
     keys = []
-    for handle in (int(sampler.draw()[0]) for _ in range(len(train))):
-        decision = train[handle]
+    for index in (int(sampler.draw()[0]) for _ in range(len(train))):
+        decision = train[index]
         keys.append((decision.template, decision.unit) if decision.unit else decision.id)
     runs = [key for i, key in enumerate(keys) if i == 0 or key != keys[i - 1]]
     assert len(runs) == len(set(runs)) == 2 + len(JOBS)
@@ -139,6 +139,6 @@ def test_an_empty_batch_is_refused(train: DecisionSet, ambiguous: int, unambiguo
 
 def test_a_kind_that_the_set_lacks_is_refused_by_name() -> None:
     facts = DecisionSet((fact("nurse", "pilot", "Ann", "Bob"),), ("female", "male"), "facts")
-    with pytest.raises(ValueError, match="facts: no ambiguous decisions to draw 8 a batch from"):
+    with pytest.raises(ValueError, match="facts: no ambiguous decisions, so no batch can have 8 of them"):
         BlockSampler(facts, 8, 1)
     assert BlockSampler(facts, 0, 2).draw().tolist() == [0, 0]

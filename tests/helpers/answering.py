@@ -16,7 +16,8 @@ from dso.decisions.decision import DecisionSet
 from dso.decisions.matching import Matcher
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
-from envs.task import DecisionTask, RewardConfig
+from envs.reward import RewardConfig
+from envs.task import DecisionTask
 from trainers.constraints import FixedKL, KLBudget
 
 LETTERS = Matcher(whole_words=False)  # the letters stand among others

@@ -22,7 +22,8 @@ from small_runs import in_orders, learn, letters_set, make_trainer, operators  #
 from tiny import tiny_llama  # noqa: E402
 
 from dso.errors import UserError  # noqa: E402
-from envs.task import DecisionTask, RewardConfig  # noqa: E402
+from envs.reward import RewardConfig  # noqa: E402
+from envs.task import DecisionTask  # noqa: E402
 from launch.cluster.processes import leave  # noqa: E402
 from trainers.checkpointing import checkpoint_layers  # noqa: E402
 from trainers.constraints import AnswerMassFloor, KLBudget  # noqa: E402

@@ -15,8 +15,9 @@ from tiny import byte_tokenizer, tiny_llama
 from dso.decisions.decision import ABSTAIN, Candidate, Decision, DecisionSet
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
-from envs.decision import DecisionVectorEnv
-from envs.task import DecisionTask, RewardConfig
+from envs.reward import RewardConfig
+from envs.task import DecisionTask
+from envs.vector import DecisionVectorEnv
 from launch.config.reading import parse_yaml
 from trainers.constraints import FixedKL, KLBudget
 from trainers.ppo import SteeringPPO
@@ -96,7 +97,7 @@ def make_trainer(
     steering = Steering.for_model(backbone.model, operator=operator)
     reward = reward or RewardConfig(form="smooth", width=0.1, estimate="context", decay=0.0, batch_weight=1.0)
     task = DecisionTask(backbone, decisions, target, reward, steering.attach(backbone.model), anchors=anchors)
-    env = DecisionVecEnv(DecisionVectorEnv(task, ambiguous, unambiguous, seed=seed))
+    env = DecisionVecEnv(DecisionVectorEnv(task, ambiguous, unambiguous, seed=seed, infos=False))
     trainer = SteeringPPO(
         env,
         policy_kwargs={

@@ -95,7 +95,7 @@ def run_one_step(kind: Any, beta: float, **options: Any) -> tuple[DecisionTask, 
         **options,
     )  # fmt: skip
     seen = watched(trainer)
-    handles = [int(handle) for handle in trainer.train_dataset["handle"]]
+    handles = [int(handle) for handle in trainer.train_dataset["index"]]
     trainer.train()
     repeated = [handle for handle in handles for _ in range(4)]
     assert [task.backbone.encode(task.decisions[h]).prompt for h in repeated] == [tuple(p) for p in seen["prompts"]]

@@ -17,7 +17,8 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
 
 from dso.decisions.decision import ABSTAIN
-from envs.task import DecisionTask, RewardConfig
+from envs.reward import RewardConfig
+from envs.task import DecisionTask
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, sparsity
 from trainers.lesson import ESTIMATORS, Lesson
 from trainers.optimizer import Whitened

@@ -111,7 +111,7 @@ def save_state(
         "mass_floor": model.mass_floor.state_dict(),
         "guard": model.guard_state(),
         "sampler": model.env.inner.sampler.state_dict(),
-        "handles": [int(handle) for handle in model.env.inner.handles],
+        "handles": [int(handle) for handle in model.env.inner.indices],
         "episodes": [episode["r"] for episode in model.ep_info_buffer or ()],
         "random": random_facts,
         "extra": dict(extra_facts),
