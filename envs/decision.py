@@ -20,7 +20,7 @@ from envs.spec import SharedSpec
 from envs.task import DecisionTask
 
 
-class DecisionEnv(SharedSpec, gym.Env[int, int]):
+class DecisionEnv(SharedSpec, gym.Env[Any, Any]):
     """Choose between people, and be paid for choosing all groups alike.
 
     ## Description

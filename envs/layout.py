@@ -16,7 +16,7 @@ Indices = Sequence[int] | np.ndarray | Tensor
 """Decisions by their index in the set."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """N decisions with K candidates at most.
 
@@ -52,8 +52,14 @@ class Layout:
             (block, d.context, *sorted(c.group for c in d.candidates)) if d.ambiguous else (d.id,)
             for block, d in zip(blocks.tolist(), decisions, strict=True)
         )
-        tensors = (tensor.to(device) for tensor in (groups, contexts, answers, blocks, questions))
-        return cls(*tensors, len(decisions.contexts))
+        return cls(
+            groups=groups.to(device),
+            contexts=contexts.to(device),
+            answers=answers.to(device),
+            blocks=blocks.to(device),
+            questions=questions.to(device),
+            n_contexts=len(decisions.contexts),
+        )
 
     def index(self, indices: Indices) -> Tensor:
         """(N,) int64 on the device of the tensors."""

@@ -88,7 +88,7 @@ class DecisionVectorEnv(SharedSpec, VectorEnv[np.ndarray, np.ndarray, np.ndarray
         paid = pay(self.task, self.indices, rewards, actions)
         over, decided, known = np.ones(self.num_envs, dtype=bool), self.indices, self._stacked()
         self._next_batch()
-        final = {"final_obs": decided, "_final_obs": over.copy()}
+        final: dict[str, Any] = {"final_obs": decided, "_final_obs": over.copy()}
         if known:
             final |= {"final_info": known, "_final_info": over.copy()}
         return self.indices.copy(), paid, over, np.zeros_like(over), self._stacked() | final
