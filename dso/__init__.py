@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dso.decisions.sets import load_decisions
     from dso.evaluation.bias import BiasReport, accuracy, bias_report
     from dso.models.backbone import Backbone
+    from dso.steering.handle import attached, detach_all
     from dso.steering.model import Steering
 
 __version__ = "0.1.0"
@@ -33,7 +34,9 @@ __all__ = [
     "DecisionSet",
     "Steering",
     "accuracy",
+    "attached",
     "bias_report",
+    "detach_all",
     "load_decisions",
     "read_jsonl",
 ]
@@ -43,6 +46,7 @@ _MODULES = {
     "dso.decisions.sets": ("load_decisions",),
     "dso.decisions.decision": ("Candidate", "Decision", "DecisionError", "DecisionSet", "read_jsonl"),
     "dso.evaluation.bias": ("BiasReport", "accuracy", "bias_report"),
+    "dso.steering.handle": ("attached", "detach_all"),
     "dso.steering.model": ("Steering",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,24 +23,37 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DSO_CACHE") or Path.home() / ".cache" / "dso")
 
 
+def as_path(path: str | Path) -> Path:
+    """The path that a user means: ``~`` expanded, links followed."""
+    return Path(os.path.realpath(Path(path).expanduser()))
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` at once: after an error the old content stands and nothing else is left."""
-    path = Path(path)
+    """Write ``data`` to ``path`` at once: after an error the old content stands and nothing else is left.
+
+    A link is followed. A file that is there keeps its permissions, a new one has those of the user's umask. What is no
+    plain file (a device, a pipe) is written to.
+    """
+    path = as_path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with open(path, "wb") as special:
+            special.write(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less the umask
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
+            if path.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            with suppress(FileNotFoundError):
-                os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename in (None, temporary):
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
             error.filename, error.filename2 = str(path), None  # a write that fails on a full disk does not say where
         raise
 
@@ -50,16 +64,28 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
+def stage(folder: Path) -> Iterator[Path]:
+    """A new folder inside ``folder`` that is gone at the end, to fill before what it holds is moved into place."""
+    staged = folder / f".staged.{secrets.token_hex(4)}{PART}"
+    staged.mkdir()
+    try:
+        yield staged
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextmanager
 def replace_folder(path: str | Path) -> Iterator[Path]:
     """Fill the yielded folder; it takes the place of ``path`` at the end, or vanishes on an error."""
-    path = Path(path)
+    path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
-    os.chmod(fresh, 0o755)
+    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
+    fresh.mkdir()
     old = fresh.with_name(fresh.name.removesuffix(PART) + OLD)
     try:
         yield fresh
         if path.exists():
+            os.chmod(fresh, stat.S_IMODE(path.stat().st_mode))
             os.replace(path, old)
         os.replace(fresh, path)
     except BaseException:

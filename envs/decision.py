@@ -13,7 +13,7 @@ from gymnasium import spaces
 from dso.decisions.decision import DecisionSet
 from dso.models.backbone import Backbone
 from dso.rewards import ABSENT
-from dso.steering.model import Handle
+from dso.steering.handle import Handle
 from envs.layout import Indices
 from envs.reward import RewardConfig
 from envs.spec import SharedSpec

@@ -17,7 +17,8 @@ from dso.decisions.decision import DecisionSet
 from dso.models.backbone import Backbone
 from dso.models.scoring import kl_divergence
 from dso.rewards import group_preference
-from dso.steering.model import Handle, Steering
+from dso.steering.handle import Handle
+from dso.steering.model import Steering
 from envs.basis import group_basis, random_basis
 from envs.sampler import BlockSampler
 from envs.spec import SharedSpec

@@ -12,7 +12,7 @@ from torch import Tensor
 from dso.decisions.decision import Decision, DecisionSet, check_target
 from dso.models.backbone import Backbone
 from dso.rewards import ABSENT, candidate_rewards
-from dso.steering.model import Handle
+from dso.steering.handle import Handle
 from envs.estimate import PreferenceEstimate
 from envs.layout import Indices, Layout
 from envs.reward import RewardConfig

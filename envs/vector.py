@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from dso.decisions.decision import DecisionSet
 from dso.models.backbone import Backbone
-from dso.steering.model import Handle
+from dso.steering.handle import Handle
 from envs.decision import facts, one_hot, pay
 from envs.reward import RewardConfig
 from envs.sampler import BlockSampler

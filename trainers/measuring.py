@@ -12,7 +12,7 @@ import torch
 from dso.decisions.decision import DecisionSet
 from dso.evaluation.evaluator import Evaluator, Measurement
 from dso.models.backbone import Backbone
-from dso.steering.model import Handle
+from dso.steering.handle import Handle
 from trainers.learner import Learner
 
 

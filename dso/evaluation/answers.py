@@ -26,7 +26,7 @@ from dso.evaluation.bias import Estimate, accuracy
 from dso.evaluation.evaluator import Measurement
 from dso.models.backbone import Backbone
 from dso.models.sampling import sample, token_kl
-from dso.steering.model import Handle
+from dso.steering.handle import Handle
 
 NOBODY = "(none of them)"
 KL_SAMPLES = 2  # answers of a decision whose KL is measured: each compares whole distributions at every token

@@ -20,7 +20,7 @@ from dso.evaluation.report import (
 )
 
 if TYPE_CHECKING:
-    from dso.steering.checkpoint import SteeringConfig
+    from dso.steering.config import SteeringConfig
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TAGS = ("dso", "steering", "activation-steering", "fairness", "bias")
@@ -142,7 +142,7 @@ def _facts(config: SteeringConfig) -> str:
     rows = [
         ("base model", f"`{clean(config.base_model)}`" if config.base_model else "not stated"),
         ("revision", f"`{clean(config.revision)}`" if config.revision else "not stated"),
-        ("fingerprint of the steered base weights", f"`{config.fingerprint}`" if config.fingerprint else "not stated"),
+        ("fingerprint of the steered base weights", f"`{config.base_id}`" if config.fingerprint else "not stated"),
         ("operator", config.operator if config.rank is None else f"{config.operator}, rank {config.rank}"),
         ("sites", f"{len(config.sites)} modules of width {', '.join(map(str, widths))}"),
         ("scales", f"{config.scale_range[0]:g} to {config.scale_range[1]:g}"),

@@ -16,7 +16,7 @@ from torch import Tensor
 from dso.decisions.decision import DecisionSet
 from dso.models.backbone import Backbone
 from dso.models.scoring import Scores, kl_divergence
-from dso.steering.model import Handle
+from dso.steering.handle import Handle
 
 CHUNK = 240
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from dso.models.backbone import Backbone
 from dso.models.packing import pack
 from dso.models.scoring import Encoded, kl_divergence, token_logits
-from dso.steering.model import Handle
+from dso.steering.handle import Handle
 
 Tokens = Sequence[int]
 

@@ -2,120 +2,72 @@
 
 A folder with ``dso_config.json``, ``dso_model.safetensors`` (float32, keys ``<site>.<a|b|u|v>``) and ``README.md``. The
 config states the SHA-256 of the tensors and of itself and is read only in the very bytes that were written, so that
-damage is found before anything is used. Nothing on the load path is unpickled.
+damage is found before anything is used. Nothing on the load path is unpickled, and nothing is allocated that the files
+themselves do not hold. Format 2 states a digest of the base weights a site; format 1, one of all, is still read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from dso.errors import UserError
-from dso.files import replace_folder, write_bytes, write_text
+from dso.files import as_path, replace_folder, stage, write_bytes
+from dso.steering.config import SteeringConfig, SteeringError
+from dso.steering.operators import coefficient_shapes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG_FILE = "dso_config.json"
 TENSOR_FILE = "dso_model.safetensors"
 CARD_FILE = "README.md"
-
-
-class SteeringError(UserError):
-    """A steering that cannot be read or does not fit the model; the message says why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SteeringConfig:
-    """What a checkpoint states.
-
-    Attributes:
-        operator, rank: kind of the operators (:mod:`dso.steering.operators`).
-        sites: dotted module name -> width.
-        fingerprint: of the base weights at the sites, "" to skip the check.
-        base_model, revision: where the base model came from.
-        groups, target: the groups that were made equiprobable and the fair distribution over them.
-        scale_range: the scales that a user may set, 0 among them; evidence exists within it.
-        scale_curve: measured rows, one a scale (:mod:`dso.evaluation.report`).
-
-    Raises:
-        SteeringError: if a field has the wrong type or cannot be used; the operator's kind and rank are checked where
-            the operators are made.
-    """
-
-    operator: str = "affine"
-    rank: int | None = None
-    sites: dict[str, int]
-    fingerprint: str = ""
-    base_model: str = ""
-    revision: str | None = None
-    groups: tuple[str, ...] = ()
-    target: tuple[float, ...] = ()
-    scale_range: tuple[float, float] = (0.0, 1.0)
-    scale_curve: tuple[dict, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        for name in ("groups", "target", "scale_range", "scale_curve"):
-            if not isinstance(getattr(self, name), list | tuple):
-                raise SteeringError(f"{name} must be a list, found {getattr(self, name)!r}")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for fault in _faults(self):
-            raise SteeringError(fault)
-
-
-def _faults(config: SteeringConfig) -> Iterator[str]:
-    if not isinstance(config.sites, dict) or not config.sites:
-        yield f"a steering needs at least one site, found {config.sites!r}"
-    elif bad := [site for site, width in config.sites.items() if type(width) is not int or width < 1]:
-        yield f"site {bad[0]!r} has width {config.sites[bad[0]]!r}, expected a whole number from 1"
-    for name in ("operator", "fingerprint", "base_model"):
-        if not isinstance(getattr(config, name), str):
-            yield f"{name} must be a string, found {getattr(config, name)!r}"
-    if not isinstance(config.revision, str | None):
-        yield f"revision must be a string or null, found {config.revision!r}"
-    for name in ("target", "scale_range"):
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in getattr(config, name)):
-            yield f"{name} must be finite numbers, found {list(getattr(config, name))}"
-    if config.target and len(config.target) != len(config.groups):
-        yield f"{len(config.target)} shares in the target of {len(config.groups)} groups"
-    if len(config.scale_range) != 2 or not config.scale_range[0] <= 0 <= config.scale_range[1]:
-        yield f"scale_range is {list(config.scale_range)}, expected [low, high] with 0 between them"
-
-
-def fingerprint(model: nn.Module, sites: Mapping[str, int]) -> str:
-    """SHA-256 over names and weights of the steered modules.
-
-    The weights are taken as float32: the same on every device, and in any dtype that holds the stored weights exactly.
-    """
-    digest = hashlib.sha256()
-    for site in sorted(sites):
-        digest.update(site.encode())
-        for name, tensor in sorted(model.get_submodule(site).state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+FILES = (TENSOR_FILE, CONFIG_FILE, CARD_FILE)
 
 
 def write_checkpoint(folder: str | Path, config: SteeringConfig, tensors: Mapping[str, Tensor], card: str = "") -> None:
-    """Write the folder; an existing one is replaced as a whole, and stands as it was after an error."""
+    """Write the three files into a folder; what else is in it stays, and after an error it is as it was.
+
+    A folder that holds a steering and nothing else is replaced at once, so that a kill leaves the old one or the new
+    one. Where other files are, the three are moved into their places one after the other, the config last; a kill in
+    between leaves a checkpoint that is refused as damaged, never one that is read wrongly.
+
+    Raises:
+        SteeringError: if a coefficient is not finite, or the folder is something else than a folder.
+    """
     plain = {key: value.detach().to("cpu", torch.float32).contiguous() for key, value in tensors.items()}
     if bad := [key for key, value in plain.items() if not value.isfinite().all()]:
         raise SteeringError(f"{bad[0]!r} is not finite; nothing was saved")
+    place = as_path(folder)
+    if place.exists() and not place.is_dir():
+        raise SteeringError(f"{place}: is no folder; nothing was saved")
     data = save_safetensors(plain)
     record = {"format_version": FORMAT_VERSION, **asdict(config), "tensors_sha256": hashlib.sha256(data).hexdigest()}
     text = _config_text(record | {"config_sha256": _config_digest(record)})
-    with replace_folder(folder) as fresh:
-        write_bytes(fresh / TENSOR_FILE, data)
-        write_text(fresh / CONFIG_FILE, text)
-        write_text(fresh / CARD_FILE, card)
+    contents = {TENSOR_FILE: data, CONFIG_FILE: text.encode(), CARD_FILE: card.encode()}
+    if place.exists() and not _only_a_steering(place):
+        with stage(place) as staged:
+            for name, content in contents.items():
+                write_bytes(staged / name, content)
+            for name in (TENSOR_FILE, CARD_FILE, CONFIG_FILE):
+                os.replace(staged / name, place / name)
+        return
+    with replace_folder(place) as fresh:
+        for name, content in contents.items():
+            write_bytes(fresh / name, content)
+
+
+def _only_a_steering(folder: Path) -> bool:
+    names = {path.name for path in folder.iterdir()}
+    return not names or (CONFIG_FILE in names and names <= {*FILES})
 
 
 def read_checkpoint(source: str | Path, revision: str | None = None) -> tuple[SteeringConfig, dict[str, Tensor]]:
@@ -134,20 +86,39 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> tuple[St
     if hashlib.sha256(data).hexdigest() != record["tensors_sha256"]:
         raise SteeringError(f"{path}: damaged (its SHA-256 is not the one in {CONFIG_FILE}); fetch it again")
     try:
+        config = SteeringConfig(**{f.name: record[f.name] for f in fields(SteeringConfig)})
+    except SteeringError as error:
+        raise SteeringError(f"{folder / CONFIG_FILE}: {error}") from error
+    try:
         tensors = load_safetensors(data)
     except SafetensorError as error:
         raise SteeringError(f"{path}: not a safetensors file: {error}") from error
     if bad := [key for key, value in tensors.items() if value.dtype != torch.float32 or not value.isfinite().all()]:
         raise SteeringError(f"{path}: {bad[0]!r} is not of finite float32 numbers")
-    try:
-        config = SteeringConfig(**{f.name: record[f.name] for f in fields(SteeringConfig)})
-    except SteeringError as error:
-        raise SteeringError(f"{folder / CONFIG_FILE}: {error}") from error
+    _require_fitting(config, tensors, path)
     return config, tensors
 
 
+def _require_fitting(config: SteeringConfig, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Hold what the config asks for against what is there, before anyone makes room for it."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    try:
+        for site, width in config.sites.items():
+            for name, shape in coefficient_shapes(config.operator, width, config.rank).items():
+                wanted[f"{site}.{name}"] = shape
+    except (UserError, RuntimeError, TypeError) as error:  # torch refuses shapes beyond its limits, too
+        reason = str(error).splitlines()[0]
+        raise SteeringError(f"{path.with_name(CONFIG_FILE)}: its operators cannot be made: {reason}") from error
+    if different := sorted({*wanted} ^ {*tensors}):
+        where = "lacks" if different[0] in wanted else "has the unknown"
+        raise SteeringError(f"{path}: {where} {different[0]!r} ({len(different)} such keys)")
+    for key, shape in wanted.items():
+        if tuple(tensors[key].shape) != shape:
+            raise SteeringError(f"{path}: {key!r} has shape {tuple(tensors[key].shape)}, expected {shape}")
+
+
 def _locate(source: str | Path, revision: str | None) -> Path:
-    folder = Path(source).expanduser()
+    folder = as_path(source)
     if (folder / CONFIG_FILE).is_file():
         return folder
     name = str(source)

@@ -13,8 +13,7 @@ generation leaves keys and values of the old scale in the cache, so start a new 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from dso.errors import UserError
-from dso.steering.checkpoint import SteeringConfig, SteeringError, fingerprint, read_checkpoint, write_checkpoint
+from dso.steering.checkpoint import read_checkpoint, write_checkpoint
+from dso.steering.config import SteeringConfig, SteeringError
+from dso.steering.fingerprint import fingerprint, require_same
+from dso.steering.handle import Handle, attached
+from dso.steering.hosts import named_sites, plain_name, unwrapped
 from dso.steering.operators import SteeringOperator, make_operator
 from dso.steering.sites import resolve_sites, site_width
 
@@ -54,7 +57,7 @@ class Steering(nn.Module):
         **facts: Any,
     ) -> Steering:
         """A fresh steering (the identity) for a model; ``facts`` are further fields of :class:`SteeringConfig`."""
-        widths = resolve_sites(model, sites)
+        widths = {plain_name(name): width for name, width in resolve_sites(unwrapped(model), sites).items()}
         config = SteeringConfig(
             operator=operator, rank=rank, sites=widths, fingerprint=fingerprint(model, widths), **facts
         )
@@ -91,40 +94,56 @@ class Steering(nn.Module):
             for key, value in own.items():
                 value.copy_(tensors[key])
 
-    def attach(self, model: nn.Module, scale: float | Tensor = 1.0) -> Handle:
+    def attach(self, model: nn.Module, scale: float | Tensor = 1.0, *, check: bool = True) -> Handle:
         """Steer a model until the handle is detached.
 
+        A model may be compiled or wrapped already; what was compiled before is compiled anew.
+
+        Args:
+            check: refuse a model of other weights than the ones that the steering was trained on.
+
         Raises:
-            SteeringError: if the model lacks a site, has another width there, or other weights than the ones
-                that the steering was trained on; the model is left as it was.
+            SteeringError: if this steering is on the model already, or the model lacks a site, has another width there,
+                or other weights; the model is left as it was.
         """
-        modules = self._check_model(model)
+        if any(handle.steering is self for handle in attached(model)):
+            raise SteeringError(
+                "this steering is on the model already; set the scale of its handle (dso.attached(model)), or take it "
+                "off first (handle.detach(), dso.detach_all(model))"
+            )
+        modules = self._modules_of(model)
+        if check:
+            require_same(self.config.fingerprint, model, self.config.sites, self._made_for)
         return Handle(self, modules, scale)
 
     @contextmanager
-    def on(self, model: nn.Module, scale: float | Tensor = 1.0) -> Iterator[Handle]:
-        """Steer a model within a block; it is restored at the end, also on an error."""
-        handle = self.attach(model, scale)
+    def on(self, model: nn.Module, scale: float | Tensor = 1.0, *, check: bool = True) -> Iterator[Handle]:
+        """Steer a model within a block, as :meth:`attach` does; it is restored at the end, also on an error."""
+        handle = self.attach(model, scale, check=check)
         try:
             yield handle
         finally:
             handle.detach()
 
-    def _check_model(self, model: nn.Module) -> dict[str, nn.Module]:
-        modules = dict(model.named_modules())
-        made_for = f"the steering was made for {self.config.base_model or 'another model'}"
+    @property
+    def _made_for(self) -> str:
+        return f"the steering was made for {self.config.base_model or 'another model'}"
+
+    def _modules_of(self, model: nn.Module) -> dict[str, nn.Module]:
+        modules = named_sites(model)
         for site, width in self.config.sites.items():
             if site not in modules:
-                raise SteeringError(f"the model has no module {site!r}; {made_for}")
+                raise SteeringError(f"the model has no module {site!r}; {self._made_for}")
             found = site_width(modules[site])
             if found not in (width, 0):
-                raise SteeringError(f"module {site!r} has width {found}, expected {width}; {made_for}")
-        if self.config.fingerprint and fingerprint(model, self.config.sites) != self.config.fingerprint:
-            raise SteeringError(f"the model's weights at the steered sites are not the ones trained on; {made_for}")
+                raise SteeringError(f"module {site!r} has width {found}, expected {width}; {self._made_for}")
         return {site: modules[site] for site in self.config.sites}
 
     def save_pretrained(self, folder: str | Path, card: str = "") -> None:
-        """Write ``dso_config.json``, ``dso_model.safetensors`` and ``README.md`` (``card``), all or nothing."""
+        """Write ``dso_config.json``, ``dso_model.safetensors`` and ``README.md`` (``card``) into a folder.
+
+        Other files in it stay. See :func:`dso.steering.checkpoint.write_checkpoint` for what a kill leaves.
+        """
         write_checkpoint(folder, self.config, self.tensors(), card)
 
     @classmethod
@@ -141,69 +160,3 @@ class Steering(nn.Module):
         except UserError as error:
             raise SteeringError(f"{source}: {error}") from error
         return steering.requires_grad_(False)
-
-
-class Handle:
-    """A steering attached to a model; :attr:`scale` may be set at any time.
-
-    The scale lives in a tensor, so that a compiled model need not be recompiled when it changes.
-    """
-
-    def __init__(self, steering: Steering, modules: Mapping[str, nn.Module], scale: float | Tensor):
-        # In the precision of the scale itself, so that a bound such as 1.2 can be set.
-        self._limits = torch.tensor(steering.config.scale_range, dtype=torch.float32).tolist()
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self.scale = scale
-        try:
-            for site, operator in steering.operators.items():
-                self._hooks.append(modules[site].register_forward_hook(self._hook(site, operator)))
-        except BaseException:
-            self.detach()
-            raise
-
-    @property
-    def scale(self) -> float | Tensor:
-        """The coefficient s: a float, or a tensor of shape (batch,)."""
-        return self._scale.clone() if self._scale.ndim else self._scale.item()
-
-    @scale.setter
-    def scale(self, value: float | Tensor) -> None:
-        try:  # a copy: what the caller does to its tensor afterwards would pass by the checks
-            scale = torch.as_tensor(value).detach().to(torch.float32, copy=True)
-            scale = scale if scale.ndim else scale.cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise SteeringError(f"scale is {value!r}, expected a number or one value a batch row") from error
-        low, high = self._limits
-        if scale.ndim > 1 or not scale.numel():
-            raise SteeringError(f"scale has shape {tuple(scale.shape)}, expected a number or one value a batch row")
-        for number in scale.flatten().tolist():
-            if not math.isfinite(number) or not low <= number <= high:
-                raise SteeringError(
-                    f"scale is {number:g}, expected a number from {low:g} to {high:g}, the range this steering states"
-                )
-        self._scale = scale
-        self._off = not bool(scale.any())
-
-    def _hook(self, site: str, operator: SteeringOperator) -> Callable[[nn.Module, tuple, Tensor], Tensor | None]:
-        def steer(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            if self._off:
-                return None
-            if not isinstance(output, Tensor):
-                raise SteeringError(f"site {site!r} gives a {type(output).__name__}, expected one tensor")
-            if next(operator.parameters()).device != output.device:
-                operator.to(output.device)
-            scale = self._scale
-            if not scale.ndim:  # one number on the CPU goes with tensors of any device, without a transfer
-                return operator(output, scale)
-            if scale.shape[0] != output.shape[0]:
-                raise SteeringError(f"{scale.shape[0]} scales for a batch of {output.shape[0]} at site {site!r}")
-            rows = scale.to(output.device).view(-1, *[1] * (output.ndim - 1))
-            return torch.where(rows == 0, output, operator(output, rows))
-
-        return steer
-
-    def detach(self) -> None:
-        """Take the hooks off; doing it twice is harmless."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()

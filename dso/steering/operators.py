@@ -3,6 +3,7 @@
 With ``h`` of shape (..., d) and the inference-time coefficient ``s``:
 
     affine     h' = h + s * (a * h + b)            a, b of shape (d,)      (DSO, arXiv 2512.15926, section 3)
+    scale      h' = h + s * a * h                  a of shape (d,)         (ours: merges into any norm's weight)
     bias       h' = h + s * b                      b of shape (d,)
     low_rank   h' = h + s * (U V^T h + b)          U, V of shape (d, r)
 
@@ -68,6 +69,19 @@ class AffineOperator(SteeringOperator):
         return affine(h, self.a, self.b, scale)
 
 
+class ScaleOperator(SteeringOperator):
+    """h + s * a * h."""
+
+    kind = "scale"
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.a = nn.Parameter(torch.zeros(width))
+
+    def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
+        return h * (1 + scale * self.a)
+
+
 class BiasOperator(SteeringOperator):
     """h + s * b."""
 
@@ -101,7 +115,10 @@ class LowRankOperator(SteeringOperator):
         return super().scaled(scale) | {"v": self.v}  # U V^T is scaled once
 
 
-KINDS = ("affine", "bias", "low_rank")
+_CLASSES: dict[str, type[SteeringOperator]] = {
+    kind.kind: kind for kind in (AffineOperator, ScaleOperator, BiasOperator, LowRankOperator)
+}
+KINDS = tuple(_CLASSES)
 
 
 def make_operator(kind: str, width: int, rank: int | None = None) -> SteeringOperator:
@@ -114,6 +131,14 @@ def make_operator(kind: str, width: int, rank: int | None = None) -> SteeringOpe
         raise UserError(f"operator kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if (kind == "low_rank") != (rank is not None):
         raise UserError(f"operator {kind!r} with rank {rank}: low_rank needs a rank, the others take none")
-    if kind == "low_rank":
-        return LowRankOperator(width, rank)
-    return AffineOperator(width) if kind == "affine" else BiasOperator(width)
+    return _CLASSES[kind](width) if rank is None else LowRankOperator(width, rank)
+
+
+def coefficient_shapes(kind: str, width: int, rank: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the coefficients that :func:`make_operator` would allocate.
+
+    Raises:
+        UserError: as :func:`make_operator`.
+    """
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in make_operator(kind, width, rank).named_parameters()}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from dso.errors import UserError
 
@@ -89,7 +89,7 @@ def _widths(model: nn.Module, width_of: Callable[[nn.Module], int]) -> dict[str,
 def site_width(module: nn.Module) -> int:
     """Size of what a module gives: a linear layer's outputs, else a one-dimensional weight's; 0 where neither says."""
     weight = getattr(module, "weight", None)
-    return _linear_width(module) or (weight.numel() if weight is not None and weight.ndim == 1 else 0)
+    return _linear_width(module) or (weight.numel() if isinstance(weight, Tensor) and weight.ndim == 1 else 0)
 
 
 def _norm_width(module: nn.Module) -> int:

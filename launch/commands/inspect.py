@@ -19,7 +19,7 @@ def run(arguments: argparse.Namespace) -> int:
     revision = f" at {config.revision}" if config.revision else ""
     print(f"operator     {config.operator}{rank} at {len(config.sites)} sites")
     print(f"base model   {config.base_model}{revision}")
-    print(f"fingerprint  {config.fingerprint[:16]}")
+    print(f"fingerprint  {config.base_id}")
     print(f"fair shares  {shares}")
     print(f"scale        {config.scale_range[0]:g} to {config.scale_range[1]:g}")
     print(f"coefficients {total}, of which {zero} are exactly 0")

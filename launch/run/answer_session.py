@@ -15,7 +15,8 @@ from dso.decisions.decision import DecisionSet
 from dso.decisions.matching import Matcher
 from dso.evaluation.answers import AnswerEvaluator, check_answers
 from dso.models.backbone import Backbone
-from dso.steering.model import Handle, Steering
+from dso.steering.handle import Handle
+from dso.steering.model import Steering
 from envs.task import DecisionTask
 from launch.cluster.processes import LaunchError, process_count, process_device, read_json, read_section
 from launch.config.freeform import FreeformConfig

@@ -18,7 +18,8 @@ from dso.decisions.decision import DecisionSet, check_target
 from dso.decisions.sets import load_decisions
 from dso.evaluation.evaluator import Evaluator
 from dso.models.backbone import Backbone
-from dso.steering.model import Handle, Steering
+from dso.steering.handle import Handle
+from dso.steering.model import Steering
 from envs.reward import RewardConfig
 from envs.task import DecisionTask
 from envs.vector import DecisionVectorEnv

@@ -49,7 +49,7 @@ def test_write_makes_folders_and_replaces(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("step", ["fsync", "replace", "fchmod"])
 @pytest.mark.parametrize("error", [NO_SPACE, KeyboardInterrupt()], ids=["no space", "Ctrl-C"])
 def test_error_while_writing_leaves_the_old_file_alone(tmp_path, monkeypatch, step, error):
     path = tmp_path / "file"
@@ -131,3 +131,51 @@ def test_error_in_a_rename_puts_the_old_folder_back(tmp_path, monkeypatch, faili
         (fresh / "file").write_bytes(b"new")
     assert contents(tmp_path) == {"steering/file": b"old"}
     assert [p.name for p in tmp_path.iterdir()] == ["steering"]
+
+
+# ---------------------------------------------------------------- what the place is
+
+
+def test_links_are_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "file")
+    (tmp_path / "folder").symlink_to(tmp_path / "real")
+    write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "file").read_text() == "new"
+    with replace_folder(tmp_path / "folder") as fresh:
+        write_text(fresh / "other", "x")
+    assert (tmp_path / "folder").is_symlink() and [p.name for p in (tmp_path / "real").iterdir()] == ["other"]
+
+
+def test_what_is_no_plain_file_is_written_to(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_bytes(tmp_path / "pipe", b"through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    write_bytes("/dev/null", b"gone")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_text("~/kept/file", "x")
+    assert (tmp_path / "kept" / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o077, 0o600), (0o022, 0o644), (0o002, 0o664)])
+def test_the_umask_is_kept(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "file", "x")
+        with replace_folder(tmp_path / "folder") as fresh:
+            write_text(fresh / "file", "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == mode
+    assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o777 & ~mask
+    (tmp_path / "file").chmod(0o640)
+    write_text(tmp_path / "file", "y")
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640

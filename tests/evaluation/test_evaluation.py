@@ -12,7 +12,7 @@ from dso.decisions.decision import Candidate, Decision, DecisionSet
 from dso.evaluation import evaluator as evaluation
 from dso.evaluation.evaluator import Evaluator, Measurement
 from dso.models.backbone import Backbone
-from dso.steering.checkpoint import SteeringError
+from dso.steering.config import SteeringError
 from dso.steering.model import Steering
 
 

@@ -19,7 +19,7 @@ from dso.evaluation.card import model_card
 from dso.evaluation.figure import scale_figure
 from dso.evaluation.intervals import UNMEASURED, Estimate
 from dso.evaluation.report import ScalePoint, contexts_table, markdown_table, scale_table
-from dso.steering.checkpoint import SteeringConfig
+from dso.steering.config import SteeringConfig
 
 
 def bias(size: float, **changes) -> BiasReport:

@@ -22,7 +22,9 @@ from tiny import tiny_llama
 
 from dso import files
 from dso.steering import checkpoint
-from dso.steering.checkpoint import SteeringConfig, SteeringError, fingerprint, read_checkpoint, write_checkpoint
+from dso.steering.checkpoint import read_checkpoint, write_checkpoint
+from dso.steering.config import SteeringConfig, SteeringError
+from dso.steering.fingerprint import fingerprint
 from dso.steering.model import Steering
 
 CONFIG, TENSORS, CARD = "dso_config.json", "dso_model.safetensors", "README.md"
@@ -53,6 +55,17 @@ def folder(steering, tmp_path) -> Path:
 
 def contents(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+class Counting:
+    """A function that counts its calls."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        return self.function(*args)
 
 
 def rewrite(folder: Path, **changes) -> None:
@@ -114,7 +127,7 @@ def test_the_folder_by_hand(tmp_path):
     digest = record.pop("config_sha256")
     assert digest == hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     assert record == {
-        "format_version": 1, "operator": "affine", "rank": None, "sites": {"norm": 2}, "fingerprint": "",
+        "format_version": 2, "operator": "affine", "rank": None, "sites": {"norm": 2}, "fingerprint": {},
         "base_model": "m", "revision": None, "groups": ["a", "b"], "target": [0.25, 0.75],
         "scale_range": [0.0, 1.0], "scale_curve": [], "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
@@ -147,14 +160,55 @@ def test_a_pickle_in_the_tensors_place_is_refused(folder):
 
 
 def test_the_fingerprint_knows_weights_and_names():
-    sites = {"model.norm": 16}
+    site, ones = "model.norm", b"\x80\x3f" * 16  # sixteen ones of bfloat16
     model = tiny_llama()
-    digest = hashlib.sha256(b"model.norm" + b"weight" + b"\x00\x00\x80\x3f" * 16).hexdigest()  # sixteen float32 ones
-    assert fingerprint(model, sites) == digest
-    assert fingerprint(model.to(torch.bfloat16), sites) == digest
-    assert fingerprint(model, {"model.layers.0.input_layernorm": 16}) != digest
+    digest = hashlib.sha256(site.encode() + b"weight" + ones).hexdigest()[:16]
+    assert fingerprint(model, [site]) == {site: digest}
+    assert fingerprint(model, ["model.layers.0.input_layernorm"])["model.layers.0.input_layernorm"] != digest
     model.model.norm.weight.data[5] = 1.5
-    assert fingerprint(model, sites) != digest
+    assert fingerprint(model, [site]) == {site: digest}  # .data goes past autograd's count of changes: read once
+    with torch.no_grad():
+        model.model.norm.weight[6] = 1.5
+    assert fingerprint(model, [site]) != {site: digest}
+
+
+@pytest.mark.parametrize("sites", [["norms"], ["attention"]])
+def test_a_model_is_known_in_the_dtype_it_is_loaded_in(sites):
+    """Weights that neither bfloat16 nor float16 holds exactly."""
+
+    def loaded(dtype: torch.dtype):
+        model = tiny_llama(seed=3)
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(0.01 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+        return model.to(dtype)
+
+    for trained in (torch.float32, torch.bfloat16, torch.float16):
+        steering = Steering.for_model(loaded(trained), sites=sites)
+        for used in {torch.float32, trained, *([torch.bfloat16, torch.float16] if trained is torch.float32 else [])}:
+            steering.attach(loaded(used)).detach()
+    steering, other = Steering.for_model(loaded(torch.float32), sites=sites), loaded(torch.bfloat16)
+    with torch.no_grad():
+        next(iter(other.model.layers[1].self_attn.k_proj.parameters())).mul_(1.05)
+        other.model.layers[1].input_layernorm.weight.mul_(1.05)
+    with pytest.raises(SteeringError, match=r"weights of module 'model.layers.1.*check=False"):
+        steering.attach(other)
+    steering.attach(other, check=False).detach()
+
+
+def test_a_checkpoint_of_format_1_still_fits_its_model(folder, steering):
+    digest = hashlib.sha256()
+    for site in sorted(steering.config.sites):
+        digest.update(site.encode() + b"weight" + b"\x00\x00\x80\x3f" * 16)  # float32 ones
+    rewrite(folder, format_version=1, fingerprint=digest.hexdigest())
+    again = Steering.from_pretrained(folder)
+    assert again.config.base_id == digest.hexdigest()[:16]
+    again.attach(tiny_llama()).detach()
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.norm.weight[0] = 2.0
+    with pytest.raises(SteeringError, match="not the ones trained on"):
+        again.attach(other)
 
 
 # ---------------------------------------------------------------- damage
@@ -177,7 +231,8 @@ def test_any_flipped_bit_is_found(folder, name):
 
 
 def test_bits_all_over_a_small_config(tmp_path):
-    write_checkpoint(tmp_path, SteeringConfig(sites={"n": 1}, scale_curve=({"kl": 1e-05},)), {"n.a": torch.ones(1)})
+    config = SteeringConfig(operator="scale", sites={"n": 1}, scale_curve=({"kl": 1e-05},))
+    write_checkpoint(tmp_path, config, {"n.a": torch.ones(1)})
     path = tmp_path / CONFIG
     data = path.read_bytes()
     read_checkpoint(tmp_path)
@@ -239,7 +294,7 @@ def test_tensors_of_another_steering_are_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format 2 is newer than 1, the one this dso reads; upgrade dso"),
+        ({"format_version": 3}, "format 3 is newer than 2, the one this dso reads; upgrade dso"),
         ({"format_version": ...}, "states no format_version"),
         ({"format_version": True}, "states no format_version"),
         ({"format_version": 0}, "states no format_version"),
@@ -249,7 +304,10 @@ def test_tensors_of_another_steering_are_refused(folder, tmp_path):
         ({"sites": {}}, "needs at least one site"),
         ({"sites": ["model.norm"]}, "needs at least one site, found"),
         ({"sites": {"model.norm": "16"}}, "site 'model.norm' has width '16', expected a whole number"),
-        ({"sites": {"model.norm": 16}}, r"'model.layers.0.input_layernorm.b' is unknown in .* \(12 such keys\)"),
+        (
+            {"sites": {"model.norm": 16}, "fingerprint": {}},
+            r"has the unknown 'model.layers.0.input_layernorm.b' \(12 such keys\)",
+        ),
         ({"operator": "no-such"}, "operator kind is 'no-such', expected one of affine"),
         ({"operator": "affine"}, "'affine' with rank 2"),
         ({"rank": "2"}, "rank is '2', expected 1 to 16"),
@@ -325,12 +383,76 @@ def test_an_error_while_writing_leaves_the_old_folder(folder, steering, monkeypa
     assert Steering.from_pretrained(folder).config == steering.config
 
 
-def test_an_existing_folder_is_replaced_as_a_whole(folder):
-    (folder / "left-over").write_text("x")
+def test_a_steering_is_replaced_as_a_whole(folder):
     Steering.for_model(tiny_llama()).save_pretrained(folder, "new")
     assert sorted(contents(folder)) == [CARD, CONFIG, TENSORS]
     assert Steering.from_pretrained(folder).config.operator == "affine"
     assert [path.name for path in folder.parent.iterdir()] == ["steering"]
+
+
+@pytest.mark.parametrize("before", ["a model's", "a model's and a steering"])
+def test_what_else_is_in_a_folder_stays(folder, steering, before):
+    if before == "a model's":
+        for name in (CARD, CONFIG, TENSORS):
+            (folder / name).unlink()
+    others = {"model.safetensors": b"weights", "tokenizer/vocab.txt": b"a", "notes.txt": b"mine"}
+    for name, content in others.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    made = Steering.for_model(tiny_llama(), operator="bias")
+    made.save_pretrained(folder, "new")
+    found = contents(folder)
+    assert sorted(found) == sorted([CARD, CONFIG, TENSORS, *others])
+    assert {name: found[name] for name in others} == others
+    assert found[CARD] == b"new"
+    assert Steering.from_pretrained(folder).config == made.config
+
+
+def test_a_file_is_no_place_for_a_steering(steering, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SteeringError, match="is no folder; nothing was saved"):
+        steering.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+# ---------------------------------------------------------------- small files that ask for much
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sites": {f"model.layers.{n}.norm": 2**31 for n in range(4)}},
+        {"sites": {"model.norm": 2**46}},
+        {"sites": {"model.norm": 2**80}},
+        {"sites": {"model.norm": 2**30}, "rank": 2**30},
+    ],
+)
+def test_nothing_is_allocated_that_the_files_do_not_hold(folder, changes, monkeypatch):
+    rewrite(folder, fingerprint={}, **changes)
+    monkeypatch.setattr(checkpoint, "load_safetensors", load := Counting(checkpoint.load_safetensors))
+    started = time.monotonic()
+    with pytest.raises(SteeringError, match=r"has the unknown|lacks|has shape|cannot be made|expected"):
+        Steering.from_pretrained(folder)
+    assert time.monotonic() - started < 2 and load.calls == 1
+
+
+def test_random_edits_are_refused_or_change_nothing(folder, steering):
+    drawn = random.Random(5)
+    whole = {name: (folder / name).read_bytes() for name in (CONFIG, TENSORS)}
+    for _ in range(300):
+        name = drawn.choice([CONFIG, TENSORS])
+        data = bytearray(whole[name])
+        start = drawn.randrange(len(data))
+        data[start : start + drawn.randrange(40)] = drawn.randbytes(drawn.randrange(40))
+        (folder / name).write_bytes(data)
+        try:
+            again = Steering.from_pretrained(folder)
+        except SteeringError:
+            pass
+        else:
+            assert again.config == steering.config
+            assert all(torch.equal(value, steering.tensors()[key]) for key, value in again.tensors().items())
+        (folder / name).write_bytes(whole[name])
 
 
 # ---------------------------------------------------------------- where it is looked for
@@ -385,5 +507,5 @@ def test_a_download_without_a_config_is_refused(monkeypatch, tmp_path):
 
 
 def test_the_format_is_the_one_of_these_tests():
-    assert checkpoint.FORMAT_VERSION == 1
+    assert checkpoint.FORMAT_VERSION == 2
     assert (checkpoint.CONFIG_FILE, checkpoint.TENSOR_FILE, checkpoint.CARD_FILE) == (CONFIG, TENSORS, CARD)

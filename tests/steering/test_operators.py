@@ -156,7 +156,7 @@ def test_kinds_and_shapes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("linear", 4), "operator kind is 'linear', expected one of affine, bias, low_rank"),
+        (("linear", 4), "operator kind is 'linear', expected one of affine, scale, bias, low_rank"),
         (("low_rank", 4), "'low_rank' with rank None: low_rank needs a rank"),
         (("affine", 4, 2), "'affine' with rank 2: low_rank needs a rank, the others take none"),
         (("low_rank", 4, 0), r"rank is 0, expected 1 to 4 \(the site's width\)"),

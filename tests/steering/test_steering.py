@@ -12,10 +12,11 @@ from tiny import tiny_llama
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dso.steering.checkpoint import SteeringConfig, SteeringError
-from dso.steering.model import Handle, Steering
+from dso.steering.config import SteeringConfig, SteeringError
+from dso.steering.handle import Handle
+from dso.steering.model import Steering
 
-KINDS = {"affine": None, "bias": None, "low_rank": 2}
+KINDS = {"affine": None, "scale": None, "bias": None, "low_rank": 2}
 INPUT = torch.tensor([tokens(5, 1), tokens(5, 2), tokens(5, 3)])
 
 
@@ -47,7 +48,7 @@ class Steered(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         h, t = self.norm(hidden), self.tensors
-        added = t["b"].expand_as(h)
+        added = t["b"].expand_as(h) if "b" in t else torch.zeros_like(h)
         if "a" in t:
             added = added + t["a"] * h
         if "u" in t:
@@ -244,14 +245,6 @@ def test_two_steerings_compose_and_detach_by_themselves(model):
     assert torch.equal(logits(model), base)
 
 
-def test_a_steering_may_be_attached_twice_at_two_scales(model):
-    steering = moved(model, "bias")
-    with steering.on(model, 0.9):
-        wanted = logits(model)
-    with steering.on(model, 0.4), steering.on(model, 0.5):
-        torch.testing.assert_close(logits(model), wanted, atol=1e-5, rtol=1e-5)
-
-
 class InPlace(TorchDispatchMode):
     """Records the operations that write in place."""
 
@@ -427,8 +420,8 @@ def refused(model: nn.Module, steering: Steering, message: str) -> None:
 def test_a_model_of_other_weights_is_refused(model):
     steering = moved(model, base_model="owner/name")
     other = tiny_llama()
-    other.model.layers[1].input_layernorm.weight.data[3] += 1e-6
-    refused(other, steering, "weights at the steered sites are not the ones trained on; .* was made for owner/name")
+    other.model.layers[1].input_layernorm.weight.data[3] += 0.01
+    refused(other, steering, "weights of module 'model.layers.1.input_layernorm' are not the .* made for owner/name")
     other = tiny_llama(seed=7)  # norms start at one whatever the seed: what they hold is all that is compared
     steering.attach(other).detach()
 

@@ -20,7 +20,8 @@ from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.report import ScalePoint, fixed_rows
 from dso.files import write_text
 from dso.models.backbone import Backbone
-from dso.steering.model import Handle, Steering
+from dso.steering.handle import Handle
+from dso.steering.model import Steering
 from launch.run.measure import scale_point, thin
 from tools.bench.sweeps import Variant, cut, train_all
 from trainers.state.saved import read_state

@@ -24,7 +24,8 @@ from dso.evaluation.evaluator import Evaluator, Measurement
 from dso.evaluation.report import ScalePoint
 from dso.files import write_bytes, write_text
 from dso.models.backbone import Backbone
-from dso.steering.model import Handle, Steering
+from dso.steering.handle import Handle
+from dso.steering.model import Steering
 from launch.commands.common import quieten
 from launch.config.schema import ConfigError, load_config, read_config
 from launch.run.measure import scale_point

@@ -187,7 +187,7 @@ def _setup(model: SteeringPPO) -> dict[str, Any]:
         "KL constraint": type(model.kl).__name__,
         "decisions a step": model.env.num_envs,
         "decision set": _fingerprint(model),
-        "base weights": model.policy.steering.config.fingerprint[:16],
+        "base weights": model.policy.steering.config.base_id,
     }
 
 

@@ -11,7 +11,7 @@ from dso.decisions.decision import Decision, DecisionSet
 from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone
-from dso.steering.model import Handle
+from dso.steering.handle import Handle
 
 SAMPLES = 32
 SAMPLE_COLUMNS = ("decision", "context", "kind", "prompt", "candidate", "group", "right", "before", "after")

@@ -1,0 +1,88 @@
+"""What a steering states about itself: the fields of a checkpoint's ``dso_config.json``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from dso.errors import UserError
+
+
+class SteeringError(UserError):
+    """A steering that cannot be read or does not fit the model; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteeringConfig:
+    """What a checkpoint states.
+
+    Attributes:
+        operator, rank: kind of the operators (:mod:`dso.steering.operators`).
+        sites: dotted module name -> width.
+        fingerprint: site -> digest of its base weights (:mod:`dso.steering.fingerprint`); empty skips the check. Format
+            1 has one digest of all sites, a string.
+        base_model, revision: where the base model came from.
+        groups, target: the groups that were made equiprobable, and their fair shares, equal unless given.
+        scale_range: the scales that a user may set, 0 among them; evidence exists within it.
+        scale_curve: measured rows, one a scale (:mod:`dso.evaluation.report`).
+
+    Raises:
+        SteeringError: if a field has the wrong type or cannot be used; the operator's kind and rank are checked where
+            the operators are made.
+    """
+
+    operator: str = "affine"
+    rank: int | None = None
+    sites: dict[str, int]
+    fingerprint: Mapping[str, str] | str = field(default_factory=dict)
+    base_model: str = ""
+    revision: str | None = None
+    groups: tuple[str, ...] = ()
+    target: tuple[float, ...] = ()
+    scale_range: tuple[float, float] = (0.0, 1.0)
+    scale_curve: tuple[dict, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name in ("groups", "target", "scale_range", "scale_curve"):
+            if not isinstance(getattr(self, name), list | tuple):
+                raise SteeringError(f"{name} must be a list, found {getattr(self, name)!r}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.groups and not self.target:
+            object.__setattr__(self, "target", (1 / len(self.groups),) * len(self.groups))
+        for fault in _faults(self):
+            raise SteeringError(fault)
+
+    @property
+    def base_id(self) -> str:
+        """16 hexadecimal digits that name the base weights at the sites; empty where no fingerprint is stated."""
+        if isinstance(self.fingerprint, str) or not self.fingerprint:
+            return str(self.fingerprint or "")[:16]
+        return hashlib.sha256(json.dumps(self.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _faults(config: SteeringConfig) -> Iterator[str]:
+    if not isinstance(config.sites, dict) or not config.sites:
+        yield f"a steering needs at least one site, found {config.sites!r}"
+    elif bad := [site for site, width in config.sites.items() if type(width) is not int or width < 1]:
+        yield f"site {bad[0]!r} has width {config.sites[bad[0]]!r}, expected a whole number from 1"
+    for name in ("operator", "base_model"):
+        if not isinstance(getattr(config, name), str):
+            yield f"{name} must be a string, found {getattr(config, name)!r}"
+    known = config.fingerprint
+    if isinstance(known, dict):
+        if odd := [site for site, digest in known.items() if site not in config.sites or not isinstance(digest, str)]:
+            yield f"fingerprint names {odd[0]!r}, which is no site, or holds something else than a string there"
+    elif not isinstance(known, str):
+        yield f"fingerprint must be a string a site, found {known!r}"
+    if not isinstance(config.revision, str | None):
+        yield f"revision must be a string or null, found {config.revision!r}"
+    for name in ("target", "scale_range"):
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in getattr(config, name)):
+            yield f"{name} must be finite numbers, found {list(getattr(config, name))}"
+    if config.target and len(config.target) != len(config.groups):
+        yield f"{len(config.target)} shares in the target of {len(config.groups)} groups"
+    if len(config.scale_range) != 2 or not config.scale_range[0] <= 0 <= config.scale_range[1]:
+        yield f"scale_range is {list(config.scale_range)}, expected [low, high] with 0 between them"
