@@ -16,7 +16,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dso.decisions.decision import Candidate, Decision, DecisionError, DecisionSet, read_jsonl
+    from dso.decisions.decision import Candidate, Decision, DecisionError, DecisionSet
+    from dso.decisions.jsonl import read_jsonl
     from dso.decisions.sets import load_decisions
     from dso.evaluation.bias import BiasReport, accuracy, bias_report
     from dso.models.backbone import Backbone
@@ -44,7 +45,8 @@ __all__ = [
 _MODULES = {
     "dso.models.backbone": ("Backbone",),
     "dso.decisions.sets": ("load_decisions",),
-    "dso.decisions.decision": ("Candidate", "Decision", "DecisionError", "DecisionSet", "read_jsonl"),
+    "dso.decisions.decision": ("Candidate", "Decision", "DecisionError", "DecisionSet"),
+    "dso.decisions.jsonl": ("read_jsonl",),
     "dso.evaluation.bias": ("BiasReport", "accuracy", "bias_report"),
     "dso.steering.handle": ("attached", "detach_all"),
     "dso.steering.model": ("Steering",),

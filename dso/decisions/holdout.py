@@ -1,7 +1,7 @@
 """Splits for a user's own decisions, by the scheme of the built-in sets.
 
 Units (people), templates and contexts are each divided into disjoint parts; a decision's split follows from the parts
-that its unit, template and context fall into:
+that its unit, template and context are in:
 
 ==================  ============  ============  ==========
 split               unit          template      context
@@ -14,8 +14,10 @@ split               unit          template      context
 ``test-contexts``   test          test          held out
 ==================  ============  ============  ==========
 
-Any other combination (a validation unit with a training template, say) would leak and is left out. A split can be cut
-down to so many decisions of each kind (``keep``); published recipes train on a few hundred.
+Any other combination (a validation unit with a training template, say) would leak, and is left out with a warning.
+Where every template belongs to one unit, as a sentence that is written for two people does, templates follow their
+units: each unit is whole in one split, and nothing is left out. A split can be cut down to so many decisions of each
+kind (``keep``); published recipes train on a few hundred.
 """
 
 from __future__ import annotations
@@ -56,25 +58,27 @@ def hold_out(
         decisions: the set. A decision without a unit is a unit of its own.
         contexts: share of the contexts that is held out.
         units: share of the units that is kept for the test; 0 does not divide them.
-        templates: share of the templates that is kept for the test; 0 does not divide them, nor is a single one.
-        validation: share of the units and of the templates (where divided) that is kept for validation.
+        templates: share of the templates that is kept for the test; 0 does not divide them. A single template is not
+            divided, nor are templates that each belong to one unit while units are divided.
+        validation: share of the units, and of the templates if they are divided, that is kept for validation.
         keep: split -> how many ambiguous decisions it keeps at most, and as many unambiguous ones: whole units, drawn
-            at random, as evenly over the contexts as there are.
+            at random, spread as evenly over the contexts as possible.
         seed: of the division and the draw.
 
     Returns:
-        The set without the combinations that would leak; their number is logged.
+        The set without the combinations that would leak; a warning says how many decisions that leaves out.
 
     Raises:
         DecisionError: on a share outside [0, 1), if nothing is divided, if no decision is left for ``train`` or for
-            any test split, or if ``keep`` names an unknown split or leaves one without any decision.
+            any test split, or if ``keep`` names an unknown split or leaves one without decisions.
     """
     for name, share in {"contexts": contexts, "units": units, "templates": templates, "validation": validation}.items():
         if not 0 <= share < 1:
             raise DecisionError(f"hold_out: {name} is {share!r}, expected a share in [0, 1)")
     rng = random.Random(seed)
     unit_part = _divide(rng, (_unit(d) for d in decisions), units, validation, "units")
-    template_part = _divide(rng, (d.template for d in decisions), templates, validation, "templates")
+    nested = bool(unit_part) and _each_in_one_unit(decisions)
+    template_part = _divide(rng, (d.template for d in decisions), 0.0 if nested else templates, validation, "templates")
     context_part = _divide(rng, decisions.contexts, contexts, 0.0, "contexts")
     if not (unit_part or template_part or context_part):
         raise DecisionError("hold_out: nothing is divided; give units, templates or contexts a share above 0")
@@ -82,22 +86,23 @@ def hold_out(
     for decision in decisions:
         unit, template = unit_part.get(_unit(decision)), template_part.get(decision.template)
         held_out = context_part.get(decision.context) == "test"
-        if unit is None and template is None:
+        # What is not divided follows what is.
+        part, other = unit or template, template or unit
+        if part is None or other is None:
             label = "test-contexts" if held_out else "train"
         else:
-            # what is not divided goes along with what is
-            label = _SPLITS.get((unit or template, template or unit, held_out))
+            label = _SPLITS.get((part, other, held_out), "")
         if label:
             kept.append(replace(decision, split=label))
     found = {decision.split for decision in kept}
     if "train" not in found or not any(split.startswith("test") for split in found):
         raise DecisionError(
             f"hold_out: of {len(decisions)} decisions none is left for {'a test' if 'train' in found else 'train'}; "
-            "hold out less, or leave one of units and templates undivided"
+            "hold out less, or divide only one of units and templates"
         )
     if len(kept) < len(decisions):
         _log.warning(
-            "%s: %d of %d decisions left out: they mix parts of different splits",
+            "%s: %d of %d decisions are left out, because they combine parts of different splits",
             decisions.name, len(decisions) - len(kept), len(decisions),
         )  # fmt: skip
     return DecisionSet(tuple(_cut(kept, keep or {}, seed)), decisions.groups, decisions.name)
@@ -144,12 +149,18 @@ def _draw(rng: random.Random, units: Mapping[str, list[Decision]], most: int) ->
     return drawn
 
 
+def _each_in_one_unit(decisions: DecisionSet) -> bool:
+    """Whether every template belongs to one unit."""
+    pairs = {(decision.template, _unit(decision)) for decision in decisions}
+    return len(pairs) == len({template for template, _ in pairs})
+
+
 def _unit(decision: Decision) -> str:
     return decision.unit or decision.id
 
 
 def _divide(rng: random.Random, values: Iterable[str], test: float, validation: float, name: str) -> dict[str, str]:
-    """Which part each value falls into; empty when they are not divided."""
+    """Which part each value is in; empty if the values are not divided."""
     values = sorted(set(values))
     if test == 0 or len(values) == 1:
         return {}

@@ -1,26 +1,30 @@
-"""Whom a written answer names: the stated matcher from a completion to one of the decision's candidates, or to none.
+"""Whom a free-form answer names: from a completion to one of the decision's candidates, or to none.
 
-What is read. With ``after`` the text behind its last occurrence (none: nothing is named), else the whole completion.
+What is read. With ``after``, the text behind its last occurrence (without one, nothing is named); else the whole
+completion. Completions, candidates and phrases are compared as :func:`fold` leaves them: in Unicode's composed form,
+with every apostrophe and hyphen written the plain way.
 
-What is a mention. A candidate's text, blanks at its ends cut off, as whole words: "Ann" is not in "Anna", but it is in
-"Ann's". A mention within a longer one does not count ("Mary Ann" is not "Mary"), nor does one right behind "not"
-("It is not Mary, it is John" names John).
+What is a mention. A candidate's text, without the blanks around it, as whole words. A word is made of letters, digits
+and the marks that combine with them, and an apostrophe or a hyphen inside it belongs to it: "Ann" is not in "Anna" nor
+in "Ann-Marie", and "Neil" is not in "O'Neil", but "Ann" is in "Ann's" and in "d'Ann". A mention within a longer one
+does not count ("Mary Ann" is not "Mary"), nor does one right after "not" ("It is not Mary, it is John" names John).
 
 What is named, by the rule:
 
-    first    the candidate that is mentioned first, unless a phrase of ``abstentions`` stands before it
+    first    the candidate that is mentioned first, unless a phrase of ``abstentions`` comes before it
     only     the one candidate that is mentioned; none if there are several, or any phrase of ``abstentions``
-    start    the candidate that the text begins with, behind blanks, quotes, brackets and asterisks
+    start    the candidate that the text begins with, after blanks, quotes, brackets and asterisks
 
-No match is an abstention, and so is the match of a candidate of the group ``abstain``. The rules look at words, not at
-meaning: a name that was cut off by the length limit is not a mention, and "Mary or John" names Mary by the rule
-``first`` and nobody by ``only``.
+No match is an abstention, and so is a match of a candidate of the group ``abstain``. The rules look at words, not at
+meaning: a name that the length limit cut off is not a mention, and "Mary or John" names Mary by the rule ``first`` and
+nobody by ``only``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dso.decisions.decision import ABSTAIN, Decision, DecisionError
@@ -34,17 +38,31 @@ ABSTENTIONS = (
     *("cannot be", "could be either", "not enough information", "not specified", "no way to", "no information"),
     *("either", "neither", "both"),
 )
-NEGATED = re.compile(r"(?:\bnot|n['’]t)\s+$", re.IGNORECASE)
-OPENING = "\"'([{*_`“‘«- \t\n"
+NEGATED = re.compile(r"(?:\bnot|n't)\s+$", re.IGNORECASE)
+OPENING = "\"'([{*_`“„«- \t\n"
+JOINERS = "\u200c\u200d"  # they shape the letters beside them, in Indic and Arabic scripts
+_PLAIN = str.maketrans(
+    dict.fromkeys("‘’‛ʼ′＇", "'")  # apostrophes and what is typed for one
+    | dict.fromkeys("‐‑⁃−﹣－", "-")  # hyphens, breaking or not, and the minus sign; dashes stay dashes
+    | dict.fromkeys("\u00ad\u2060\ufeff", None)  # soft hyphen, word joiner, byte order mark: not to be seen
+)
+# What may follow a name and its apostrophe: "Ann's", "Ann'll"; and what may come before one: "d'Ann", "dell'Anna".
+_ENDINGS = re.compile(r"'(?:s|d|ll|ve|re|m)(?![\w'-])", re.IGNORECASE)
+_ELISIONS = re.compile(r"(?:^|[^\w'-])(?:[cdjlmnst]|qu|all|dall|dell|nell|sull)'$")
+
+
+def fold(text: str) -> str:
+    """The text in Unicode's composed form (NFC), with plain apostrophes and hyphens."""
+    return unicodedata.normalize("NFC", text).translate(_PLAIN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matcher:
-    """The rule by which a completion stands for a candidate; the module's docstring states it.
+    """The rule by which a completion stands for a candidate; see the module's docstring.
 
     Attributes:
         rule: ``first``, ``only`` or ``start``.
-        after: what the answer stands behind, such as "Answer:"; None reads everything.
+        after: what introduces the answer, such as "Answer:"; None reads everything.
         ignore_case: whether "mary" is Mary.
         whole_words: False for scripts that put no blanks between words.
         abstentions: phrases that decline to choose.
@@ -63,15 +81,15 @@ class Matcher:
         if self.rule not in RULES:
             raise UserError(f"the matcher's rule is {self.rule!r}, expected one of {', '.join(RULES)}")
         if self.after is not None and not self.after.strip():
-            raise UserError("the matcher's after is empty, so nothing could stand behind it; leave it away")
+            raise UserError("the matcher's after is empty, so no answer could follow it; leave it out")
         if not all(phrase.strip() for phrase in self.abstentions):
-            raise UserError("the matcher's abstentions hold an empty phrase, which stands before every answer")
+            raise UserError("the matcher's abstentions hold an empty phrase, which comes before every answer")
 
     def match(self, completion: str, decision: Decision) -> int | None:
         """The index of the candidate that the completion names, None if it names none."""
-        text = completion
+        text = fold(completion)
         if self.after is not None:
-            _, found, text = completion.rpartition(self.after)
+            _, found, text = text.rpartition(fold(self.after))
             if not found:
                 return None
         mentions = self._mentions(text, decision)
@@ -93,10 +111,10 @@ class Matcher:
         return ABSTAIN if index is None else decision.candidates[index].group
 
     def check(self, decisions: Iterable[Decision]) -> None:
-        """Make sure that every candidate can be named: by its own text, behind ``after``.
+        """Make sure that every candidate can be named: by its own text, after ``after``.
 
         Raises:
-            DecisionError: naming the first candidate that no completion could stand for, and why.
+            DecisionError: naming the first candidate that no completion could name, and why.
         """
         # Most decisions are about the same people as another one.
         for decision in {decision.candidates: decision for decision in decisions}.values():
@@ -114,10 +132,10 @@ class Matcher:
     def _mentions(self, text: str, decision: Decision) -> list[tuple[int, int, int]]:
         """Start, end and candidate of each mention, in the order of the text."""
         spans = [
-            (*found.span(), index)
+            (start, end, index)
             for index, candidate in enumerate(decision.candidates)
-            for found in re.finditer(self._pattern(candidate.text.strip()), text, self._flags)
-            if not NEGATED.search(text, 0, found.start())
+            for start, end in self._places(fold(candidate.text), text, self.ignore_case)
+            if not NEGATED.search(text, 0, start)
         ]
         # "Mary" within "Mary Ann" is no mention of its own.
         longest = [s for s in spans if not any(o[0] <= s[0] and s[1] <= o[1] and o[:2] != s[:2] for o in spans)]
@@ -125,22 +143,41 @@ class Matcher:
 
     def _declined(self, text: str, decision: Decision) -> int | None:
         """Where the first phrase of ``abstentions`` stands, but for those that are a candidate's own words."""
-        own = [candidate.text.strip().casefold() for candidate in decision.candidates]
-        phrases = [phrase for phrase in self.abstentions if not any(phrase.casefold() in name for name in own)]
-        if not phrases:
-            return None
-        found = re.search("|".join(self._pattern(phrase) for phrase in phrases), text.replace("’", "'"), re.IGNORECASE)
-        return None if found is None else found.start()
+        own = [fold(candidate.text).strip().casefold() for candidate in decision.candidates]
+        phrases = [fold(phrase) for phrase in self.abstentions]
+        places = [
+            start
+            for phrase in phrases
+            if not any(phrase.casefold() in name for name in own)
+            for start, _ in self._places(phrase, text, ignore_case=True)
+        ]
+        return min(places, default=None)
 
-    @property
-    def _flags(self) -> re.RegexFlag:
-        return re.IGNORECASE if self.ignore_case else re.NOFLAG
-
-    def _pattern(self, words: str) -> str:
-        """The words as a pattern; where they begin or end with a letter, no letter may go on."""
+    def _places(self, words: str, text: str, ignore_case: bool) -> Iterator[tuple[int, int]]:
+        """Start and end of the words wherever they stand, whole ones only if ``whole_words`` says so."""
         pattern = r"\s+".join(map(re.escape, words.split()))
-        if not self.whole_words:
-            return pattern
-        before = r"(?<!\w)" if re.match(r"\w", words) else ""
-        after = r"(?!\w)" if re.search(r"\w$", words) else ""
-        return f"{before}{pattern}{after}"
+        # The group within a lookahead: the next match may begin inside this one.
+        for found in re.finditer(f"(?=({pattern}))", text, re.IGNORECASE if ignore_case else re.NOFLAG):
+            start, end = found.span(1)
+            if not self.whole_words or _stands_alone(text, start, end):
+                yield start, end
+
+
+def _stands_alone(text: str, start: int, end: int) -> bool:
+    """Whether no word goes on before ``start`` or after ``end``; a sign such as "+" at an end is no part of a word."""
+    before = text[max(0, start - 2) : start][::-1]
+    if _is_part(text[start]) and _goes_on(before) and not _ELISIONS.search(text, 0, start):
+        return False
+    return not (_is_part(text[end - 1]) and _goes_on(text[end : end + 2]) and not _ENDINGS.match(text, end))
+
+
+def _goes_on(rest: str) -> bool:
+    """Whether a word goes on with ``rest``: with a part of one, or with an apostrophe or a hyphen and such a part."""
+    return bool(rest) and _is_part(rest[1:2] if rest[0] in "'-" else rest[0])
+
+
+def _is_part(character: str) -> bool:
+    """Whether a character is a part of a word: a letter, a digit, a combining mark, an underscore or a joiner."""
+    return bool(character) and (
+        character.isalnum() or character in f"_{JOINERS}" or unicodedata.category(character).startswith("M")
+    )

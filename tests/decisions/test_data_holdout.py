@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import unicodedata
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from dso.decisions.decision import Candidate, Decision, DecisionError, DecisionSet
 from dso.decisions.describe import describe, show
 from dso.decisions.holdout import hold_out
+from dso.decisions.sets import load_decisions
 
 PAIR = (Candidate(text=" Mary", group="female"), Candidate(text=" John", group="male"))
 
@@ -45,7 +49,7 @@ def test_every_split_of_a_full_grid_has_the_size_of_its_cell(caplog: pytest.LogC
         "test-templates": 7 * 3 * 6,
         "test-contexts": 2 * 3 * 4,
     }
-    assert f"{1000 - len(done)} of 1000 decisions left out" in caplog.text
+    assert f"{1000 - len(done)} of 1000 decisions are left out" in caplog.text
 
 
 def pairs(units: int, contexts: int = 4) -> DecisionSet:
@@ -122,6 +126,68 @@ def test_what_is_not_divided_goes_along() -> None:
     assert {d.split for d in by_context} == {"train", "test-contexts"} and len(by_context) == 1000
     single = hold_out(grid(templates=1), contexts=0.0)
     assert {d.split for d in single} == {"train", "validation", "test"}
+
+
+def test_people_are_in_one_part_however_their_names_are_typed() -> None:
+    composed = [f"{letter}\u00e9{letter}" for letter in "abcdefghij"]
+    names = [name for one in composed for name in (one, unicodedata.normalize("NFD", one))]
+    assert len(set(names)) == 20
+    cells = product(range(20), range(3))
+    whole = DecisionSet(
+        tuple(
+            Decision(
+                id=f"{n}-{c}",
+                context=f"c{c}",
+                kind="ambiguous",
+                prompt="p",
+                candidates=PAIR,
+                template="t",
+                unit=names[n],
+            )  # fmt: skip
+            for n, c in cells
+        )
+    )
+    for seed in range(5):
+        done = hold_out(whole, units=0.3, seed=seed)
+        assert len(done) == 60
+        people = {split: {d.unit for d in done.select(split=split)} for split in done.splits}
+        assert {split: len(units) for split, units in people.items()} == {"train": 6, "validation": 1, "test": 3}
+        assert sum(map(len, people.values())) == 10
+
+
+def test_templates_of_one_unit_each_follow_it_and_nothing_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    sentences = DecisionSet(
+        tuple(
+            Decision(
+                id=f"{u}-{s}",
+                context=f"c{(u + s) % 5}",
+                kind="ambiguous",
+                prompt="p",
+                candidates=PAIR,
+                template=f"t{u}-{s}",
+                unit=f"u{u}",
+            )  # fmt: skip
+            for u, s in product(range(20), range(2))
+        )
+    )
+    with caplog.at_level(logging.WARNING):
+        done = hold_out(sentences)
+    assert not caplog.text and len(done) == 40
+    # of 20 units 4 for the test, 2 for validation; two decisions each
+    assert Counter(d.split for d in done) == {"train": 28, "validation": 4, "test": 8}
+    assert all(len({d.split for d in done if d.unit == unit}) == 1 for unit in {d.unit for d in done})
+    by_template = hold_out(sentences, units=0.0)  # whoever divides templates alone, divides them
+    assert len(by_template) == 40 and any(
+        len({d.split for d in by_template if d.unit == f"u{u}"}) > 1 for u in range(20)
+    )
+
+
+@pytest.mark.skipif("DSO_WINOBIAS" not in os.environ, reason="DSO_WINOBIAS is not set to the folder of WinoBias")
+def test_the_published_winobias_is_divided_without_loss() -> None:
+    whole = load_decisions("winobias", path=os.environ["DSO_WINOBIAS"])
+    done = load_decisions("winobias", path=os.environ["DSO_WINOBIAS"], hold_out={})
+    assert len(done) == len(whole) == 792
+    assert all(len({d.split for d in done if d.unit == unit}) == 1 for unit in {d.unit for d in done})
 
 
 def test_the_same_seed_divides_alike() -> None:

@@ -67,6 +67,25 @@ def test_winobias_by_hand(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("own", "other", "candidates"),
+    [
+        ("demanded [her] pay.", "demanded [he] pay.", (" her", " his")),  # as published
+        ("demanded [her] pay.", "demanded [her] pay.", (" her", " his")),
+        ("thanked [her].", "thanked [he].", (" her", " him")),
+        ("and [she] left.", "and [him] left.", (" she", " he")),
+        ("thanked [her] yesterday.", "thanked [him] yesterday.", (" her", " him")),  # the other file tells
+    ],
+)
+def test_the_file_s_own_pronoun_is_a_candidate_whatever_the_other_file_says(
+    folder: Path, own: str, other: str, candidates: tuple[str, str]
+) -> None:
+    for side, text in (("pro", own), ("anti", other)):
+        (folder / f"{side}_stereotyped_type2.txt.test").write_text(f"1 The CEO met [the tailor] and {text}\n")
+    (decision,) = winobias.load(folder, types="type2")
+    assert tuple(c.text for c in decision.candidates) == candidates
+
+
+@pytest.mark.parametrize(
     ("line", "reason"),
     [
         ("The CEO met [the tailor] and thanked [her].", "does not begin with a number"),
@@ -109,6 +128,8 @@ def test_the_published_winobias() -> None:
     stereotypes = {d.context: d.stereotype for d in decisions}
     assert Counter(stereotypes.values()) == {"female": 20, "male": 20}
     assert not any(mark in d.prompt for d in decisions for mark in ("[", "]", "the the", "  ", " 's"))
+    pay = next(d for d in decisions if d.id == "type2-dev/171")
+    assert [c.text for c in pay.candidates] == [" her", " his"]
     cases = {tuple(c.text for c in d.candidates) for d in decisions}
     assert cases == {(" she", " he"), (" her", " him"), (" her", " his")}
 

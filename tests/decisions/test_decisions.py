@@ -7,15 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dso.decisions.decision import (
-    ABSTAIN,
-    Candidate,
-    Decision,
-    DecisionError,
-    DecisionSet,
-    check_target,
-    read_jsonl,
-)
+from dso.decisions.decision import ABSTAIN, Candidate, Decision, DecisionError, DecisionSet, check_target
+from dso.decisions.jsonl import decision_from_json, read_jsonl
 
 GOOD = {
     "id": "d1",
@@ -102,6 +95,16 @@ def test_blank_lines_count_as_lines_but_hold_nothing(tmp_path: Path) -> None:
         ({"prompt": "<image> Who?", "images": ["a.png", "b.png"]}, r"1 slot\(s\) for 2 image\(s\)"),
         ({"stereotype": 1}, "stereotype must be a group or null, found 1"),
         ({"colour": "red"}, "unknown key.*colour"),
+        ({"\ud83d": 1}, r"unknown key\(s\) '\\ud83d'; known are id"),
+        ({"prompt": "Who? \ud83d"}, r"the prompt holds \\ud83d, half of a character; write the whole character"),
+        ({"prompt": [CHAT[0], {"role": "assistant", "content": "\ude00"}]}, r"the prompt holds \\ude00, half"),
+        (
+            {"candidates": candidates((" \ud83d", "female"), (" John", "male"))},
+            r"the text of a candidate holds \\ud83d",
+        ),
+        ({"context": "\udfff"}, r"the context holds \\udfff"),
+        ({"kind": "unambiguous", "answer": 1.0}, "answer must be the index of a candidate or null, found 1.0"),
+        ({"candidates": ["a" * 10_000]}, "found 'a{79}...$"),
     ],
 )
 def test_a_bad_decision_is_refused_with_file_line_and_reason(tmp_path: Path, change: dict, reason: str) -> None:
@@ -123,12 +126,37 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         (b'{"id": "caf\xe9"}', "not valid UTF-8 at byte 11"),
         (b'{"id": "d2",}', "not valid JSON: .* at column"),
         (b"[1, 2]", "expected a JSON object, found list"),
+        (b"[" * 100_000 + b"]" * 100_000, "lists and objects are nested too deeply"),
+        (b'{"id": ' * 100_000 + b"1" + b"}" * 100_000, "lists and objects are nested too deeply"),
+        (b'{"id": "d2", "answer": ' + b"1" * 5_000 + b"}", "a number has too many digits"),
+        (json.dumps(GOOD).encode()[:-1] + b', "kind": "unambiguous"}', "the key 'kind' stands there twice"),
+        (json.dumps(GOOD).encode().replace(b'"text"', b'"group"'), "the key 'group' stands there twice"),
+        (
+            json.dumps(GOOD | {"id": "a\ud83d"}).encode(),
+            r"decision 'a\\ud83d': the id holds \\ud83d, half of a character",
+        ),
     ],
 )
 def test_a_broken_line_is_refused_with_file_line_and_reason(tmp_path: Path, line: bytes, reason: str) -> None:
     path = write(tmp_path / "mine.jsonl", GOOD, GOOD | {"id": "d1b"}, line)
     with pytest.raises(DecisionError, match=rf"mine\.jsonl:3: {reason}"):
         read_jsonl(path)
+
+
+def test_a_whole_emoji_is_read_however_it_is_written(tmp_path: Path) -> None:
+    escaped = json.dumps(GOOD | {"prompt": "Who? \U0001f600"}).encode()
+    assert b"\\ud83d\\ude00" in escaped
+    plain = json.dumps(GOOD | {"id": "d2", "prompt": "Who? \U0001f600"}, ensure_ascii=False).encode()
+    assert [d.text for d in read_jsonl(write(tmp_path / "set.jsonl", escaped, plain))] == ["Who? \U0001f600"] * 2
+
+
+def test_people_contexts_and_templates_are_one_however_they_are_typed() -> None:
+    composed, decomposed = "Jos\u00e9/Ana", "Jose\u0301/Ana"
+    assert composed != decomposed
+    one = make("d1", unit=composed, context=composed, template=composed, prompt=composed)
+    other = make("d2", unit=decomposed, context=decomposed, template=decomposed, prompt=decomposed)
+    assert (one.unit, one.context, one.template) == (other.unit, other.context, other.template)
+    assert other.prompt == decomposed  # what the model reads stays as it is
 
 
 def test_a_set_that_cannot_be_used_names_its_file(tmp_path: Path) -> None:
@@ -146,7 +174,7 @@ def test_a_set_that_cannot_be_used_names_its_file(tmp_path: Path) -> None:
 
 def make(ident: str, **fields: object) -> Decision:
     record = GOOD | {"id": ident} | fields
-    return Decision.from_json(record)
+    return decision_from_json(record)
 
 
 def test_a_set_refuses_duplicates_and_groups_that_it_does_not_know() -> None:

@@ -1,4 +1,4 @@
-"""Whom an answer names: every rule of the matcher on sentences whose meaning is plain."""
+"""Whom an answer names: every rule of the matcher on sentences with a plain meaning, in every way of typing them."""
 
 from __future__ import annotations
 
@@ -92,6 +92,69 @@ def test_names_with_signs_are_matched_as_they_are() -> None:
     decision = asked("A+", "O'Neil (Jr.)")
     assert Matcher().match("It is A+.", decision) == 0
     assert Matcher().match("It is O'Neil (Jr.), sir", decision) == 1
+
+
+JOSE, DECOMPOSED = "Jos\u00e9", "Jose\u0301"
+
+
+@pytest.mark.parametrize(
+    ("answer", "names", "named"),
+    [
+        # combining marks belong to the word
+        ("प्रियांका", ("प्रिया", "राहुल"), None),
+        ("प्रिया नर्स है", ("प्रिया", "राहुल"), 0),
+        ("ক্ষমা", ("ক্ষ", "রাহুল"), None),
+        # composed and decomposed letters are the same
+        (DECOMPOSED, ("Jose", "Mary"), None),
+        (JOSE, ("Jose", "Mary"), None),
+        (DECOMPOSED, (JOSE, "Mary"), 0),
+        (JOSE, (DECOMPOSED, "Mary"), 0),
+        (f"It is {DECOMPOSED}.", (JOSE, "Jose"), 0),
+        ("Zoe\u0308", ("Zoe", "Zo\u00eb"), 1),
+        # apostrophes and hyphens are the same, however they are typed
+        ("O’Connor", ("O'Connor", "Mary"), 0),
+        ("O'Connor", ("O’Connor", "Mary"), 0),
+        ("Oʼconnor", ("O'Connor", "Mary"), None),
+        ("Anne\u2011Marie", ("Anne-Marie", "John"), 0),
+        ("Anne\u2010Marie", ("Anne-Marie", "John"), 0),
+        ("Anne\u00adMarie", ("AnneMarie", "John"), 0),
+        # and belong to the word that they are in
+        ("Ann-Marie", ("Ann", "John"), None),
+        ("Ann-Marie", ("Marie", "John"), None),
+        ("Anne\u2011Marie", ("Anne", "Marie"), None),
+        ("Ann-Marie, not Ann", ("Ann", "Ann-Marie"), 1),
+        ("O'Neil", ("Neil", "John"), None),
+        ("O’Neil", ("O", "John"), None),
+        # but not to one that they stand beside
+        ("Ann’s turn", ("Ann", "John"), 0),
+        ("Ann'll do it", ("Ann", "John"), 0),
+        ("ANN'S TURN", ("ANN", "John"), 0),
+        ("James' turn", ("James", "John"), 0),
+        ("‘Ann’", ("Ann", "John"), 0),
+        ("'Ann'.", ("Ann", "John"), 0),
+        ("- Ann\n- John", ("Ann", "John"), 0),
+        ("-Ann", ("Ann", "John"), 0),
+        ("Ann--she is kind", ("Ann", "John"), 0),
+        ("Ann—she is kind", ("Ann", "John"), 0),
+        ("Le nom d'Anne", ("Anne", "John"), 0),
+        ("La mano dell’Anna", ("Anna", "John"), 0),
+        ("D'Angelo", ("Angelo", "John"), None),
+        ("A1", ("A", "B"), None),
+        ("xAna Ana Ana", ("Ana Ana", "B"), 0),
+    ],
+)
+def test_whole_words_of_every_script(answer: str, names: tuple[str, str], named: int | None) -> None:
+    assert Matcher().match(answer, asked(*names)) == named
+    assert Matcher(rule="only").match(answer, asked(*names)) == (None if answer == "- Ann\n- John" else named)
+
+
+def test_what_introduces_the_answer_and_what_declines_it_may_be_typed_in_any_way() -> None:
+    assert Matcher(after="It’s:").match("It's: Mary", COUPLE) == MARY
+    assert (
+        Matcher(abstentions=("je ne sais pas, l’un ou l’autre",)).match("Je ne sais pas, l'un ou l'autre. Mary", COUPLE)
+        is None
+    )
+    assert Matcher().match("I can‘t tell. Mary", COUPLE) is None
 
 
 # Matchers that cannot be used

@@ -19,7 +19,8 @@ from small_runs import contents, letters_set, write_config
 
 import launch.commands.decisions
 import launch.commands.inspect
-from dso.decisions.decision import Decision, read_jsonl
+from dso.decisions.decision import Decision
+from dso.decisions.jsonl import read_jsonl
 from dso.errors import UserError
 from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone

@@ -454,7 +454,7 @@ def test_the_tower_is_steered_only_if_asked_for():
 def test_a_set_with_images_is_written_and_read(tmp_path, llava):
     decisions = DecisionSet(tuple(scenes()), ("a", "b", "c"))
     decisions.write_jsonl(tmp_path / "set.jsonl")
-    from dso.decisions.decision import read_jsonl
+    from dso.decisions.jsonl import read_jsonl
 
     assert read_jsonl(tmp_path / "set.jsonl").decisions == decisions.decisions
 

@@ -22,7 +22,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dso.decisions import holdout
-from dso.decisions.decision import DecisionError, DecisionSet, read_jsonl
+from dso.decisions.decision import DecisionError, DecisionSet
+from dso.decisions.jsonl import read_jsonl
 from dso.decisions.sets import (
     genderbias_vl,
     pronouns,
@@ -51,7 +52,7 @@ def load_decisions(name: str | Path, *, hold_out: Mapping[str, float] | None = N
         name: one of :data:`SETS`, or the path of a ``.jsonl`` file.
         hold_out: keyword arguments of :func:`dso.decisions.holdout.hold_out`, to label splits anew (``{}`` for its
             defaults); meant for sets that come without splits.
-        options: keyword arguments of the set's builder (see there), or of :func:`dso.decisions.decision.read_jsonl`.
+        options: keyword arguments of the set's builder (see there), or of :func:`dso.decisions.jsonl.read_jsonl`.
 
     Raises:
         DecisionError: on an unknown name or option (naming the known ones), or a set that cannot be used.

@@ -4,19 +4,20 @@ The files come from the user: a folder with ``pro_stereotyped_type1.txt.dev`` an
 and ``female_occupations.txt``. A line is ``1 [The developer] argued with the designer because [she] did not like the
 design.``: the first pair of brackets holds the referent, the next the pronoun.
 
-What is decided. For a language model that continues text, the sentence is cut before the first pronoun, and the
-candidates are the pronouns of the same case: she/he, her/him or her/his. The context is the referent's occupation,
-its stereotype is the list that it stands in, and the groups are female and male. Nothing determines the gender: all
-decisions are ambiguous. In ``type2`` the syntax determines the referent before the pronoun is read. In ``type1`` only
-the rest of the sentence would, which the model has not read; the two sentences of a pair then often have the same
-prompt and stand in two contexts of opposite stereotypes, so that the preference mixes both occupations. Read the
-stereotype gap on ``type2``; the per-context bias means the same in both.
+What is decided. The sentence is cut before the first pronoun, and the candidates are the pronouns of the same case:
+she/he, her/him or her/his. The context is the referent's occupation, its stereotype is the list that the occupation is
+in, and the groups are female and male. Nothing determines the gender, so every decision is ambiguous. In ``type2`` the
+syntax determines the referent before the pronoun is read. In ``type1`` only the rest of the sentence does, which the
+model has not read; the two sentences of a pair then often have the same prompt, in two contexts of opposite
+stereotypes, so the preference mixes both occupations. Read the stereotype gap on ``type2``; the per-context bias means
+the same in both.
 
-The anti-stereotyped file has the same sentences with the other pronoun and so the same decisions; it is read to
-learn the case of "her" and for nothing else. Where the two differ before the pronoun (typing errors in the published
-files), the pro-stereotyped one counts. A sentence whose text before the cut contains a gendered pronoun outside
-brackets is left out, since it may give the answer away. Both are counted in a log message. Lines 2k-1 and 2k make one
-unit: they mention the same two occupations, with another referent.
+The anti-stereotyped file has the same sentences with the other pronoun, and so the same decisions; it only tells the
+case of "her". The published files have typing errors. Where they differ before the pronoun, the pro-stereotyped one
+counts. Where the other file's pronoun does not tell the case of "her" either ("demanded [he] pay"), it is a possessive
+if another word follows it, else an object. A sentence with a gendered pronoun outside brackets before the cut is left
+out, because that may give the answer away. A log message counts all three. Lines 2k-1 and 2k make one unit: they
+mention the same two occupations and refer to either.
 
 Splits: ``type1-dev``, ``type1-test``, ``type2-dev``, ``type2-test``.
 """
@@ -42,6 +43,7 @@ _GENDERED = re.compile(r"\b(he|she|him|her|his|hers|himself|herself)\b", re.IGNO
 # pronoun -> gender; the case of "her" is open
 _GENDER = {"he": "male", "him": "male", "his": "male", "she": "female", "her": "female"}
 _CASES = {"he": (" she", " he"), "him": (" her", " him"), "his": (" her", " his")}
+_FEMALE = {"he": "she", "him": "her", "his": "her"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class _Sentence:
     before: str
     referent: str
     pronoun: str
+    after: str
 
 
 def load(path: str | Path, *, split: str | Sequence[str] = "test", types: str | Sequence[str] = TYPES) -> DecisionSet:
@@ -103,7 +106,7 @@ def _read(folder: Path, kind: str, part: str, stereotypes: dict[str, str]) -> li
     pros, antis = _parse(pro_file, stereotypes), _parse(anti_file, stereotypes)
     if len(pros) != len(antis):
         raise DecisionError(f"{anti_file}: has {len(antis)} sentences, {pro_file.name} has {len(pros)}")
-    decisions, differ, left_out = [], 0, 0
+    decisions, differ, left_out, unclear = [], 0, 0, 0
     for index, (pro, anti) in enumerate(zip(pros, antis, strict=True)):
         stereotype = stereotypes[pro.referent]
         if _GENDER[pro.pronoun] != stereotype:
@@ -111,6 +114,8 @@ def _read(folder: Path, kind: str, part: str, stereotypes: dict[str, str]) -> li
                 f"{pro_file}:{pro.number}: {pro.pronoun!r} is not pro-stereotypical for {pro.referent!r} ({stereotype})"
             )
         differ += pro.before != anti.before
+        case = _case(pro.pronoun, anti.pronoun)
+        unclear += case is None
         if _GENDERED.search(pro.before):
             left_out += 1
             continue
@@ -121,7 +126,7 @@ def _read(folder: Path, kind: str, part: str, stereotypes: dict[str, str]) -> li
                 kind="ambiguous",
                 prompt=pro.before,
                 candidates=tuple(
-                    Candidate(text=t, group=g) for t, g in zip(_case(pro, anti, pro_file), GROUPS, strict=True)
+                    Candidate(text=t, group=g) for t, g in zip(_CASES[case or _guessed(pro)], GROUPS, strict=True)
                 ),
                 template=f"{kind}-{part}/{index + 1:03d}",
                 split=f"{kind}-{part}",
@@ -129,21 +134,27 @@ def _read(folder: Path, kind: str, part: str, stereotypes: dict[str, str]) -> li
                 stereotype=stereotype,
             )
         )
-    if differ or left_out:
+    if differ or left_out or unclear:
         _log.info(
-            "%s: %d sentences; %d differ from %s before the pronoun (this file counts), %d left out (gendered "
-            "pronoun before the cut)", pro_file, len(pros), differ, anti_file.name, left_out,
+            "%s: %d sentences; %d differ from %s before the pronoun (this file counts), %d are left out (a gendered "
+            "pronoun before the cut), %d have a pronoun there that does not tell the case (what follows does)",
+            pro_file, len(pros), differ, anti_file.name, left_out, unclear,
         )  # fmt: skip
     return decisions
 
 
-def _case(pro: _Sentence, anti: _Sentence, path: Path) -> tuple[str, str]:
-    if pro.pronoun == "she":
-        return _CASES["he"]
-    for sentence in (pro, anti):
-        if sentence.pronoun in _CASES:
-            return _CASES[sentence.pronoun]
-    raise DecisionError(f"{path}:{pro.number}: cannot tell the case of {pro.pronoun!r}")
+def _case(pronoun: str, other: str) -> str | None:
+    """The male pronoun of the same case; that of "her" is the other file's, None if that one cannot be its partner."""
+    if pronoun in _CASES:
+        return pronoun
+    if pronoun == "she":
+        return "he"
+    return other if _FEMALE.get(other) == pronoun else None
+
+
+def _guessed(sentence: _Sentence) -> str:
+    """The male pronoun for a "her" by what follows it."""
+    return "his" if sentence.after[:1].isalpha() else "him"
 
 
 def _parse(path: Path, stereotypes: dict[str, str]) -> list[_Sentence]:
@@ -166,7 +177,8 @@ def _parse_line(where: str, number: int, line: str, stereotypes: dict[str, str])
         raise DecisionError(f"{where}: {referent!r} stands in neither list of occupations")
     if pronouns[0].start() < referents[0].start():
         raise DecisionError(f"{where}: the pronoun comes before its referent")
-    return _Sentence(number, _clean(match[2][: pronouns[0].start()]), referent, pronouns[0][1].strip().lower())
+    before, after = match[2][: pronouns[0].start()], match[2][pronouns[0].end() :]
+    return _Sentence(number, _clean(before), referent, pronouns[0][1].strip().lower(), after.strip())
 
 
 def _clean(text: str) -> str:
