@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,11 @@ SEGMENTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 def unwrapped(model: nn.Module) -> nn.Module:
     """The plain model inside whatever wraps it."""
     while True:
-        inner = getattr(model, "_orig_mod", None)
+        inner: Any = getattr(model, "_orig_mod", None)
         if inner is None and type(model).__name__ in PARALLEL:
             inner = model.module
         if inner is None and hasattr(model, "get_base_model"):  # a PeftModel
-            inner = model.get_base_model()
+            inner = cast(Any, model).get_base_model()
         if not isinstance(inner, nn.Module) or inner is model:
             return model
         model = inner

@@ -13,10 +13,10 @@ generation leaves keys and values of the old scale in the cache, so start a new 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Steering(nn.Module):
     @property
     def operators(self) -> dict[str, SteeringOperator]:
         """The operators by site name."""
-        return dict(zip(self._names, self._operators, strict=True))
+        return dict(zip(self._names, cast(Iterable[SteeringOperator], self._operators), strict=True))
 
     def tensors(self) -> dict[str, Tensor]:
         """Every coefficient under its key in the checkpoint, ``<site>.<a|b|u|v>``; the tensors themselves."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -99,8 +100,8 @@ def _norm_width(module: nn.Module) -> int:
         return 0  # those norm over other dimensions than the last
     weight = getattr(module, "weight", None)
     if weight is None:  # a norm without parameters (OLMo) states its shape
-        shape = getattr(module, "normalized_shape", ())
-        return int(shape[-1]) if len(shape) == 1 else 0
+        shape: tuple[int, ...] = tuple(getattr(module, "normalized_shape", ()))
+        return int(shape[0]) if len(shape) == 1 else 0
     return weight.numel() if weight.ndim == 1 else 0
 
 
@@ -116,7 +117,7 @@ def _is_head_norm(name: str) -> bool:
     return HEAD_NORM.search(name) is not None
 
 
-def _language_backbone(model: nn.Module) -> tuple[str, int]:
+def _language_backbone(model: Any) -> tuple[str, int]:
     """The dotted prefix of the language backbone, and its hidden size."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     for name, module in model.named_modules():
