@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -10,7 +12,7 @@ from itertools import combinations
 import pytest
 
 from dso.decisions.decision import Decision, DecisionError, DecisionSet
-from dso.decisions.sets import roles
+from dso.decisions.sets import load_decisions, roles
 from dso.decisions.sets.names import NAME_SPLITS, clash, groups_of, names_of
 from dso.decisions.sets.templates import AMBIGUOUS, UNAMBIGUOUS, Template, article, fill
 
@@ -300,3 +302,20 @@ def test_names_of_a_pair_are_equally_long_in_the_embedded_vocabulary(gender: Dec
     assert Counter(lengths.values()) == {1: 2 * 140, 2: 2 * 91, 3: 2 * 16}
     for d in gender:
         assert len({lengths[c.text.strip()] for c in d.candidates}) == 1, d.id
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "digest"),
+    [
+        ("roles", {}, "08ebdb964ab21420"),
+        ("roles", {"seed": 1, "texts": "questions"}, "c45b7fe7bc619694"),
+        ("roles", {"attribute": "gender x race"}, "48b57af7ffb1be7e"),
+        ("roles", {"attribute": "gender x race", "texts": "questions"}, "385b3bfae2c89f82"),
+        ("pronouns", {}, "f083557b293f056d"),
+    ],
+)
+def test_the_decisions_that_figures_were_measured_on_stay_as_they_are(name: str, options: dict, digest: str) -> None:
+    found = hashlib.sha256()
+    for decision in load_decisions(name, **options):
+        found.update((json.dumps(decision.to_json()) + "\n").encode())
+    assert found.hexdigest()[:16] == digest

@@ -37,20 +37,12 @@ from itertools import islice
 from dso.decisions.decision import Candidate, Decision, DecisionError, DecisionSet
 from dso.decisions.sets.names import ATTRIBUTES, clash, groups_of, names_of
 from dso.decisions.sets.questions import FACTS, QUESTIONS
+from dso.decisions.sets.shipped import read_table
 from dso.decisions.sets.templates import AMBIGUOUS, UNAMBIGUOUS, Template, fill
 
-# stereotyped by who holds the job (United States Bureau of Labor Statistics); the last five of each are held out
-FEMALE_OCCUPATIONS = (
-    *("nurse", "secretary", "receptionist", "teacher", "hairdresser", "housekeeper", "cleaner", "counselor"),
-    *("accountant", "editor", "psychologist", "social worker", "paralegal", "dietitian", "florist"),
-    *("librarian", "cashier", "flight attendant", "bookkeeper", "therapist"),
-)
-MALE_OCCUPATIONS = (
-    *("carpenter", "electrician", "plumber", "engineer", "developer", "driver", "guard", "janitor"),
-    *("lawyer", "construction worker", "firefighter", "welder", "architect", "butcher", "physician"),
-    *("mechanic", "farmer", "pilot", "surgeon", "analyst"),
-)
-HELD_OUT = 5
+# Stereotyped by who holds the job (United States Bureau of Labor Statistics).
+_OCCUPATIONS = read_table("occupations.csv")
+STEREOTYPES = {row["occupation"]: row["stereotype"] for row in _OCCUPATIONS}
 
 # split -> (whose names, whose templates, whether the occupations are the seen ones)
 _EVALUATION = {
@@ -70,8 +62,9 @@ Unit = tuple[str, ...]
 
 def occupations(held_out: bool = False) -> tuple[str, ...]:
     """The occupations of training, or the held-out ones; female- and male-stereotyped ones in turn."""
-    part = slice(-HELD_OUT, None) if held_out else slice(0, -HELD_OUT)
-    return tuple(o for pair in zip(FEMALE_OCCUPATIONS[part], MALE_OCCUPATIONS[part], strict=True) for o in pair)
+    part = [row["occupation"] for row in _OCCUPATIONS if row["held_out"] == ("yes" if held_out else "no")]
+    female, male = ([o for o in part if STEREOTYPES[o] == group] for group in ("female", "male"))
+    return tuple(o for pair in zip(female, male, strict=True) for o in pair)
 
 
 def build(
@@ -154,10 +147,7 @@ class _Maker:
         self.groups = groups_of(attribute)
         two = len(self.groups) == 2
         self.templates = [t for t in TEXTS[texts] if two or not t.pair]
-        # a stereotype of an occupation is known for gender only
-        self.stereotypes = dict.fromkeys(FEMALE_OCCUPATIONS, "female") | dict.fromkeys(MALE_OCCUPATIONS, "male")
-        if attribute != "gender":
-            self.stereotypes = {}
+        self.stereotypes = STEREOTYPES if attribute == "gender" else {}  # known for gender alone
 
     def choose(self, split: str, ambiguous: bool) -> list[Template]:
         return [t for t in self.templates if t.split == split and bool(t.fact) != ambiguous]

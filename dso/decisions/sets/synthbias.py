@@ -26,22 +26,13 @@ import re
 from pathlib import Path
 
 from dso.decisions.decision import Candidate, Decision, DecisionError, DecisionSet
+from dso.decisions.sets.shipped import read_table
 
 COLUMNS = ("type", "sample", "occ_1", "occ_2", "pronoun", "is_stereotypical")
 GROUPS = ("pro", "anti")
 STYLES = ("plain", "chat")
 
-_OCCUPATIONS = {
-    "female": """
-        attendant cashier teacher nurse assistant secretary auditor cleaner receptionist clerk
-        counselor designer hairdresser writer housekeeper baker accountant editor librarian tailor
-    """,
-    "male": """
-        driver supervisor janitor cook mover laborer construction_worker chief developer carpenter
-        manager lawyer farmer salesperson physician guard analyst mechanic sheriff ceo
-    """,
-}
-_STEREOTYPE = {word.replace("_", " "): gender for gender, text in _OCCUPATIONS.items() for word in text.split()}
+_STEREOTYPE = {row["occupation"]: row["stereotype"] for row in read_table("winobias_occupations.csv")}
 _GENDER = dict.fromkeys(("he", "him", "his", "himself"), "male") | dict.fromkeys(
     ("she", "her", "hers", "herself"), "female"
 )
