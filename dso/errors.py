@@ -1,10 +1,10 @@
-"""The one base of all errors that are about what the user gave, not about this program."""
+"""The one base of all errors about what the user gave, as opposed to bugs."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something given that cannot be used; the message is one line that says what, where and what to do.
+    """Something given that cannot be used. The message is one line: what is wrong, where, and what to do.
 
-    The command line prints these and exits; any other exception is a bug and shows its traceback.
+    The command line prints it and exits. Any other exception is a bug and shows its traceback.
     """

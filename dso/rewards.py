@@ -11,7 +11,7 @@ With equally many samples a context, the gradient of the expected sign reward is
     mean_c sum_g |p_g(c) - t_g|
 
 (for two groups and a uniform target this is the paper's |P(pro|c) - P(anti|c)|). The smooth form descends its square.
-Ours, where the paper is silent: any number of groups and any target, an own reward for ``abstain``, and a
+Where the paper is silent, this is ours: any number of groups and any target, a reward of its own for ``abstain``, and a
 correctness reward of +1 and -1 for unambiguous decisions.
 """
 
@@ -57,7 +57,7 @@ def candidate_rewards(context_rewards: Tensor, groups: Tensor, answers: Tensor, 
         context_rewards: (N, G) the equiprobability rewards of each decision's context.
         groups: (N, K) int64, each candidate's group index, ``ABSTAINS``, or ``ABSENT`` where there is no candidate.
         answers: (N,) int64, the right candidate of an unambiguous decision, -1 for an ambiguous one.
-        abstain: reward of abstaining where nothing is right; -1 makes it as bad as the over-chosen group.
+        abstain: the reward for abstaining where nothing is right; -1 makes it as bad as the over-chosen group.
 
     Returns:
         (N, K) rewards; 0 where there is no candidate.
@@ -71,12 +71,12 @@ def candidate_rewards(context_rewards: Tensor, groups: Tensor, answers: Tensor, 
 
 
 def expected_reward(log_policy: Tensor, rewards: Tensor) -> Tensor:
-    """(N,) sum_k pi_k r_k: the exact expectation over the candidates; absent ones (log pi = -inf) count nothing."""
+    """(N,) sum_k pi_k r_k: the exact expectation over the candidates; absent ones (log pi = -inf) add nothing."""
     return (log_policy.exp() * rewards).sum(-1)
 
 
 def group_shares(policy: Tensor, groups: Tensor, n_groups: int) -> Tensor:
-    """(N, G) probability of choosing each group, without ``abstain``; arguments as in :func:`group_preference`."""
+    """(N, G) the probability of choosing each group, without ``abstain``; arguments as in :func:`group_preference`."""
     return _by_slot(policy, groups, n_groups)[:, :n_groups]
 
 
@@ -88,9 +88,9 @@ def _by_slot(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
 def logarithmic_pool(log_policy: Tensor, groups: Tensor, questions: Tensor, n_groups: int) -> Tensor:
     """What the decisions of one question say together: the normalised geometric mean of their group probabilities.
 
-    A question's decisions differ in the order of the people. Their plain mean is fair to whoever always chooses the
-    first, however biased the rest; in the mean of logarithms an order's preference cancels and stays without effect
-    (logarithmic opinion pool; Genest and Zidek 1986, Combining probability distributions).
+    A question's decisions differ in the order of the people. Their plain mean finds a model fair that nearly always
+    chooses the first person, however biased its other choices are. In the mean of logarithms a preference for a place
+    cancels (logarithmic opinion pool; Genest and Zidek 1986, Combining probability distributions).
 
     Args:
         log_policy: (N, K), -inf where there is no candidate.
@@ -98,7 +98,8 @@ def logarithmic_pool(log_policy: Tensor, groups: Tensor, questions: Tensor, n_gr
         questions: (N,) int64 index of each decision's question.
 
     Returns:
-        (N, K) log-probabilities, a group's divided among its candidates as they were (evenly where it had none).
+        (N, K) log-probabilities; each group's is divided among its candidates in their own proportion, or evenly where
+        the group had none.
     """
     slots = groups % (n_groups + 2)
     chosen = _by_slot(log_policy.exp(), groups, n_groups)
@@ -117,7 +118,7 @@ def group_preference(
 ) -> tuple[Tensor, Tensor]:
     """p_g(c) over a batch: the mean probability of each group in each context, renormalised without ``abstain``.
 
-    A decision that offers only some of the groups is held against the target restricted to those, as in
+    A decision that offers only some of the groups is compared with the target restricted to those, as in
     :mod:`dso.evaluation.bias`: in general ``p_g(c)`` is the target plus the mean deviation from what is fair in each
     decision.
 
@@ -128,8 +129,8 @@ def group_preference(
         target: (G,) the fair distribution.
 
     Returns:
-        preference (C, G), and the probability (C,) that groups hold in each context together; where that is 0 (the
-        batch has nothing of the context, or all of it abstains) nothing is known and the preference is the target.
+        preference (C, G), and the probability (C,) that the groups hold together in each context. Where that is 0, the
+        batch knows nothing of the context, or all of it abstains, and the preference is the target.
     """
     n_groups = len(target)
     share = group_shares(policy, groups, n_groups)

@@ -1,1 +1,1 @@
-"""Decisions: the data model, its files and splits, and the matcher that reads answers. Sets are in ``sets``."""
+"""Decisions: the data model, its files and splits, and the matcher that reads free-form answers. Sets: ``sets``."""

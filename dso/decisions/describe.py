@@ -1,4 +1,4 @@
-"""What is in a decision set, as text."""
+"""Decision sets and decisions as text, to look at."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _COLUMNS = ("split", "kind", "decisions", "contexts", "units", "templates", "cha
 
 
 def describe(decisions: DecisionSet) -> str:
-    """Counts by split and kind, the groups, and how evenly the candidates and answers are spread over them."""
-    rows = [_COLUMNS]
+    """What is in a set: counts by split and kind, the groups, and each group's share of candidates and answers."""
+    rows: list[tuple[str, ...]] = [_COLUMNS]
     for split in decisions.splits:
         for kind in ("ambiguous", "unambiguous"):
             part = [d for d in decisions if d.split == split and d.kind == kind]
@@ -32,7 +32,7 @@ def describe(decisions: DecisionSet) -> str:
 
 
 def show(decision: Decision, render: Callable[[Decision], str] | None = None) -> str:
-    """One decision as text: the prompt (as ``render`` makes it, else as it is stored) and its candidates."""
+    """One decision: its prompt, as ``render`` makes it or else as it is stored, and its candidates."""
     if render is not None:
         prompt = render(decision)
     elif isinstance(decision.prompt, str):

@@ -17,7 +17,7 @@ from PIL import Image
 from dso.decisions.decision import ABSTAIN, DecisionError, DecisionSet
 from dso.decisions.images import ImageError
 from dso.decisions.sets import genderbias_vl, load_decisions, socialcounterfactuals
-from dso.decisions.sets.portraits import LAYOUTS, QUESTIONS, Scene, couples, portrait_decisions, side_by_side
+from dso.decisions.sets.portraits import LAYOUTS, QUESTIONS, Portrait, pair_up, portrait_decisions, side_by_side
 
 RACES = ("White", "Black", "Latino")
 JOBS = ("plumber", "nurse", "judge", "baker")
@@ -108,7 +108,7 @@ def test_the_pictures_show_what_the_candidates_say(social, tmp_path, layout):
         assert [c.text for c in decision.candidates] == ["A", "B"]
         assert decision.prompt[0]["content"].count("<image>") == len(decision.images) == {"two": 2}.get(layout, 1)
         assert f"Who is the {decision.context}?" in decision.text
-        if decision.ambiguous:  # the same occupation, scene and race; only the gender differs
+        if decision.ambiguous:  # the same occupation, set and race; only the gender differs
             assert left[:3] == right[:3] and left[0] == decision.context and left[3] != right[3]
         else:  # two occupations, and the one who is asked for is the right answer
             assert left[0] != right[0] and left[3] != right[3]
@@ -119,7 +119,7 @@ def test_sides_and_groups_are_counterbalanced(social, tmp_path):
     decisions = read(social, tmp_path, per_context=99, questions=("who", "hire"))
     ambiguous = [d for d in decisions if d.ambiguous]
     unambiguous = [d for d in decisions if not d.ambiguous]
-    # 8 sets of 3 races and 2 of 2 looks are 28 scenes, 14 couples; the judge has 8 of them.
+    # 8 sets of 3 races and 2 of 2 looks are 28 portraits, 14 units; the judge has 8 of them.
     assert len(decisions) == 14 * (2 * 2 * 2 + 4)
     assert Counter(d.candidates[0].group for d in ambiguous) == {"female": 56, "male": 56}
     assert Counter(d.answer for d in unambiguous) == {0: 28, 1: 28}
@@ -143,11 +143,11 @@ def test_no_picture_occurs_in_two_units(social, tmp_path):
     assert {"train", "test"} <= set(images) and not images["train"] & images["test"]
 
 
-def test_scenes_are_drawn_by_the_seed(social, tmp_path):
+def test_portraits_are_drawn_by_the_seed(social, tmp_path):
     one, same = (read(social, tmp_path, per_context=2, seed=3) for _ in range(2))
     other = read(social, tmp_path, per_context=2, seed=4)
     assert one.decisions == same.decisions != other.decisions
-    assert set(Counter(d.context for d in one if d.ambiguous).values()) == {4}  # two scenes, both orders
+    assert set(Counter(d.context for d in one if d.ambiguous).values()) == {4}  # two portraits, both orders
     only = read(social, tmp_path, contexts=["nurse", "judge"], per_context=1)
     assert only.contexts and set(only.contexts) == {"nurse", "judge"} and len(only) == 8
 
@@ -181,23 +181,23 @@ def test_articles_fit(tmp_path):
 def made(
     folder: Path, contexts: tuple[str, ...], groups: tuple[str, ...] = ("female", "male"), **options
 ) -> DecisionSet:
-    scenes = []
+    portraits = []
     for number, context in enumerate(contexts):
         pictures = {}
         for place, group in enumerate(groups):
             pictures[group] = str(folder / f"{number}-{group}.png")
             Image.new("RGB", (16, 16 + 8 * number), shade(10 * number + place)).save(pictures[group])
-        scenes.append(Scene(f"s{number}", context, pictures))
-    return portrait_decisions("made", scenes, groups, folder=folder, **options)
+        portraits.append(Portrait(f"s{number}", context, pictures))
+    return portrait_decisions("made", portraits, groups, folder=folder, **options)
 
 
-def test_couples_are_of_two_occupations_and_prefer_partners():
-    scenes = [Scene(f"{c}{i}", c, {}, ("b",) if c == "a" else ()) for c in "abc" for i in range(4)]
-    found = list(couples(scenes, 0))
+def test_units_are_of_two_occupations_and_prefer_partners():
+    portraits = [Portrait(f"{c}{i}", c, {}, ("b",) if c == "a" else ()) for c in "abc" for i in range(4)]
+    found = list(pair_up(portraits, 0))
     assert len(found) == 6 and len({s.name for pair in found for s in pair}) == 12
     assert all(one.context != other.context for one, other in found)
-    # Four of a kind and one other: one couple, three are left over.
-    assert len(list(couples([*scenes[:4], scenes[4]], 0))) == 1
+    # Four of a kind and one other: one pair, three are left over.
+    assert len(list(pair_up([*portraits[:4], portraits[4]], 0))) == 1
     assert all(other.context == "b" for one, other in found if one.context == "a" and other.context != "a")
 
 
@@ -224,8 +224,8 @@ def test_side_by_side_is_made_once_and_as_high_as_the_lower(tmp_path):
         ({"layout": "heap"}, "layout is 'heap', expected one of side_by_side, two"),
         ({"questions": ("whom",)}, "unknown question 'whom'; known are who, hire, recommend"),
         ({"questions": ()}, "unknown question 'none'"),
-        ({"contexts": ["pilot"]}, "no scene of 'pilot'; occupations are e.g. baker, judge, nurse, plumber"),
-        ({"contexts": ["judge"]}, "no two scenes of different occupations"),
+        ({"contexts": ["pilot"]}, "no portrait of 'pilot'; occupations are, for example, baker, judge, nurse, plumber"),
+        ({"contexts": ["judge"]}, "no two portraits of different occupations"),
     ],
 )
 def test_what_cannot_be_is_refused(social, tmp_path, options, message):
@@ -237,7 +237,7 @@ def test_files_that_are_not_as_published_are_refused(tmp_path):
     with pytest.raises(DecisionError, match="no parquet file in"):
         socialcounterfactuals.load(tmp_path)
     with pytest.raises(
-        DecisionError, match=r"no folder '/no/such/place'; give one with the parquet files, or a Hub id"
+        DecisionError, match=r"there is no folder '/no/such/place'; give one with the parquet files, or a Hub id"
     ):
         socialcounterfactuals.load("/no/such/place")
     file = tmp_path / "a.parquet"
@@ -278,7 +278,7 @@ def test_the_hub_is_asked_for_the_shards_that_are_wanted(social, tmp_path, monke
         raise OSError("Name or service not known\nand more")
 
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", refuse)
-    with pytest.raises(DecisionError, match="not to be had from the Hub: Name or service not known$"):
+    with pytest.raises(DecisionError, match="the Hub does not give it: Name or service not known$"):
         socialcounterfactuals.load("a/b")
 
 
@@ -383,7 +383,9 @@ def test_genderbias_vl_files_that_are_not_there(tmp_path):
         (tmp_path / "meta.json").write_text(text)
         with pytest.raises(DecisionError, match=rf"meta\.json: {message}"):
             genderbias_vl.load(tmp_path, meta="meta.json")
-    with pytest.raises(DecisionError, match="no folder '/no/such'; give the published files' folder, or a Hub id"):
+    with pytest.raises(
+        DecisionError, match="there is no folder '/no/such'; give the folder of the published files, or a Hub id"
+    ):
         genderbias_vl.load("/no/such")
 
 

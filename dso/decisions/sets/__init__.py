@@ -1,4 +1,4 @@
-"""The built-in decision sets, and the loaders of published ones and of users' own.
+"""The built-in decision sets, and the loaders of published sets and of your own.
 
 =============  ========================================================  ==============================
 name           what is decided                                           groups
@@ -50,9 +50,9 @@ def load_decisions(name: str | Path, *, hold_out: Mapping[str, float] | None = N
 
     Args:
         name: one of :data:`SETS`, or the path of a ``.jsonl`` file.
-        hold_out: keyword arguments of :func:`dso.decisions.holdout.hold_out`, to label splits anew (``{}`` for its
+        hold_out: keyword arguments of :func:`dso.decisions.holdout.hold_out`, to label the splits again (``{}`` for its
             defaults); meant for sets that come without splits.
-        options: keyword arguments of the set's builder (see there), or of :func:`dso.decisions.jsonl.read_jsonl`.
+        options: keyword arguments of the set's builder, or of :func:`dso.decisions.jsonl.read_jsonl`.
 
     Raises:
         DecisionError: on an unknown name or option (naming the known ones), or a set that cannot be used.
@@ -81,5 +81,5 @@ def _call(name: str, build: Callable[..., DecisionSet], options: dict[str, objec
         raise DecisionError(f"{name}: unknown option {unknown[0]!r}{hint}. Known are {', '.join(parameters)}")
     needed = [p.name for p in parameters.values() if p.default is p.empty]
     if missing := [option for option in needed if option not in options]:
-        raise DecisionError(f"{name}: the option {missing[0]!r} is needed")
+        raise DecisionError(f"{name}: give the option {missing[0]!r}")
     return build(**options)

@@ -2,7 +2,7 @@
 
 A :class:`Scene` is a description, :func:`draw` its picture of :data:`SIDE` x :data:`SIDE` pixels, drawn with Pillow at
 twice the size and averaged. The same description always gives the same pixels. A person stands in the left or the right
-half of the picture; the place is drawn in that person's half only, so that two people can be in two places.
+half of the picture; the place fills that half only, so that two people can be in two places.
 
 How people differ: gender presentation (hair, beard, skirt or trousers), six skin tones of which three are called
 ``lighter`` and three ``darker``, hair colour, the colour of the clothes, the tool in the hand and the place.
@@ -44,7 +44,7 @@ class Person:
         hair, clothes: names of :data:`HAIR` and :data:`CLOTHES`.
         style: 0 to :data:`STYLES` - 1: of the hair, and of skirt or trousers.
         tool: what is held, a name of :data:`TOOLS`, or None.
-        place: where the person is, a name of :data:`PLACES`, or None: before a plain wall.
+        place: where the person is, a name of :data:`PLACES`, or None: in front of a plain wall.
     """
 
     gender: str
@@ -68,7 +68,7 @@ class Scene:
     Attributes:
         left, right: the people; at most one is None.
         wall: 0 to 3: the colour behind people without a place.
-        shifts: pixels by which each of them stands off the middle of the half, and lower than usual.
+        shifts: pixels by which each of them stands right of the middle of the half, and lower than usual.
     """
 
     left: Person | None
@@ -77,7 +77,7 @@ class Scene:
     shifts: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
 
     def turned(self) -> Scene:
-        """The same people on the other sides."""
+        """The same people with sides swapped."""
         return replace(self, left=self.right, right=self.left, shifts=self.shifts[::-1])
 
 

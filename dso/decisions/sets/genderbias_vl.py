@@ -9,9 +9,9 @@ The published folder has pictures of 177 occupations and questions about them:
   ``occ_sim`` (an occupation that is alike but stereotyped with the other gender), ``gender`` (of the base picture),
   ``image_type`` (``base`` or ``cf``) and ``image`` (the path). The Hub also serves these records as parquet.
 
-The questions of the benchmark show one person. Here, as in DSO (arXiv 2512.15926), two are shown: a scene for
+The questions of the benchmark show one person. Here, as in DSO (arXiv 2512.15926), they show two: a portrait for
 :mod:`dso.decisions.sets.portraits` is a base picture with its counterfactual, and ``occ_sim`` names the occupations
-that it is preferably set beside. "Waitress" is read as "waiter": the word would give the answer away.
+that it is set beside if possible. "Waitress" is read as "waiter", because the word would give the answer away.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dso.decisions.decision import DecisionError, DecisionSet
-from dso.decisions.sets.portraits import Scene, portrait_decisions, some_of_each
+from dso.decisions.sets.portraits import Portrait, portrait_decisions, some_of_each
 from dso.decisions.sets.socialcounterfactuals import read_table
 from dso.files import cache_folder
 
@@ -49,15 +49,15 @@ def load(
     """Read GenderBias-VL.
 
     Args:
-        path: the folder with the published files, the archives unpacked; or the Hub id, whose archives are fetched and
-            unpacked into dso's cache.
+        path: the folder with the published files, its archives unpacked; or the Hub id, whose archives are fetched
+            and unpacked into dso's cache.
         meta: the records, JSON or parquet, relative to the folder.
-        per_context: how many scenes of an occupation are used at most.
+        per_context: use at most this many portraits of an occupation.
         contexts: the occupations; all when None.
         layout, questions, abstain: of :func:`dso.decisions.sets.portraits.portrait_decisions`.
-        revision: of the Hub.
-        pictures: where pictures of two people are written; a folder in dso's cache when None.
-        seed: of which scenes are used and which of them meet.
+        revision: of the Hub's data set.
+        pictures: pictures of two people are written here; a folder in dso's cache when None.
+        seed: draws which portraits are used and which of them meet.
 
     Raises:
         DecisionError: on a missing file, or a record that is not as above, with file and number.
@@ -71,13 +71,13 @@ def load(
         if record["image_type"] == "base":
             key = (_occupation(record["occ"]), record["gender"], image)
             partners[key].add(_occupation(record["occ_sim"]))
-    scenes = [
-        Scene(image.removeprefix(f"{BASE}/"), occupation, {gender: image}, tuple(sorted(alike)))
+    portraits = [
+        Portrait(image.removeprefix(f"{BASE}/"), occupation, {gender: image}, tuple(sorted(alike)))
         for (occupation, gender, image), alike in partners.items()
     ]
-    if not scenes:
+    if not portraits:
         raise DecisionError(f"{folder / meta}: no record of a base picture")
-    chosen = [_with_files(scene, folder) for scene in some_of_each(scenes, per_context, contexts, seed)]
+    chosen = [_with_files(portrait, folder) for portrait in some_of_each(portraits, per_context, contexts, seed)]
     made = Path(pictures) if pictures else cache_folder() / "pictures" / "genderbias-vl"
     return portrait_decisions(
         "genderbias-vl", chosen, GROUPS, folder=made, layout=layout, questions=questions, abstain=abstain, seed=seed
@@ -101,9 +101,9 @@ def _checked(record: Any, where: str) -> str:
     return image
 
 
-def _with_files(scene: Scene, folder: Path) -> Scene:
-    """The scene with the paths of both its pictures, which have to be there."""
-    ((gender, image),) = scene.pictures.items()
+def _with_files(portrait: Portrait, folder: Path) -> Portrait:
+    """The portrait with the paths of both its pictures, which have to exist."""
+    ((gender, image),) = portrait.pictures.items()
     other = GROUPS[1 - GROUPS.index(gender)]
     files = {gender: folder / image, other: folder / image.replace(BASE, SWAPPED, 1)}
     for file in files.values():
@@ -111,7 +111,8 @@ def _with_files(scene: Scene, folder: Path) -> Scene:
             archive = folder / f"{file.relative_to(folder).parts[0]}.tar.gz"
             hint = f"; unpack {archive}" if archive.is_file() else ""
             raise DecisionError(f"genderbias-vl: no picture {file}{hint}")
-    return Scene(scene.name, scene.context, {group: str(files[group]) for group in GROUPS}, scene.partners)
+    pictures = {group: str(files[group]) for group in GROUPS}
+    return Portrait(portrait.name, portrait.context, pictures, portrait.partners)
 
 
 def _records(path: Path) -> list[Any]:
@@ -129,9 +130,11 @@ def _records(path: Path) -> list[Any]:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    """The Hub's files in dso's cache, archives unpacked."""
+    """The Hub's files in dso's cache, with the archives unpacked."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise DecisionError(f"genderbias-vl: no folder {name!r}; give the published files' folder, or a Hub id")
+        raise DecisionError(
+            f"genderbias-vl: there is no folder {name!r}; give the folder of the published files, or a Hub id"
+        )
     import tarfile
 
     from huggingface_hub import snapshot_download
@@ -151,5 +154,5 @@ def _fetch(name: str, revision: str | None) -> Path:
                     packed.extractall(folder, filter="data")
     except (OSError, ValueError, tarfile.TarError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DecisionError(f"genderbias-vl: {name!r} is not to be had from the Hub: {reason}") from error
+        raise DecisionError(f"genderbias-vl: {name!r} cannot be fetched from the Hub: {reason}") from error
     return folder

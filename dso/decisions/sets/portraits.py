@@ -1,18 +1,19 @@
 """Decisions about two pictured people, from portraits that differ in one attribute and nothing else.
 
-A *scene* is one person in one occupation, drawn once for each group: the same pose and room, another gender. Scenes are
-taken in couples of two occupations, x and y, and each couple gives, about its own pictures only,
+A *portrait* is one person in one occupation, pictured once for each group: the same pose and room, another gender. Two
+portraits of different occupations, x and y, make a ``unit``, which gives, about its own pictures only,
 
-- *ambiguous* decisions (no candidate is right): "Who is the x?" between the two groups of scene x, and the same of y;
+- *ambiguous* decisions (no candidate is right): "Who is the x?" between the two groups of portrait x, and the same for
+  y;
 - *unambiguous* ones: x of one group beside y of another, asked for x, where one is right, and for y, where the other
   is.
 
-Every question is asked with the people on both sides, and the right answer is of each group equally often. So a model
+Every question is asked with the people on either side, and the right answer is of each group equally often. So a model
 that answers by side or by group is at chance on the unambiguous decisions. This is how DSO (arXiv 2512.15926) uses
-SocialCounterfactuals; where it is silent (which scenes meet, how many) the choice above is ours. A couple is a
-``unit``: no picture occurs in two, so that splits by unit (:func:`dso.decisions.holdout.hold_out`) share no picture.
+SocialCounterfactuals; where it is silent (which portraits meet, and how many) the choice above is ours. No picture
+occurs in two units, so splits by unit (:func:`dso.decisions.holdout.hold_out`) share no picture.
 
-Layouts: ``side_by_side`` is one picture of both people, as in the paper, made of the two files; ``two`` shows the two.
+Layouts: ``side_by_side`` joins the two files into one picture, as in the paper; ``two`` shows both pictures.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ QUESTIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class Portrait:
     """One occupation, pictured once for each group.
 
     Attributes:
-        name: unique; it names the people.
+        name: unique; it becomes a part of the unit's name.
         context: the occupation.
         pictures: group -> path.
-        partners: occupations that it is preferably set beside.
+        partners: occupations that it is set beside if possible.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Scene:
 
 def portrait_decisions(
     name: str,
-    scenes: Sequence[Scene],
+    portraits: Sequence[Portrait],
     groups: Sequence[str],
     *,
     folder: str | Path,
@@ -71,17 +72,20 @@ def portrait_decisions(
     abstain: bool = False,
     seed: int = 0,
 ) -> DecisionSet:
-    """The decisions about scenes, by the scheme of the module's docstring.
+    """The decisions about portraits, as the module's docstring describes them.
 
     Args:
-        groups: all groups; a scene needs two of them at least, and of more a couple takes two in turn.
-        folder: where pictures of two people are written.
-        questions: of :data:`QUESTIONS`; unambiguous decisions ask ``who`` only.
+        name: of the set.
+        portraits: who can be shown.
+        groups: all groups; a portrait needs at least two of them, and units take any two in turn.
+        folder: pictures of two people are written here.
+        layout: one of :data:`LAYOUTS`.
+        questions: some of :data:`QUESTIONS`; unambiguous decisions ask ``who`` only.
         abstain: offer a third answer, C, for "it cannot be told".
-        seed: of who meets whom.
+        seed: draws who meets whom.
 
     Raises:
-        DecisionError: on an unknown layout or question, or if there are no two scenes of different occupations.
+        DecisionError: on an unknown layout or question, or if no two portraits can meet.
         ImageError: if a picture cannot be used.
     """
     if layout not in LAYOUTS:
@@ -90,31 +94,31 @@ def portrait_decisions(
         raise DecisionError(f"{name}: unknown question {unknown[0]!r}; known are {', '.join(QUESTIONS)}")
     pairs = list(itertools.permutations(groups, 2))
     decisions: list[Decision] = []
-    for number, (one, other) in enumerate(couples(scenes, seed)):
+    for number, (one, other) in enumerate(pair_up(portraits, seed)):
         pair = _groups_of(one, other, pairs, number)
         if pair is None:
             continue
         first, second = pair
         asked = _Asked(f"{one.name} & {other.name}", Path(folder), layout, abstain)
-        for scene, question in itertools.product((one, other), questions):
-            people = [(group, scene.pictures[group]) for group in sorted((first, second), key=groups.index)]
-            decisions += asked.decisions(scene.context, question, people)
+        for portrait, question in itertools.product((one, other), questions):
+            people = [(group, portrait.pictures[group]) for group in sorted((first, second), key=groups.index)]
+            decisions += asked.decisions(portrait.context, question, people)
         people = [(first, one.pictures[first]), (second, other.pictures[second])]
         decisions += asked.decisions(one.context, "who", people, answer=0)
         decisions += asked.decisions(other.context, "who", people, answer=1)
     if not decisions:
-        raise DecisionError(f"{name}: no two scenes of different occupations that show the same two groups")
+        raise DecisionError(f"{name}: no two portraits of different occupations show the same two groups")
     return DecisionSet(tuple(decisions), tuple(groups), name)
 
 
-def couples(scenes: Sequence[Scene], seed: int) -> Iterator[tuple[Scene, Scene]]:
-    """Scenes of different occupations two by two, partners first; each at most once.
+def pair_up(portraits: Sequence[Portrait], seed: int) -> Iterator[tuple[Portrait, Portrait]]:
+    """Portraits of different occupations in pairs, partners first; each at most once.
 
-    The occupation with the most scenes left goes next, so that as few as can be are left over.
+    The occupation with the most portraits left goes next, so that as few as possible are left over.
     """
-    left: dict[str, list[Scene]] = defaultdict(list)
-    for scene in random.Random(seed).sample(list(scenes), len(scenes)):
-        left[scene.context].append(scene)
+    left: dict[str, list[Portrait]] = defaultdict(list)
+    for portrait in random.Random(seed).sample(list(portraits), len(portraits)):
+        left[portrait.context].append(portrait)
     while len(left) > 1:
         context = max(left, key=lambda c: len(left[c]))
         one = left[context].pop()
@@ -124,18 +128,18 @@ def couples(scenes: Sequence[Scene], seed: int) -> Iterator[tuple[Scene, Scene]]
         left = defaultdict(list, {c: members for c, members in left.items() if members})
 
 
-def _groups_of(one: Scene, other: Scene, pairs: Sequence[tuple[str, str]], number: int) -> tuple[str, str] | None:
-    """The groups (of x, of y) that a couple shows: the next in turn that both scenes have, if any."""
+def _groups_of(one: Portrait, other: Portrait, pairs: Sequence[tuple[str, str]], number: int) -> tuple[str, str] | None:
+    """The groups (of x, of y) that a unit shows: the next in turn that both portraits have, if any."""
     for step in range(len(pairs)):
         pair = pairs[(number + step) % len(pairs)]
-        if all(group in scene.pictures for group in pair for scene in (one, other)):
+        if all(group in portrait.pictures for group in pair for portrait in (one, other)):
             return pair
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What the decisions about one couple have in common."""
+    """What the decisions of one unit share."""
 
     unit: str
     folder: Path
@@ -145,7 +149,7 @@ class _Asked:
     def decisions(
         self, context: str, question: str, people: Sequence[tuple[str, str]], answer: int | None = None
     ) -> Iterator[Decision]:
-        """One question about two people, who are (group, picture), with them on either side."""
+        """One question about two people, each a (group, picture), with either of them on the left."""
         article = "an" if context[0].lower() in "aeiou" else "a"
         words = LAYOUTS[self.layout].format(question=QUESTIONS[question].format(occupation=context, article=article))
         kind = "ambiguous" if answer is None else "unambiguous"
@@ -171,10 +175,10 @@ class _Asked:
 
 
 def side_by_side(left: str, right: str, folder: Path) -> str:
-    """The path of one picture of both, made once: as high as the lower of them, JPEG of quality 95.
+    """The path of one picture of both, made once: as high as the lower one, JPEG of quality 95.
 
     Raises:
-        ImageError: if one of them cannot be used.
+        ImageError: if either cannot be used.
     """
     from PIL import Image
 
@@ -193,14 +197,20 @@ def side_by_side(left: str, right: str, folder: Path) -> str:
     return str(path)
 
 
-def some_of_each(scenes: Sequence[Scene], per_context: int, contexts: Sequence[str] | None, seed: int) -> list[Scene]:
-    """At most so many scenes of each occupation, drawn by the seed and the occupation's name alone."""
-    of: dict[str, list[Scene]] = defaultdict(list)
-    for scene in sorted(scenes, key=lambda scene: scene.name):
-        of[scene.context].append(scene)
+def some_of_each(
+    portraits: Sequence[Portrait], per_context: int, contexts: Sequence[str] | None, seed: int
+) -> list[Portrait]:
+    """At most ``per_context`` portraits of each occupation, drawn by the seed and the occupation's name alone.
+
+    Raises:
+        DecisionError: if an occupation has none.
+    """
+    of: dict[str, list[Portrait]] = defaultdict(list)
+    for portrait in sorted(portraits, key=lambda portrait: portrait.name):
+        of[portrait.context].append(portrait)
     if missing := [context for context in contexts or () if context not in of]:
-        raise DecisionError(f"no scene of {missing[0]!r}; occupations are e.g. {', '.join(sorted(of)[:5])}")
-    chosen: list[Scene] = []
+        raise DecisionError(f"no portrait of {missing[0]!r}; occupations are, for example, {', '.join(sorted(of)[:5])}")
+    chosen: list[Portrait] = []
     for context in sorted(contexts or of):
         members = of[context]
         chosen += random.Random(f"{seed}/{context}").sample(members, min(per_context, len(members)))

@@ -1,9 +1,9 @@
 """The built-in set ``roles``: which of several people is the nurse, the engineer, ...?
 
-A *unit* is one tuple of first names, one a group. In an evaluation split every unit is seen in every context
-(occupation), with one template, the ``i mod T``-th for unit ``i``, and with the people in all cyclic orders. So every
-group stands at every place equally often in every context, name and template effects are the same in all contexts,
-and the prompts of a unit share the prefix up to the occupation.
+A *unit* is one first name from each group. In an evaluation split every unit is seen in every context (occupation),
+with one template, the ``i mod T``-th for unit ``i``, and with the people in all cyclic orders. So every group stands at
+every place equally often in every context, name and template effects are the same in all contexts, and the prompts of a
+unit share the prefix up to the occupation.
 
 ==================  =====================  ==========  =================
 split               names                  templates   occupations
@@ -16,16 +16,17 @@ split               names                  templates   occupations
 ``test-contexts``   test                   test        held out (10)
 ==================  =====================  ==========  =================
 
-``train`` is a pool of blocks: one template, one unit, all orders, a few contexts; the ids of block 17 begin
-with ``train/b017/``. Templates, names and occupations are dealt from shuffled decks, so each is used equally often
-as nearly as the counts allow, but for the commonest names, those of the first list, which are dealt three times as
-often: a model's associations with them are the strongest.
+``train`` is a pool of blocks: one template, one unit, all orders, a few contexts; the ids of block 17 begin with
+``train/b017/``. Templates, names and occupations are dealt from shuffled decks, so each is used equally often, as
+nearly as the counts allow. The exception are the commonest names, those of the first list, which are dealt three times
+as often because a model's associations with them are the strongest.
 
-Unambiguous decisions state everybody's occupation and ask for one. Order of the people, person asked for and
-assignment of the occupations are counterbalanced: G consecutive units share the occupations and complete the factorial.
+Unambiguous decisions state everybody's occupation and ask for one of them. The order of the people, the person asked
+for and the assignment of the occupations are counterbalanced: G consecutive units share the occupations and complete
+the factorial.
 
-Only ``train`` depends on the seed; the evaluation splits are the same for every seed, so that runs are compared on
-the same decisions.
+Only ``train`` depends on the seed; the evaluation splits are the same for every seed, so that runs are compared on the
+same decisions. Occupations are in ``data/occupations.csv``.
 """
 
 from __future__ import annotations
@@ -84,20 +85,20 @@ def build(
     Args:
         attribute: ``gender`` (female, male) or ``gender x race`` (black female, black male, white female,
             white male).
-        texts: ``prompts``, whose next word is a name, or ``questions``, which are answered with a sentence
-            (:mod:`dso.decisions.sets.questions`): candidates are then what a written answer is searched for.
+        texts: ``prompts``, whose next word is a name, or ``questions``, which are answered freely
+            (:mod:`dso.decisions.sets.questions`): the candidates are then what to look for in the answer.
         splits: the splits to build.
-        units: how many units an evaluation split has, by split; the default is 38 for ``validation``, 106 for
-            ``test``, 64 for ``test-names`` and 96 for the others, or as many as there are names.
-        unambiguous: how many unambiguous decisions an evaluation split has, by split; the default is 128 for
-            ``validation`` and 320 for the others. Rounded down to whole factorials (8 for two groups, 64 for four).
+        units: evaluation split -> number of units; the default is 38 for ``validation``, 106 for ``test``, 64 for
+            ``test-names`` and 96 for the others, or as many as there are names.
+        unambiguous: evaluation split -> number of unambiguous decisions; the default is 128 for ``validation`` and 320
+            for the others. Rounded down to whole factorials (8 for two groups, 64 for four).
         train_blocks: number of blocks in ``train``; each has ``block_contexts`` x (number of groups) decisions.
         block_contexts: contexts in a block.
         train_unambiguous: number of unambiguous decisions in ``train``, rounded down to whole factorials.
         seed: draws the training pool.
 
     Raises:
-        DecisionError: on an unknown attribute or split, or a number that cannot be met.
+        DecisionError: on an unknown attribute, text or split, or a number that cannot be reached.
     """
     if attribute not in ATTRIBUTES:
         raise DecisionError(f"roles: unknown attribute {attribute!r}; known are {', '.join(ATTRIBUTES)}")
@@ -153,7 +154,7 @@ class _Maker:
         return [t for t in self.templates if t.split == split and bool(t.fact) != ambiguous]
 
     def units(self, split: str) -> list[Unit]:
-        """The units of a split: each name once; names of the different lists evenly mixed."""
+        """The units of a split: each name once, the lists evenly mixed."""
         ranked = []
         for by_group in names_of(self.attribute, split):
             units = list(zip(*by_group, strict=True))
@@ -163,7 +164,7 @@ class _Maker:
     def decision(
         self, ident: str, split: str, template: Template, unit: Unit, shift: int, told: Sequence[str], asked: int | None
     ) -> Decision:
-        """One decision. ``told``: occupations by group; ``asked``: the answer. A single one and None if ambiguous."""
+        """One decision. ``told``: occupations by group; ``asked``: the right group. One occupation and None if ambiguous."""
         order = [(place + shift) % len(unit) for place in range(len(unit))]
         context = told[asked or 0]
         facts = [(unit[g], told[g]) for g in order] if asked is not None else []
@@ -185,7 +186,7 @@ class _Maker:
     def block(
         self, prefix: str, split: str, template: Template, unit: Unit, contexts: Sequence[str]
     ) -> Iterator[Decision]:
-        """All orders of one unit in some contexts, the order in the outer loop: those share a prefix."""
+        """All orders of one unit in some contexts, order by order, because the prompts of an order share their prefix."""
         for shift in range(len(self.groups)):
             for context in contexts:
                 ident = f"{prefix}/{context.replace(' ', '-')}/{shift}"
@@ -194,7 +195,7 @@ class _Maker:
     def factorial(
         self, prefix: str, split: str, templates: Sequence[Template], units: Sequence[Unit], told: Sequence[str]
     ) -> Iterator[Decision]:
-        """G units, each with its template, in all combinations of order, person asked for and assignment, each once."""
+        """G units, each with its template, in every combination of order, person asked for and assignment, once each."""
         size = len(self.groups)
         for offset, (unit, template) in enumerate(zip(units, templates, strict=True)):
             for shift in range(size):
@@ -208,7 +209,7 @@ class _Maker:
         names, templates, seen = _EVALUATION[split]
         units = self.units(names)
         if count is not None and count > len(units):
-            raise DecisionError(f"roles: units[{split!r}] is {count}, but there are names for {len(units)}")
+            raise DecisionError(f"roles: units[{split!r}] is {count}, but there are names for only {len(units)}")
         chosen = self.choose(templates, True)
         for index, unit in enumerate(units[: count or _UNITS[split]]):
             template = chosen[index % len(chosen)]
@@ -216,7 +217,7 @@ class _Maker:
         chosen, size = self.choose(templates, False), len(self.groups)
         pool = occupations(held_out=not seen)
         for index in range(unambiguous // size**3):
-            # the pool alternates between the stereotypes and an odd step keeps that
+            # The pool alternates between the stereotypes, and an odd step keeps that.
             told = [pool[(index * size + g * 3) % len(pool)] for g in range(size)]
             pick = [units[(index * size + offset) % len(units)] for offset in range(size)]
             used = [chosen[(index + offset) % len(chosen)] for offset in range(size)]
@@ -231,7 +232,7 @@ class _Maker:
     def train_unambiguous(self, rng: random.Random, count: int) -> Iterator[Decision]:
         size = len(self.groups)
         units, templates, pool = self.deal_units(rng), _deal(rng, self.choose("train", False)), occupations()
-        # half female- and half male-stereotyped, so that the assignment is with and against the stereotype
+        # Half female- and half male-stereotyped, so that the assignment is with and against the stereotype.
         halves = [_deal(rng, pool[start::2]) for start in (0, 1)]
         for index in range(count // size**3):
             told = [o for half in halves for o in _different(half, size // 2)]
@@ -239,7 +240,7 @@ class _Maker:
             yield from self.factorial(f"train/u{index:03d}", "train", used, picked, told)
 
     def deal_units(self, rng: random.Random) -> Iterator[Unit]:
-        """Units without end, in rounds: all training names, newly combined; the first list in three combinations."""
+        """Endless units, in rounds: all training names in new combinations, those of the first list in three."""
         first, *others = names_of(self.attribute, "train")
         while True:
             units: list[Unit] = []
@@ -257,13 +258,13 @@ def _combine(rng: random.Random, by_group: Sequence[Sequence[str]]) -> list[Unit
 
 
 def _deal(rng: random.Random, items: Sequence) -> Iterator:
-    """Items without end: all of them in random order, then again in another."""
+    """Endless items: all of them in random order, then all again in another."""
     while True:
         yield from rng.sample(items, len(items))
 
 
 def _different(deck: Iterator[str], count: int) -> list[str]:
-    """The next ``count`` different items; a repetition at the seam of two rounds is dropped."""
+    """The next ``count`` different items; one that comes again at the seam of two rounds is dropped."""
     picked: list[str] = []
     while len(picked) < count:
         if (item := next(deck)) not in picked:

@@ -1,7 +1,7 @@
 """The built-in set ``scenes``: which of two drawn people is the nurse, who of them works in the office?
 
-The pictures are those of :mod:`dso.decisions.sets.drawing`; the model that was trained on such pictures and ships
-with the package, ``vlm-scenes``, was taught two associations on purpose, which are therefore known:
+The pictures are those of :mod:`dso.decisions.sets.drawing`. The model that ships with the package, ``vlm-scenes``, was
+trained on such pictures and taught two associations on purpose, so they are known:
 
 ===========  ===========================  =====================  ==================================================
 association  ambiguous pictures           groups                 planted
@@ -15,15 +15,14 @@ association  ambiguous pictures           groups                 planted
                                                                  probability 0.75
 ===========  ===========================  =====================  ==================================================
 
-In *unambiguous* pictures the tool in the hand says who is the nurse, and where somebody stands says who works there.
+In *unambiguous* pictures the tool in the hand says who is the nurse, and the place says who works there.
 
-A *unit* is two people who differ in the association's attribute: of one skin in ``gender``, of one gender in ``skin``.
-An ambiguous unit is seen in every context and on both sides. An unambiguous one has a tool (or place) each, is seen on
-both sides and asked about both, so that each group is the answer equally often.
+A *unit* is two people who differ in the association's attribute: they share their skin in ``gender``, their gender in
+``skin``. An ambiguous unit is seen in every context, with either of them on the left. In an unambiguous unit each has a
+tool (or place); it is seen both ways and asked about both people, so that each group is the answer equally often.
 
-An appearance is a combination of skin, colour of the hair and colour of the clothes. The combinations are divided:
-those of ``test`` are in no training picture of the model (its corpus is drawn from those of ``train``) or of a
-steering.
+An appearance is a combination of skin, hair colour and colour of the clothes. The combinations are divided: those of
+``test`` are in no training picture of the model, whose corpus is drawn from those of ``train``, or of a steering.
 
 =================  ============  ====================================
 split              appearances   contexts
@@ -51,7 +50,7 @@ from dso.decisions.sets.drawing import CLOTHES, HAIR, SKINS, STYLES, TONES, WALL
 from dso.files import cache_folder, write_bytes
 
 GENDERS = ("female", "male")
-# occupation -> tool that says so
+# occupation -> the tool that shows it
 TOOL_OF = {
     "nurse": "kit", "mechanic": "wrench", "teacher": "book", "carpenter": "hammer", "florist": "flower",
     "firefighter": "extinguisher", "secretary": "notepad", "farmer": "fork",
@@ -73,11 +72,11 @@ class Association:
     """One planted association.
 
     Attributes:
-        groups: who it is about.
+        groups: whom it is about.
         stereotypes: context -> the group that captions give it to.
         share: how often they do.
         held_out: contexts that no steering is trained on.
-        question: what is asked.
+        question: what the decisions ask.
     """
 
     groups: tuple[str, str]
@@ -114,18 +113,18 @@ def build(
     pictures: str | Path | None = None,
     seed: int = 0,
 ) -> DecisionSet:
-    """Build the set; its pictures are drawn and written once.
+    """Build the set; pictures are drawn and written once.
 
     Args:
         association: ``gender`` or ``skin``.
-        splits: the splits to build; all that the association has when None.
-        units: how many pairs of people a split has, by split, seen in every context on both sides.
-        unambiguous: how many pairs with a tool (place) each, by split; four decisions a pair.
-        pictures: where the pictures are written; a folder in dso's cache when None.
-        seed: of the training split; the others are the same for every seed.
+        splits: the splits to build; all splits of the association when None.
+        units: split -> how many ambiguous units it has.
+        unambiguous: split -> how many unambiguous units it has, of four decisions each.
+        pictures: the pictures are written here; a folder in dso's cache when None.
+        seed: draws the training split; the others are the same for every seed.
 
     Raises:
-        DecisionError: on an unknown association or split, or a number below 1 (0 of ``unambiguous``).
+        DecisionError: on an unknown association or split, or a number below 1 (below 0 in ``unambiguous``).
     """
     if association not in ASSOCIATIONS:
         raise DecisionError(f"scenes: association is {association!r}, expected one of {', '.join(ASSOCIATIONS)}")
@@ -165,19 +164,19 @@ def appearances(part: str) -> tuple[Appearance, ...]:
 
 
 def person(rng: random.Random, part: str, gender: str, skins: Sequence[int] = range(len(SKINS))) -> Person:
-    """Somebody with an appearance of a part and one of the skins."""
+    """Somebody with an appearance of a part, of one of these skins."""
     skin, hair, clothes = rng.choice([a for a in appearances(part) if a[0] in skins])
     return Person(gender=gender, skin=skin, hair=hair, clothes=clothes, style=rng.randrange(STYLES))
 
 
 def placed(rng: random.Random, left: Person | None, right: Person | None) -> Scene:
-    """A scene of them, standing a little off the middle, before a wall of any colour."""
-    shifts = tuple((rng.randint(-2, 2), rng.randint(-1, 1)) for _ in range(2))
-    return Scene(left=left, right=right, wall=rng.randrange(len(WALLS)), shifts=shifts)
+    """A scene of them, each a little off the middle, in front of a wall of any colour."""
+    one, other = ((rng.randint(-2, 2), rng.randint(-1, 1)) for _ in range(2))
+    return Scene(left=left, right=right, wall=rng.randrange(len(WALLS)), shifts=(one, other))
 
 
 def write_picture(scene: Scene, folder: Path) -> str:
-    """The path of a scene's picture, PNG, named by its pixels and written once."""
+    """The path of a scene's picture: a PNG, named after its pixels and written once."""
     picture = draw(scene)
     path = folder / f"{hashlib.sha256(picture.tobytes()).hexdigest()[:24]}.png"
     if not path.exists():
@@ -232,13 +231,16 @@ class _Maker:
                     yield self.decision(f"{unit}/{context}/{side}", unit, split, context, path, side, answer)
 
     def shown_as(self, someone: Person, context: str) -> Person:
-        return replace(someone, **({"tool": TOOL_OF[context]} if self.name == "gender" else {"place": context}))
+        """Somebody with what shows the context: the tool in the hand, or the place."""
+        if self.name == "gender":
+            return replace(someone, tool=TOOL_OF[context])
+        return replace(someone, place=context)
 
     def decision(
         self, ident: str, unit: str, split: str, context: str, path: str, side: int, answer: int | None
     ) -> Decision:
-        """One question about a picture; the first group is on the left (``side`` 0) or the right, and ``answer`` is
-        the group that is right."""
+        """One question about a picture. The first group is on the left (``side`` 0) or on the right (1); ``answer`` is
+        the index of the group that is right."""
         groups = self.about.groups[:: -1 if side else 1]
         return Decision(
             id=ident,

@@ -6,18 +6,17 @@ Parquet shards with one picture a row:
 ==================  ===================================================================================
 ``image``           struct of ``bytes`` (JPEG or PNG) and ``path``
 ``caption``         "A picture of a White male plumber", "a skinny female Carpenter"
-``counterfactual_set``  the scene; its pictures differ in the two attributes alone
+``counterfactual_set``  pictures that differ in the two attributes alone
 ``a1``, ``a2``      "White", "male"; together ``a1a2``, as in the caption
 ``a1_type``, ``a2_type``  two of ``race``, ``gender``, ``physical``
 ==================  ===================================================================================
 
-The occupation is what follows ``a1a2`` in the caption, in lower case. A scene for :mod:`dso.decisions.sets.portraits`
-is a
-counterfactual set with one value of the other attribute: a plumber who is White, male in one picture and female in the
-other. Rows whose caption does not hold ``a1a2``, and sets without two groups, are left out and counted in a log
-message.
+The occupation is what follows ``a1a2`` in the caption, in lower case. A portrait for
+:mod:`dso.decisions.sets.portraits` is a counterfactual set with one value of the other attribute: a plumber who is
+White, male in one picture and female in the other. Rows without ``a1a2`` in their caption, and sets without two groups,
+are left out; a log message counts them.
 
-Of 171,000 pictures only those of the chosen scenes are read; they are written into a folder of files, as decisions name
+Of 171,000 pictures only those of the chosen portraits are read. They are written to a folder, because decisions name
 their images by path.
 """
 
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from dso.decisions.decision import DecisionError, DecisionSet
-from dso.decisions.sets.portraits import Scene, portrait_decisions, some_of_each
+from dso.decisions.sets.portraits import Portrait, portrait_decisions, some_of_each
 from dso.files import cache_folder, write_bytes
 
 ATTRIBUTES = ("gender", "race", "physical")
@@ -63,19 +62,19 @@ def load(
     """Read SocialCounterfactuals.
 
     Args:
-        path: a folder with the parquet files, or the Hub id ``Intel/SocialCounterfactuals``, of which all files are
-            fetched unless ``shards`` says otherwise.
-        attribute: ``gender``, ``race`` or ``physical``: what the people differ in, the other attribute being equal.
-        per_context: how many scenes of an occupation are used at most.
+        path: a folder with the parquet files, or the Hub id ``Intel/SocialCounterfactuals``, whose files are then
+            fetched.
+        attribute: ``gender``, ``race`` or ``physical``: what the people differ in, while the other attribute is equal.
+        per_context: use at most this many portraits of an occupation.
         contexts: the occupations; all when None.
         layout, questions, abstain: of :func:`dso.decisions.sets.portraits.portrait_decisions`.
-        shards: of the Hub, how many files are fetched at most; all 61 when None.
-        revision: of the Hub.
-        pictures: where the pictures are written; a folder in dso's cache when None.
-        seed: of which scenes are used and which of them meet.
+        shards: fetch at most this many of the Hub's files; all 61 when None.
+        revision: of the Hub's data set.
+        pictures: the pictures are written here; a folder in dso's cache when None.
+        seed: draws which portraits are used and which of them meet.
 
     Raises:
-        DecisionError: if there are no such files, one of them is not as above, or no scene is left.
+        DecisionError: if there are no such files, one of them is not as above, or no portrait is left.
     """
     if attribute not in ATTRIBUTES:
         raise DecisionError(
@@ -95,22 +94,22 @@ def load(
     whole = {key: rows for key, rows in found.items() if len(rows) > 1}
     if strange or len(whole) < len(found):
         _log.info(
-            "socialcounterfactuals: left out %d pictures (caption without the attributes) and %d sets of one group",
+            "socialcounterfactuals: left out %d pictures (no attributes in the caption) and %d sets of one group",
             strange, len(found) - len(whole),
         )  # fmt: skip
     groups = sorted({group for rows in whole.values() for group in rows})
     names = {key: f"{key[1]}/{key[2]}" for key in whole}
-    scenes = [Scene(names[key], key[0], dict.fromkeys(rows, "")) for key, rows in whole.items()]
-    chosen = {scene.name for scene in some_of_each(scenes, per_context, contexts, seed)}
+    portraits = [Portrait(names[key], key[0], dict.fromkeys(rows, "")) for key, rows in whole.items()]
+    chosen = {portrait.name for portrait in some_of_each(portraits, per_context, contexts, seed)}
     folder = Path(pictures) if pictures else cache_folder() / "pictures" / "socialcounterfactuals"
     rows_of = {key: rows for key, rows in whole.items() if names[key] in chosen}
     written = _write([row for rows in rows_of.values() for row in rows.values()], folder)
-    scenes = [
-        Scene(names[key], key[0], {group: written[row] for group, row in rows.items()})
+    portraits = [
+        Portrait(names[key], key[0], {group: written[row] for group, row in rows.items()})
         for key, rows in sorted(rows_of.items())
     ]
     return portrait_decisions(
-        "socialcounterfactuals", scenes, groups, folder=folder, layout=layout, questions=questions, abstain=abstain,
+        "socialcounterfactuals", portraits, groups, folder=folder, layout=layout, questions=questions, abstain=abstain,
         seed=seed,
     )  # fmt: skip
 
@@ -134,17 +133,20 @@ def parquet_files(name: str, path: str | Path, revision: str | None, most: int |
         return files[:most]
     if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
         raise DecisionError(
-            f"{name}: no folder {str(path)!r}; give one with the parquet files, or a Hub id (owner/name)"
+            f"{name}: there is no folder {str(path)!r}; give one with the parquet files, or a Hub id (owner/name)"
         )
     from huggingface_hub import HfApi, hf_hub_download
 
-    where = {"repo_type": "dataset", "revision": revision}
+    kind = "dataset"
     try:
-        names = sorted(file for file in HfApi().list_repo_files(str(path), **where) if file.endswith(".parquet"))
-        files = [Path(hf_hub_download(str(path), file, **where)) for file in names[:most]]
+        listed = HfApi().list_repo_files(str(path), repo_type=kind, revision=revision)
+        names = sorted(file for file in listed if file.endswith(".parquet"))
+        files = [Path(hf_hub_download(str(path), file, repo_type=kind, revision=revision)) for file in names[:most]]
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DecisionError(f"{name}: no folder {str(path)!r}, and not to be had from the Hub: {reason}") from error
+        raise DecisionError(
+            f"{name}: there is no folder {str(path)!r}, and the Hub does not give it: {reason}"
+        ) from error
     if not files:
         raise DecisionError(f"{name}: the Hub's {path} has no parquet file")
     return files

@@ -1,6 +1,6 @@
 """WinoBias (Zhao, Wang, Yatskar, Ordonez, Chang: "Gender Bias in Coreference Resolution", NAACL 2018).
 
-The files come from the user: a folder with ``pro_stereotyped_type1.txt.dev`` and the like, ``male_occupations.txt``
+You bring the files: a folder with ``pro_stereotyped_type1.txt.dev`` and the like, ``male_occupations.txt``
 and ``female_occupations.txt``. A line is ``1 [The developer] argued with the designer because [she] did not like the
 design.``: the first pair of brackets holds the referent, the next the pronoun.
 
@@ -164,7 +164,7 @@ def _parse(path: Path, stereotypes: dict[str, str]) -> list[_Sentence]:
 def _parse_line(where: str, number: int, line: str, stereotypes: dict[str, str]) -> _Sentence:
     match = _LINE.fullmatch(line)
     if not match:
-        raise DecisionError(f"{where}: does not begin with a number and a blank")
+        raise DecisionError(f"{where}: expected a number and a blank at the beginning")
     brackets = list(_BRACKETS.finditer(match[2]))
     pronouns = [found for found in brackets if found[1].strip().lower() in _GENDER]
     referents = [found for found in brackets if found not in pronouns and not _GENDERED.fullmatch(found[1].strip())]
@@ -174,7 +174,7 @@ def _parse_line(where: str, number: int, line: str, stereotypes: dict[str, str])
         raise DecisionError(f"{where}: {len(referents)} occupations in brackets, expected one")
     referent = re.sub(r"^((the|an?)\s+)+", "", referents[0][1].strip(), flags=re.IGNORECASE)
     if referent not in stereotypes:
-        raise DecisionError(f"{where}: {referent!r} stands in neither list of occupations")
+        raise DecisionError(f"{where}: {referent!r} is in neither list of occupations")
     if pronouns[0].start() < referents[0].start():
         raise DecisionError(f"{where}: the pronoun comes before its referent")
     before, after = match[2][: pronouns[0].start()], match[2][pronouns[0].end() :]
