@@ -276,7 +276,7 @@ def test_filling_by_hand() -> None:
         ({"splits": ["tests"]}, "splits: unknown split 'tests'; known are train, validation, test,"),
         ({"splits": "test"}, "splits: expected a list"),
         ({"units": {"train": 3}}, "units: unknown split 'train'"),
-        ({"units": {"test": 107}}, r"units\['test'\] is 107, but there are names for 106"),
+        ({"units": {"test": 107}}, r"units\['test'\] is 107, but there are names for only 106"),
         ({"units": {"test": 0}}, r"units\['test'\] is 0, expected at least 1"),
         ({"unambiguous": {"test": -1}}, r"unambiguous\['test'\] is -1, expected at least 0"),
         ({"block_contexts": 31}, "1 <= block_contexts <= 30"),

@@ -164,7 +164,7 @@ class _Maker:
     def decision(
         self, ident: str, split: str, template: Template, unit: Unit, shift: int, told: Sequence[str], asked: int | None
     ) -> Decision:
-        """One decision. ``told``: occupations by group; ``asked``: the right group. One occupation and None if ambiguous."""
+        """One decision. ``told``: occupations by group; ``asked``: the right group; one and None if it is ambiguous."""
         order = [(place + shift) % len(unit) for place in range(len(unit))]
         context = told[asked or 0]
         facts = [(unit[g], told[g]) for g in order] if asked is not None else []
@@ -186,7 +186,7 @@ class _Maker:
     def block(
         self, prefix: str, split: str, template: Template, unit: Unit, contexts: Sequence[str]
     ) -> Iterator[Decision]:
-        """All orders of one unit in some contexts, order by order, because the prompts of an order share their prefix."""
+        """All orders of one unit in some contexts, order by order: the prompts of an order share a prefix."""
         for shift in range(len(self.groups)):
             for context in contexts:
                 ident = f"{prefix}/{context.replace(' ', '-')}/{shift}"
@@ -195,7 +195,7 @@ class _Maker:
     def factorial(
         self, prefix: str, split: str, templates: Sequence[Template], units: Sequence[Unit], told: Sequence[str]
     ) -> Iterator[Decision]:
-        """G units, each with its template, in every combination of order, person asked for and assignment, once each."""
+        """G units with their templates, in every combination of order, person asked for and assignment, once each."""
         size = len(self.groups)
         for offset, (unit, template) in enumerate(zip(units, templates, strict=True)):
             for shift in range(size):
