@@ -204,4 +204,5 @@ def step_sizes(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tenso
 def sparsity(parameters: Iterable[Tensor]) -> float:
     """Share of coefficients that are exactly zero."""
     values = list(parameters)
-    return sum(int((p == 0).sum()) for p in values) / max(sum(p.numel() for p in values), 1)
+    zeros = sum((p == 0).sum() for p in values)  # stays on the device until all are counted
+    return int(zeros) / max(sum(p.numel() for p in values), 1)

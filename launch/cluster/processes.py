@@ -194,12 +194,27 @@ def process_device(wanted: str | None) -> torch.device:
     """
     wanted = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.index >= torch.cuda.device_count():
-            raise LaunchError(f"process {device.index} of this machine has no GPU: it has {torch.cuda.device_count()}")
+        device = torch.device("cuda", _gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
         torch.cuda.set_device(device)
         return device
     if wanted != "cpu":
         raise LaunchError(f"model.device is {wanted!r}; processes of a launcher take 'cuda' or 'cpu'")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return torch.device("cpu")
+
+
+def _gpu(place: int, visible: int) -> int:
+    """Which of the visible GPUs is that of the process at a place on its machine.
+
+    A scheduler that binds each task to a GPU shows it that one alone, whatever its place. Slurm says how many the job
+    has on the machine, so that tasks without one are told apart; others set CUDA_VISIBLE_DEVICES to the task's own.
+    """
+    if place < visible:
+        return place
+    of_job = os.environ.get("SLURM_GPUS_ON_NODE", "0")
+    bound = of_job.isdecimal() and int(of_job) > place or os.environ.get("CUDA_VISIBLE_DEVICES") == str(place)
+    if visible == 1 and bound:
+        return 0
+    raise LaunchError(
+        f"process {place} of this machine has no GPU: it sees {visible}; start as many processes as there are GPUs"
+    )

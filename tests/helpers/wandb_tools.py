@@ -127,22 +127,22 @@ def table(path: Path, logged: Logged, key: str) -> dict[str, Any]:
 # Processes
 
 
-def tracking_processes(folder: Path) -> list[str]:
-    """What still runs of the processes that were started to track the run of a folder."""
-    found, mark = [], f"WANDB_DIR={folder.resolve()}".encode()
+def services(home: Path) -> list[str]:
+    """The processes of W&B's client that were started where a folder was the home, and still run."""
+    found, mark = [], f"HOME={home}".encode()
     for process in Path("/proc").iterdir():
         try:
             if process.name.isdigit() and mark in (process / "environ").read_bytes().split(b"\0"):
                 found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
         except OSError:
             continue
-    return [name for name in found if name]  # one that has ended, and that nobody waited for, has no command line
+    return [name for name in found if "wandb-core" in name]
 
 
-def gone(folder: Path, seconds: float = 30.0) -> bool:
-    """Whether nothing of the tracking runs any more, at the latest after some seconds."""
+def gone(home: Path, seconds: float = 60.0) -> bool:
+    """Whether none of :func:`services` runs any more, at the latest after some seconds."""
     until = time.monotonic() + seconds
-    while tracking_processes(folder):
+    while services(home):
         if time.monotonic() > until:
             return False
         time.sleep(0.1)

@@ -25,7 +25,7 @@ from dso.evaluation.evaluator import Evaluator
 from dso.steering.model import Steering
 from envs.sampler import divide
 from launch import cli
-from launch.cluster.processes import LaunchError, open_world, read_deepspeed
+from launch.cluster.processes import LaunchError, open_world, process_device, read_deepspeed
 from launch.config.schema import TrainConfig, load_config
 from tools.bench.scaling import EXCHANGES, Exchanges, merged, table, work
 from trainers.checkpointing import checkpoint_layers
@@ -378,17 +378,62 @@ def test_bad_input_ends_every_process_before_they_meet(
 
 def test_processes_without_a_gpu_of_their_own_are_refused(launched: pytest.MonkeyPatch) -> None:
     launched.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(LaunchError, match="process 1 of this machine has no GPU: it has 1"):
+    for name in ("SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
+        launched.delenv(name, raising=False)
+    with pytest.raises(
+        LaunchError, match="process 1 of this machine has no GPU: it sees 1; start as many processes as"
+    ):
         open_world(config_of(model__device="cuda"), str(JSONS[0]))
     with pytest.raises(LaunchError, match="model.device is 'meta'; processes of a launcher take 'cuda' or 'cpu'"):
         open_world(config_of(model__device="meta"), str(JSONS[0]))
 
 
+@pytest.mark.parametrize(
+    ("place", "visible", "of_job", "shown", "gpu"),
+    [
+        (3, 4, "4", None, 3),  # Slurm shows each task all
+        (3, 1, "4", "0", 0),  # --gpus-per-task=1: each its own, by a number that begins anew
+        (3, 1, "4", "3", 0),
+        (3, 1, None, "3", 0),  # another scheduler, or a line of the user's own
+        (3, 1, "1", "0", None),  # four tasks and one GPU
+        (1, 1, None, "0", None),
+        (1, 1, None, None, None),
+        (4, 2, "4", None, None),
+    ],
+)
+def test_a_task_that_sees_one_gpu_takes_it(
+    place: int, visible: int, of_job: str | None, shown: str | None, gpu: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"LOCAL_RANK": str(place), "SLURM_GPUS_ON_NODE": of_job, "CUDA_VISIBLE_DEVICES": shown}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    if gpu is None:
+        with pytest.raises(LaunchError, match=f"process {place} of this machine has no GPU: it sees {visible}"):
+            process_device("cuda")
+        return
+    assert process_device("cuda") == torch.device("cuda", gpu) == taken[0]
+
+
 PAIR = """
 import sys, time, torch
+import torch.distributed as dist
 from dso.errors import UserError
 from trainers.parallel.ranks import RankLost, Ranks
-world = Ranks(torch.device("cpu"), timeout=float(sys.argv[1]))
+what = sys.argv[3]
+if what == "gpu":  # nothing may go over what DeepSpeed's exchanges go over there
+    join = dist.init_process_group
+    dist.init_process_group = lambda backend, **options: join({"nccl": "gloo"}[backend], **options)
+world = Ranks(torch.device("cuda" if what == "gpu" else "cpu"), timeout=float(sys.argv[1]))
+if what == "gpu":
+    for name in ("all_reduce", "broadcast_object_list", "all_gather_object"):
+        def checked(*arguments, exchange=getattr(dist, name), **options):
+            assert options["group"] is world._group is not None
+            return exchange(*arguments, **options)
+        setattr(dist, name, checked)
 other = 1 - world.rank
 assert world.all_sum(torch.tensor([1.0, world.rank])).tolist() == [2.0, 1.0]
 assert (world.most(world.rank), world.agree(world.rank == 1), world.agree(False)) == (1, True, False)
@@ -402,9 +447,11 @@ if world.rank == 1:
     time.sleep(float(sys.argv[2]))
     sys.exit(7)
 try:
-    if sys.argv[3] == "group":
+    if what == "group":
         with world.groups_in_time():
             world.guard(lambda: torch.distributed.new_group([0, 1]))
+    elif what == "meet":
+        world.meet(lambda: print("they met"))
     else:
         world.barrier()
 except RankLost as error:
@@ -435,8 +482,8 @@ def pair(port: int, timeout: float, sleep: float, what: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("timeout", "sleep", "what"),
-    [(200.0, 0.0, "barrier"), (15.0, 600.0, "barrier"), (15.0, 0.0, "group")],
-    ids=["gone", "asleep", "gone before a group is made"],
+    [(200.0, 0.0, "barrier"), (15.0, 600.0, "gpu"), (15.0, 0.0, "group"), (15.0, 600.0, "meet")],
+    ids=["gone", "asleep, on a GPU", "gone before a group is made", "asleep before DeepSpeed's exchange"],
 )
 def test_who_waits_for_a_process_that_does_not_come_says_so(timeout: float, sleep: float, what: str) -> None:
     with socket.socket() as free:
@@ -445,6 +492,7 @@ def test_who_waits_for_a_process_that_does_not_come_says_so(timeout: float, slee
     first, second = pair(port, timeout, sleep, what)
     wanted = f"process 0: another process of the job ended, or did not answer within {timeout:g} s; its own message"
     assert wanted in first, first + second  # torch may warn before
+    assert "they met" not in first
 
 
 def test_another_error_is_not_taken_for_a_lost_process() -> None:

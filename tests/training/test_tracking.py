@@ -1,23 +1,22 @@
-"""Trackers without W&B itself: what is recorded, and that a process that misbehaves stops and slows nothing."""
+"""Trackers without a server: what is recorded, which tracker hears of it, and a W&B client that raises and hangs."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import sys
-import tempfile
-import textwrap
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import wandb
 from stable_baselines3.common.logger import Logger
 from tiny import small_set
-from wandb_tools import KEY, clean_environment, tracking_processes
+from wandb_tools import KEY, clean_environment
 
-import trainers.tracking.wandb_relay as relay_module
 from dso.errors import UserError
 from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.intervals import Estimate
@@ -25,18 +24,10 @@ from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 from launch.config.reading import ConfigError
 from launch.config.schema import WandbSection, known_configs, load_config
-from trainers.tracking import wandb_worker
+from trainers.tracking import weights_and_biases
 from trainers.tracking.records import SAMPLE_COLUMNS, curve_records, decision_samples, scalars, without_credentials
-from trainers.tracking.tracker import (
-    ScalarWriter,
-    TensorBoardTracker,
-    Tracker,
-    WandbTracker,
-    check_tracker,
-    open_tracker,
-    run_id,
-)
-from trainers.tracking.wandb_relay import Relay
+from trainers.tracking.tracker import TensorBoardTracker, Tracker, check_tracker, open_tracker
+from trainers.tracking.weights_and_biases import QUIET, ScalarWriter, WandbTracker, has_key, own_mode, run_id
 
 # What is recorded
 
@@ -55,17 +46,9 @@ def test_the_logger_hands_its_records_on() -> None:
     logger.record("eval/bias", 0.5)
     logger.dump(8)
     assert told == [
-        {"log": {"train/global_step": 2, "train/decisions": 8, "train/kl": 0.25}},
-        {"log": {"train/global_step": 2, "train/decisions": 8, "eval/bias": 0.5}},
+        {"train/global_step": 2, "train/decisions": 8, "train/kl": 0.25},
+        {"train/global_step": 2, "train/decisions": 8, "eval/bias": 0.5},
     ]
-
-
-def test_what_was_not_measured_of_the_kept_steering_is_left_out() -> None:
-    said: list[dict] = []
-    # four groups have no gap, a fixed price no KL of training decisions
-    row = {"step": 25, "bias": 0.1, "accuracy": math.nan, "gap": None, "training_kl": None}
-    WandbTracker(SimpleNamespace(put=said.append), "x").selected(row)
-    assert said == [{"log": {"train/global_step": 25, "selected/step": 25, "selected/bias": 0.1}}]
 
 
 def point(scale: float, bias: float, accuracy: float) -> SimpleNamespace:
@@ -82,19 +65,18 @@ def point(scale: float, bias: float, accuracy: float) -> SimpleNamespace:
 
 
 def test_the_curve_is_a_table_two_charts_and_a_summary() -> None:
-    first, second, third, last = curve_records([point(0.0, 0.5, math.nan), point(1.0, 0.25, 0.75)])
-    assert first["table"]["columns"][:3] == ["scale", "bias", "bias low"]
-    assert first["table"]["rows"][0][:8] == [0.0, 0.5, 0.4, 0.6, 0.51, 0.05, 0.52, None]
-    bias = second["line"]
-    assert (bias["x"], bias["y"], bias["stroke"]) == ("scale", "value", "measure")
-    assert [0.0, 0.5, "bias"] in bias["rows"]
-    assert [1.0, 0.05, "noise floor"] in bias["rows"]
-    assert len(bias["rows"]) == 6
-    assert [row for row in third["line"]["rows"] if row[2] == "accuracy"] == [[1.0, 0.75, "accuracy"]]
-    assert last["summary"]["test/bias"] == 0.25
-    assert last["summary"]["test/base bias"] == 0.5
-    assert (last["summary"]["test/order effect"], last["summary"]["test/base order effect"]) == (0.65, 0.9)
-    assert "test/base accuracy" not in last["summary"]
+    curve = curve_records([point(0.0, 0.5, math.nan), point(1.0, 0.25, 0.75)])
+    assert curve.columns[:3] == ["scale", "bias", "bias low"]
+    assert curve.rows[0][:8] == [0.0, 0.5, 0.4, 0.6, 0.51, 0.05, 0.52, None]
+    bias, cost = curve.charts
+    assert [0.0, 0.5, "bias"] in bias.rows
+    assert [1.0, 0.05, "noise floor"] in bias.rows
+    assert len(bias.rows) == 6
+    assert [row for row in cost.rows if row[2] == "accuracy"] == [[1.0, 0.75, "accuracy"]]
+    assert curve.summary["test/bias"] == 0.25
+    assert curve.summary["test/base bias"] == 0.5
+    assert (curve.summary["test/order effect"], curve.summary["test/base order effect"]) == (0.65, 0.9)
+    assert "test/base accuracy" not in curve.summary
 
 
 def test_samples_are_of_every_context_and_say_what_steering_changes(backbone: Backbone) -> None:
@@ -162,33 +144,34 @@ def test_runs_of_published_models_are_tracked_online_with_a_key_and_offline_with
     assert (config.run.tracking, config.run.wandb.mode) == ("wandb", "auto")
 
 
-@pytest.mark.parametrize(
-    ("settings", "key", "mode"),
-    [
-        ("online", True, "online"),
-        ("online", False, "offline"),
-        ("offline", True, "offline"),
-        ("disabled", True, "disabled"),
-    ],
-)
-def test_without_a_key_a_run_is_offline_and_otherwise_as_wandbs_own_settings_say(
-    settings: str, key: bool, mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stated = SimpleNamespace(mode=settings, base_url="https://api.wandb.ai")
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(setup=lambda: SimpleNamespace(settings=stated)))
-    clean_environment(monkeypatch, tmp_path, **({"WANDB_API_KEY": KEY} if key else {}))
-    assert wandb_worker.own_mode() == mode
+@pytest.fixture
+def own_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """W&B reads its environment once; here it is this test's."""
+    wandb.teardown()
+    clean_environment(monkeypatch, tmp_path / "home", **QUIET)
+    yield monkeypatch
+    wandb.teardown()
 
 
-def test_a_key_is_looked_for_where_wandb_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean_environment(monkeypatch, tmp_path)
-    monkeypatch.delenv("NETRC")
-    assert not wandb_worker.has_key("https://own.server:8080")
-    (tmp_path / ".netrc").write_text(f"machine own.server\n  login user\n  password {KEY}\n")
-    assert wandb_worker.has_key("https://own.server:8080")
-    assert not wandb_worker.has_key("https://another.server")
-    (tmp_path / ".netrc").write_text("machine")  # not one
-    assert not wandb_worker.has_key("https://own.server:8080")
+@pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
+def test_without_a_mode_of_ours_wandbs_own_settings_say(mode: str, own_session: pytest.MonkeyPatch) -> None:
+    own_session.setenv("WANDB_MODE", mode)
+    assert own_mode() == mode
+
+
+def test_a_key_is_looked_for_where_wandb_keeps_it(tmp_path: Path, own_session: pytest.MonkeyPatch) -> None:
+    """And nobody is asked for one."""
+    assert own_mode() == "online"
+    assert not has_key()
+    wandb.teardown()
+    own_session.setenv("WANDB_API_KEY", KEY)
+    assert has_key()
+    wandb.teardown()
+    own_session.delenv("WANDB_API_KEY")
+    own_session.setenv("WANDB_BASE_URL", "http://own.server:8080")
+    own_session.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text(f"machine own.server:8080\n  login user\n  password {KEY}\n")
+    assert has_key()
 
 
 def test_the_id_stays_with_the_folder_unless_a_sweep_gives_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,213 +230,118 @@ def test_tensorboard_holds_the_scalars(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("train/kl")] == [(4, 0.25), (8, 0.5)]
 
 
-# A process that misbehaves
-
-READY = """
-import json, os, sys, time
-def answer(**values): print(json.dumps(values), flush=True)
-messages = (json.loads(line) for line in sys.stdin)
-setup = next(messages)
-answer(mode=setup["mode"])
-with open(os.path.join(setup["folder"], "told." + setup["mode"]), "a") as told:
-    def keep():
-        for message in messages:
-            print(json.dumps(message), file=told, flush=True)
-            if "finish" in message:
-                break
-"""
-HONEST = "    answer(ready={'folder': 'F', 'url': 'U'}); keep(); answer(told=True); answer(done='')\n"
-WORKERS = {
-    "honest": READY + HONEST,
-    "has no address": READY + HONEST.replace("'U'", "None"),
-    "never begins": "import time\ntime.sleep(600)",
-    "ends at once": "raise SystemExit(3)",
-    "does not open": READY + "    if setup['mode'] == 'online': time.sleep(600)\n" + HONEST,
-    "says why": READY + "    if setup['mode'] == 'online': answer(failed='no such entity'); sys.exit(1)\n" + HONEST,
-    "ends in the middle": READY + "    if setup['mode'] == 'online':\n        answer(ready={'folder': 'F', 'url': 'U'})"
-    "; next(messages); sys.exit(1)\n" + HONEST,
-    "does not read": READY + "    if setup['mode'] == 'online':\n        answer(ready={'folder': 'F', 'url': 'U'})"
-    "; time.sleep(600)\n" + HONEST,
-    "does not finish": READY + "    answer(ready={'folder': 'F', 'url': 'U'}); keep(); answer(told=True)\n"
-    "    time.sleep(600)\n",
-}
+# A client that misbehaves
 
 
-@pytest.fixture
-def worker(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Puts a worker of the table in the place of the real one, with seconds instead of minutes."""
-    for name, seconds in {"BEGIN": 60.0, "LOCAL": 60.0, "SLACK": 0.5, "PATIENCE": 0.2}.items():
-        monkeypatch.setattr(relay_module, name, seconds)
+class Client:
+    """What :class:`WandbTracker` uses of ``wandb``, failing where it is told to; ``logged`` is by mode, in order."""
 
-    def put(name: str) -> None:
-        path = tmp_path / "worker.py"
-        path.write_text(textwrap.dedent(WORKERS[name]))
-        monkeypatch.setattr(relay_module, "WORKER", path)
+    def __init__(self, *failing: str):
+        self.failing = failing
+        self.logged: dict[str, list[Any]] = {"online": [], "offline": []}
+        self.ended: list[tuple[str, int]] = []
+        self.left = 0
+        self.never = threading.Event()
 
-    return put
+    def open(self, mode: str) -> Any:
+        self.fail(f"{mode} init")
+
+        def log(values: dict[str, Any]) -> None:
+            if values["step"] == 3:
+                self.fail(f"{mode} log")
+            self.logged[mode].append(values["step"])
+
+        def finish(exit_code: int) -> None:
+            self.fail(f"{mode} finish")
+            self.ended.append((mode, exit_code))
+
+        settings = SimpleNamespace(sync_dir=f"/{mode}")
+        return SimpleNamespace(log=log, finish=finish, offline=mode == "offline", url="U", settings=settings)
+
+    def fail(self, where: str) -> None:
+        if f"{where} hangs" in self.failing:
+            self.never.wait(60)
+        if where in self.failing:
+            raise ValueError(f"{where} failed.")
+
+    def leave(self) -> None:
+        self.left += 1
 
 
-class Run:
-    """A relay with ten records, what it said, and the seconds that the records and the end took."""
+class Told:
+    """Five records of a run and its end, told to a tracker with such a client."""
 
-    def __init__(self, folder: Path, mode: str = "online", size: int = 1, code: int = 0, timeout: float = 60.0):
-        self.folder = folder / "run"
-        self.folder.mkdir()
+    def __init__(self, client: Client, folder: Path, patch: pytest.MonkeyPatch, timeout: float = 30.0, code: int = 0):
         self.said: list[str] = []
         self.warned: list[str] = []
-        setup = {"mode": mode, "folder": str(self.folder), "timeout": timeout}
-        self.bound = timeout + relay_module.SLACK + 2 * relay_module.LOCAL
-        self.relay = Relay(setup, self.said.append, self.warned.append)
+        patch.setattr(weights_and_biases, "_leave", client.leave)
+        patch.setattr(weights_and_biases, "has_key", lambda: True)
+        say, warn = self.said.append, self.warned.append
+        tracker = WandbTracker(folder, config={}, mode="online", timeout=timeout, say=say, warn=warn)
+        patch.setattr(tracker, "_open", client.open)
         started = time.monotonic()
-        self.relay.begin([{"log": {"train/global_step": 0}}])
-        for step in range(1, 11):
-            self.relay.put({"log": {"train/global_step": step, "padding": "x" * size}})
+        tracker.outputs(4)
+        for step in range(5):
+            tracker._news.put(lambda run, step=step: run.log({"step": step}))
         self.took = time.monotonic() - started
         started = time.monotonic()
-        self.relay.close(code)
+        tracker.close(code)
         self.closing = time.monotonic() - started
-        # On a busy machine the end takes so long that it is announced.
-        self.said = [line for line in self.said if not line.startswith("waiting for W&B")]
-
-    def told(self, mode: str) -> list[dict]:
-        path = self.folder / f"told.{mode}"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def steps(self, mode: str) -> list[int]:
-        return [message["log"]["train/global_step"] for message in self.told(mode) if "log" in message]
+        tracker.close(code)  # again: nothing happens
+        client.never.set()
+        self.said = [line for line in self.said if not line.startswith("waiting")]  # a busy machine
 
 
-def test_a_process_is_told_everything_in_order(worker, tmp_path: Path) -> None:
-    worker("honest")
-    run = Run(tmp_path)
-    assert run.steps("online") == list(range(1, 11))
-    assert run.told("online")[-1] == {"finish": 0}
-    assert (run.said[-1], run.warned) == ("W&B: U", [])
-    assert run.relay._worker.process.returncode == 0
-    run.relay.close(0)  # again: nothing happens
-    assert not tracking_processes(run.folder)
-
-
-def test_a_run_that_wandbs_own_settings_disable_says_so(worker, tmp_path: Path) -> None:
-    worker("has no address")
-    run = Run(tmp_path, mode="disabled")
-    assert (run.said[-1], run.warned) == ("W&B: disabled, as its own settings say", [])
-
-
-def test_an_offline_run_begins_with_what_was_before_a_resume(worker, tmp_path: Path) -> None:
-    worker("honest")
-    run = Run(tmp_path, mode="offline")
-    assert run.steps("offline") == list(range(11))
-    assert run.said[-1] == "W&B: offline run, to be sent with: wandb sync F"
-    assert run.warned == []
+def test_a_client_is_told_everything_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client()
+    told = Told(client, tmp_path, monkeypatch, code=1)
+    assert client.logged == {"online": [0, 1, 2, 3, 4], "offline": []}
+    assert (told.said, told.warned, client.ended) == (["W&B: U"], [], [("online", 1)])
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("does not open", "its server did not answer in time"),
-        ("says why", "no such entity"),
-        ("ends in the middle", "its process"),
-    ],
+    ("where", "known"),
+    [("online init", []), ("online log", [0, 1, 2]), ("online finish", [0, 1, 2, 3, 4])],
 )
-def test_what_cannot_be_sent_is_kept_offline_with_one_warning(name: str, reason: str, worker, tmp_path: Path) -> None:
-    worker(name)
-    run = Run(tmp_path, timeout=2.0)
-    assert run.took < 1.5
-    assert run.closing < run.bound
-    assert run.steps("offline") == list(range(11))
-    assert run.told("offline")[-1] == {"finish": 0}
-    assert len(run.warned) == 1
-    assert run.warned[0].startswith(f"W&B: {reason}")
-    assert run.warned[0].endswith("the run is kept offline, send it later with: wandb sync F")
-    assert not tracking_processes(run.folder)
-
-
-def test_a_process_that_does_not_read_holds_nobody_up(worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_module, "STUCK", 2.0)
-    worker("does not read")
-    run = Run(tmp_path, size=200_000)  # more than a pipe takes
-    assert run.took < 1.5
-    assert run.steps("offline") == list(range(11))
-    assert len(run.warned) == 1
-    assert "nothing was read for 2 s" in run.warned[0]
-
-
-@pytest.mark.parametrize("name", ["never begins", "ends at once"])
-def test_tracking_that_is_impossible_is_given_up(
-    name: str, worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_cannot_be_sent_is_kept_offline_from_the_first_record_on(
+    where: str, known: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(relay_module, "BEGIN", 1.0)
-    worker(name)
-    run = Run(tmp_path)
-    assert run.closing < run.bound
-    assert len(run.warned) == 1
-    assert run.warned[0].endswith("wandb/worker.log says more)")
-    assert not tracking_processes(run.folder)
+    client = Client(where)
+    told = Told(client, tmp_path, monkeypatch)
+    assert client.logged == {"online": known, "offline": [0, 1, 2, 3, 4]}
+    way = "the run is kept offline, send it later with: wandb sync /offline"
+    assert (told.warned, client.left) == ([f"W&B: {where} failed; {way}"], 2)  # there, and at the end
+    assert client.ended == [("offline", 0)]
 
 
-def test_a_finish_that_hangs_is_cut_and_said(worker, tmp_path: Path) -> None:
-    worker("does not finish")
-    run = Run(tmp_path, timeout=4.0)
-    assert 4.0 <= run.closing < run.bound
-    assert run.warned == ["W&B: not everything was sent in time; what is missing there is here: wandb sync F"]
-    assert run.steps("online") == list(range(1, 11))
-    assert not run.told("offline")
-    assert not tracking_processes(run.folder)
+def test_a_record_that_is_refused_offline_costs_that_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = Client("online init", "offline log")
+    told = Told(client, tmp_path, monkeypatch)
+    assert client.logged["offline"] == [0, 1, 2, 4]
+    assert told.warned[1:] == ["W&B refused a record: offline log failed"]
 
 
-def test_a_run_that_ended_early_waits_for_nothing_but_the_server(worker, tmp_path: Path) -> None:
-    worker("does not open")
-    run = Run(tmp_path, code=1, timeout=1.0)
-    assert run.closing < 1.0 + relay_module.LOCAL / 2  # the time for keeping things offline is not taken
-    assert not run.told("offline")
-    assert not tracking_processes(run.folder)
+def test_a_client_that_does_not_work_at_all_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(Client("online init", "offline init"), tmp_path, monkeypatch)
+    assert told.warned == ["W&B: online init failed; this run is not tracked"]
 
 
-def test_ctrl_c_while_waiting_ends_the_process(worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker("does not finish")
-    relay = Relay({"mode": "online", "folder": str(tmp_path), "timeout": 600.0}, lambda _: None, lambda _: None)
-    relay.begin()
-    join = relay._thread.join
-    waits: list[float] = []
-
-    def interrupted(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 2:
-            raise KeyboardInterrupt
-        join(max(seconds, 2.0))
-
-    monkeypatch.setattr(relay._thread, "join", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        relay.close(0)
-    assert not relay._thread.is_alive()
-    assert not tracking_processes(tmp_path)
+def test_what_is_missing_at_the_end_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Told(Client("online init", "offline finish"), tmp_path, monkeypatch)
+    assert told.warned[1:] == ["W&B: offline finish failed; what there is can be sent with: wandb sync /offline"]
 
 
-def test_the_memory_is_bounded_and_says_so(worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay_module, "KEPT", 4)
-    worker("honest")
-    run = Run(tmp_path)
-    steps = run.steps("online")
-    assert steps[-4:] == [7, 8, 9, 10]
-    lost = 10 - len(steps)
-    expected = [f"W&B: the first {lost} records were dropped; what is missing there is here: wandb sync F"]
-    assert run.warned == (expected if lost else [])
+@pytest.mark.parametrize("where", ["online init hangs", "online log hangs", "online finish hangs"])
+def test_a_client_that_hangs_holds_nobody_up(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_and_biases, "SLACK", 1.0)
+    monkeypatch.setattr(weights_and_biases, "PATIENCE", 0.2)
+    told = Told(Client(where), tmp_path, monkeypatch, timeout=0.5)
+    assert told.took < 1.0
+    assert 2.0 <= told.closing < 4.0  # twice the server's time, and the slack
+    assert told.warned == [f"W&B: did not end within 2 s; what it has is in {tmp_path}/wandb"]
 
 
-def test_the_process_sees_only_the_folder_of_the_run(worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_SERVICE", "another process")
-    monkeypatch.setenv("WANDB_DIR", "/elsewhere")
-    seen = relay_module.environment(tmp_path / "wandb", "S")
-    places = {name: value for name, value in seen.items() if name.startswith("WANDB_") and name.endswith("DIR")}
-    assert len(places) == 4
-    assert all(Path(value).is_relative_to(tmp_path) for value in places.values())
-    assert "WANDB_SERVICE" not in seen
-    assert seen["TMPDIR"] == "S"
-    worker("honest")
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    run = Run(tmp_path)
-    assert run.steps("online")
-    assert list(scratch.iterdir()) == []
+def test_a_run_that_ended_early_waits_for_the_server_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_and_biases, "PATIENCE", 0.2)
+    told = Told(Client("online init hangs"), tmp_path, monkeypatch, timeout=0.5, code=1)
+    assert 0.7 <= told.closing < 3.0

@@ -22,16 +22,17 @@ from wandb_tools import (
     gone,
     offline_runs,
     read,
+    services,
     serving,
     table,
-    tracking_processes,
 )  # fmt: skip
 
 import launch.run.session
 import launch.run.train
 from launch.config.schema import TrainConfig, load_config
 from launch.run.train import Result, train
-from trainers.tracking.wandb_relay import LOCAL, SLACK, Relay
+from trainers.tracking.tracker import open_tracker
+from trainers.tracking.weights_and_biases import SLACK
 
 Offline = tuple[TrainConfig, Result, Path, list[str]]
 SECRETS = {"HF_TOKEN": "hf_never-to-be-seen-anywhere", "AWS_SECRET_ACCESS_KEY": "never-to-be-seen-either"}
@@ -124,7 +125,7 @@ def test_an_offline_run_holds_what_was_logged(offline: Offline) -> None:
     check_results(path, logged, result.folder)
     assert logged.stats["memory_percent"] > 0
     own = int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-    assert own / 2 < logged.stats["proc.memory.rssMB"] < 2 * own  # of this process, not of the one that speaks to W&B
+    assert own / 2 < logged.stats["proc.memory.rssMB"] < 2 * own  # of the process that trains
 
 
 def test_nothing_is_asked_warned_or_left_behind(offline: Offline) -> None:
@@ -132,8 +133,8 @@ def test_nothing_is_asked_warned_or_left_behind(offline: Offline) -> None:
     (path,) = offline_runs(result.folder)
     about = [line for line in said if "W&B" in line and not line.startswith("waiting")]
     assert about == [f"W&B: offline run, to be sent with: wandb sync {path.parent.resolve()}"]
-    assert gone(result.folder)
-    assert [path for place in (home, home.parent / "t") for path in place.rglob("*wandb*")] == []
+    assert gone(home)
+    assert list((home.parent / "t").rglob("*wandb*")) == []
 
 
 def test_no_secret_is_in_any_file_of_the_run(offline: Offline) -> None:
@@ -182,7 +183,6 @@ def test_a_resumed_run_has_the_same_id_and_its_whole_history(
     with monkeypatch.context() as patch, pytest.raises(launch.run.train.Stopped):
         patch.setattr(launch.run.train, "learn", interrupted)
         train(config, name="unused", quiet=True)
-    assert gone(folder)
     name = json.loads((folder / "wandb.json").read_text())["id"]
     result = train(config, name="unused", resume=True, quiet=True)
     first, second = (read(path) for path in offline_runs(folder))
@@ -222,7 +222,7 @@ def run_online(
     monkeypatch.setattr(launch.run.session, "open_tracker", open_timed)
     result = train(config_of(tmp_path, model, timeout=timeout), name="unused", quiet=True)
     assert (result.folder / "report.md").exists()
-    assert gone(result.folder)
+    assert gone(tmp_path / "home")
     return result.folder, said, took[0]
 
 
@@ -237,7 +237,7 @@ def test_a_server_that_does_not_serve_stops_nothing(
     with serving(behaviour) as server:
         url = closed_port() if behaviour == "refuse" else server.url
         folder, said, took = run_online(tmp_path, model_folder, monkeypatch, url)
-    assert took < 1.0 + SLACK + 2 * LOCAL
+    assert took < 2 * 1.0 + SLACK
     warnings = [line for line in said if line.startswith("dso:")]
     assert len(warnings) == 1
     (path,) = (run for run in offline_runs(folder) if run.parent.name.startswith("offline-run-"))
@@ -271,59 +271,92 @@ def test_a_server_that_serves_gets_everything_and_the_same_run_again(
 def test_a_server_that_hangs_in_mid_run_costs_a_bounded_time_and_no_data(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results, patience = launch.run.train._measure, [LOCAL]
-    monkeypatch.setattr(Relay, "_patience", lambda self, worker: LOCAL if self._is_offline() else patience[0])
+    results = launch.run.train._measure
 
     def measure(*arguments: Any) -> Any:
-        until = time.monotonic() + LOCAL
-        while not server.history and time.monotonic() < until:  # until the run is open and something was streamed
+        until = time.monotonic() + SLACK
+        while not server.calls["UpsertBucket"] and time.monotonic() < until:  # until the run is open
             time.sleep(0.1)
-        server.behaviour, patience[0] = "hang", 3.0
+        server.behaviour = "hang"
         return results(*arguments)
 
     with serving("well") as server:
         monkeypatch.setattr(launch.run.train, "_measure", measure)
-        folder, said, took = run_online(tmp_path, model_folder, monkeypatch, server.url, timeout=60.0)
-    assert server.history
-    assert took < 60.0 + SLACK + 2 * LOCAL
+        folder, said, took = run_online(tmp_path, model_folder, monkeypatch, server.url, timeout=5.0)
+    assert took < 2 * 5.0 + SLACK
     assert len([line for line in said if line.startswith("dso:")]) == 1
-    complete = offline_runs(folder)[0]  # the offline one, if W&B could not even be told everything
+    complete = offline_runs(folder)[0]
+    assert complete.parent.name.startswith("offline-run-")
     logged = read(complete)
     check_scalars(logged, folder)
     check_results(complete, logged, folder)
+
+
+def test_a_server_that_hangs_at_the_end_costs_its_time_and_no_data(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving("well") as server:
+        answered = server.answer
+
+        def answer(operation: str, variables: dict[str, Any]) -> dict[str, Any]:
+            found = answered(operation, variables)
+            if operation == "CreateArtifact" and variables["input"]["artifactTypeName"] == "steering":
+                server.behaviour = "hang"  # from then on
+            return found
+
+        monkeypatch.setattr(server, "answer", answer)
+        folder, said, took = run_online(tmp_path, model_folder, monkeypatch, server.url, timeout=3.0)
+    assert took < 2 * 3.0 + SLACK
+    assert len([line for line in said if "wandb sync" in line]) == 1
+    path = offline_runs(folder)[0]
+    assert path.parent.name.startswith("offline-run-")
+    logged = read(path)
+    check_scalars(logged, folder)
+    check_results(path, logged, folder)
 
 
 # Ends
 
 
 SCRIPT = """
-import json, sys, time
-from trainers.tracking.wandb_relay import Relay
-relay = Relay(json.loads(sys.argv[1]), lambda line: print(line, flush=True), print)
-relay.begin()
+import sys, time
+from pathlib import Path
+from trainers.tracking.tracker import open_tracker
+folder = Path(sys.argv[1])
+say = lambda line: print(line, flush=True)
+(output,) = open_tracker("wandb", folder, config={}, say=say, warn=say, project="dso").outputs(4)
 for step in range(1, 6):
-    relay.put({"log": {"train/global_step": step, "train/kl": step / 8}})
+    output.write({"train/kl": step / 8}, {}, 4 * step)
 time.sleep(600)
 """
 
 
 def test_no_process_outlives_one_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean_environment(monkeypatch, tmp_path / "home")
-    setup = {"mode": "auto", "folder": str(tmp_path), "timeout": 30.0, "process": 1, "config": {}}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(setup | {"init": {"project": "dso", "id": "killed"}})]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    home = tmp_path / "home"
+    clean_environment(monkeypatch, home)
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline().startswith("W&B: offline run")
-        assert len(tracking_processes(tmp_path)) >= 2  # the one that logs, and W&B's service
+        assert services(home)
+        time.sleep(4.0)  # until they are on the disk
     finally:
         process.kill()
         process.wait()
-    assert gone(tmp_path, 60)
+    assert gone(home)
     (path,) = offline_runs(tmp_path)
-    logged = read(path)
-    assert logged.exit_code == 255
-    steps = [step for step, _ in logged.scalars("train/kl")]
-    assert steps == list(range(1, len(steps) + 1))  # those that it was told
+    assert read(path).scalars("train/kl") == [(step, step / 8) for step in range(1, 6)]
+
+
+def test_a_password_on_the_command_line_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clean_environment(monkeypatch, tmp_path / "home")
+    monkeypatch.setattr(sys, "argv", ["dso", "train", "x", "data.options.path=https://user:never-seen@host/x"])
+    config = {"data": {"options": {"path": "https://user:never-seen@host/x"}}}
+    with open_tracker("wandb", tmp_path, config=config, say=print, warn=print, project="dso") as tracker:
+        tracker.outputs(4)
+    (path,) = offline_runs(tmp_path)
+    assert read(path).config["data"]["options"]["path"] == "https://***@host/x"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"never-seen" in path.read_bytes()]
 
 
 def test_an_error_ends_the_run_as_failed_also_that_of_a_sweep(
@@ -347,4 +380,3 @@ def test_an_error_ends_the_run_as_failed_also_that_of_a_sweep(
     assert (logged.run.run_id, logged.run.sweep_id, logged.run.project) == ("1e234567", "swept", "of-the-sweep")
     assert logged.config["train.seed"] == logged.config["train"]["seed"] == 0
     check_scalars(logged, folder)
-    assert gone(folder)

@@ -108,7 +108,7 @@ class EngineLearner(Learner):
 
     def backward(self, loss: Tensor, *, first: bool, last: bool) -> None:
         # The engine takes the mean over the processes; what is wanted is the sum.
-        self.world.guard(lambda: self.engine.backward(loss * self.world.size, scale_wrt_gas=False))
+        self.world.meet(lambda: self.engine.backward(loss * self.world.size, scale_wrt_gas=False))
         if not last:
             self.engine.step()  # counts the part
 
@@ -117,7 +117,7 @@ class EngineLearner(Learner):
             norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm))
             usable = usable and bool(torch.isfinite(torch.tensor(norm)))
         self.optimizer.hold = not usable
-        self.world.guard(self.engine.step)
+        self.world.meet(self.engine.step)
         self.optimizer.hold = False
         if self.stage > 0:
             # A norm that is not finite counts as an overflow there, and the step was left out in every process.
@@ -205,7 +205,7 @@ class EngineLearner(Learner):
     def _hold(self) -> None:
         """Stage 3: make whole again what a step divides and passes need at once."""
         if self._kept:
-            self.world.guard(self._kept.hold)
+            self.world.meet(self._kept.hold)
 
     def _store(self) -> None:
         """Stage 3: the slices that operators are gathered from follow what was written into the whole ones."""

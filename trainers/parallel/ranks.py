@@ -4,6 +4,10 @@ Every process draws the same batch, decides its own share of it and learns of th
 running preferences, the price of KL and every verdict (skip a step, stop, keep a checkpoint) are the same everywhere.
 :class:`World` is one process by itself: it exchanges nothing and imports no launcher's library. :class:`Ranks` are the
 processes that a launcher started.
+
+What they tell each other are a few numbers a step. They go over gloo on the CPU, on machines with GPUs too: gloo raises
+an error where another process is gone or late, and NCCL, which DeepSpeed's exchanges go over there, ends the process
+that waits.
 """
 
 from __future__ import annotations
@@ -82,7 +86,7 @@ class Ranks(World):
     """The processes that a launcher started, over torch.distributed.
 
     Args:
-        device: where exchanged tensors have to be; the backend follows from it (nccl on cuda, gloo on cpu).
+        device: what the model runs on; DeepSpeed's backend follows from it (nccl on cuda, gloo on cpu).
         timeout: seconds that a process waits for the others before it gives up.
     """
 
@@ -92,32 +96,35 @@ class Ranks(World):
         self._dist = dist
         self.device = device
         self.timeout = timeout
+        on_gpu = device.type == "cuda"
+        limit = timedelta(seconds=timeout)
         if not dist.is_initialized():
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            self.guard(lambda: dist.init_process_group(backend, timeout=timedelta(seconds=timeout)))
+            self.guard(lambda: dist.init_process_group("nccl" if on_gpu else "gloo", timeout=limit))
+        self._group = self.guard(lambda: dist.new_group(backend="gloo", timeout=limit)) if on_gpu else None
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def all_sum(self, values: Tensor) -> Tensor:
-        total = values.detach().to(self.device, copy=True).contiguous()
-        self.guard(lambda: self._dist.all_reduce(total))
+        total = values.detach().to("cpu", copy=True).contiguous()
+        self.guard(lambda: self._dist.all_reduce(total, group=self._group))
         return total.to(values.device)
 
     def most(self, number: int) -> int:
-        value = torch.tensor(number, device=self.device)
-        self.guard(lambda: self._dist.all_reduce(value, self._dist.ReduceOp.MAX))
+        value = torch.tensor(number)
+        self.guard(lambda: self._dist.all_reduce(value, self._dist.ReduceOp.MAX, group=self._group))
         return int(value)
 
     def broadcast_object(self, value: T) -> T:
         box: list[Any] = [value]
-        self.guard(lambda: self._dist.broadcast_object_list(box, src=0, device=self.device))
+        self.guard(lambda: self._dist.broadcast_object_list(box, src=0, group=self._group))
         return box[0]
 
     def barrier(self) -> None:
-        self.most(0)  # with nccl a barrier of its own would guess the device
+        self.most(0)
 
     def require(self, error: UserError | None) -> None:
         found: list[str | None] = [None] * self.size
-        self.guard(lambda: self._dist.all_gather_object(found, None if error is None else str(error)))
+        told = None if error is None else str(error)
+        self.guard(lambda: self._dist.all_gather_object(found, told, group=self._group))
         if error is not None:
             raise error
         for rank, message in enumerate(found):
@@ -127,6 +134,15 @@ class Ranks(World):
     def close(self) -> None:
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
+
+    def meet(self, work: Callable[[], T]) -> T:
+        """Run work in which DeepSpeed exchanges something, once every process has come to it.
+
+        Raises:
+            RankLost: if one does not come, or is gone. Where one goes amid the work, NCCL ends this process.
+        """
+        self.barrier()
+        return self.guard(work)
 
     @contextmanager
     def groups_in_time(self) -> Iterator[None]:

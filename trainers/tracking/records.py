@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from dso.decisions.decision import Decision, DecisionSet
@@ -19,7 +20,7 @@ SAMPLE_COLUMNS = ("decision", "context", "kind", "prompt", "candidate", "group",
 
 def scalars(record: Mapping[str, Any], decisions: int) -> dict[str, float]:
     """The finite numbers of a record of the logger, with the optimiser steps and the decisions so far."""
-    numbers = {}
+    numbers: dict[str, float] = {}
     for key, value in record.items():
         value = value.item() if hasattr(value, "item") else value
         if "/" in key and isinstance(value, int | float) and math.isfinite(value):
@@ -36,8 +37,27 @@ def without_credentials(value: Any) -> Any:
     return re.sub(r"(?<=://)[^/@\s]+(?=@)", "***", value) if isinstance(value, str) else value
 
 
-def curve_records(points: Sequence[ScalePoint]) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """Lines over the scale; ``rows`` are (scale, value, the line's name)."""
+
+    key: str
+    title: str
+    rows: list[list[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
     """The bias-scale curve: a table of everything, a chart of bias, one of what it costs, and the ends as a summary."""
+
+    columns: list[str]
+    rows: list[list[float | None]]
+    charts: list[Chart]
+    summary: dict[str, float]
+
+
+def curve_records(points: Sequence[ScalePoint]) -> Curve:
+    """What is shown of the measured scales; a value that was not measured is None in the table and has no point."""
     rows = [
         {
             "scale": point.scale,
@@ -54,23 +74,21 @@ def curve_records(points: Sequence[ScalePoint]) -> list[dict[str, Any]]:
         }
         for point in points
     ]
-    columns = list(rows[0])
-    table = {"key": "curve/points", "columns": columns, "rows": [_finite(list(row.values())) for row in rows]}
     summary = {f"test/{name}": value for name, value in rows[-1].items()}
     summary |= {f"test/base {name}": rows[0][name] for name in ("bias", "accuracy", "order effect")}
-    return [
-        {"table": table},
-        _chart("curve/bias", "Bias against the scale", rows, ("bias", "soft bias", "noise floor")),
-        _chart("curve/cost", "What it costs", rows, ("accuracy", "answer mass", "KL")),
-        {"summary": {name: value for name, value in summary.items() if math.isfinite(value)}},
-    ]
+    return Curve(
+        columns=list(rows[0]),
+        rows=[_finite(list(row.values())) for row in rows],
+        charts=[
+            Chart("curve/bias", "Bias against the scale", _lines(rows, ("bias", "soft bias", "noise floor"))),
+            Chart("curve/cost", "What it costs", _lines(rows, ("accuracy", "answer mass", "KL"))),
+        ],
+        summary={name: value for name, value in summary.items() if math.isfinite(value)},
+    )
 
 
-def _chart(key: str, title: str, rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, Any]:
-    """Lines over the scale, one a name; a point that was not measured has none."""
-    lines = [[row["scale"], row[name], name] for name in names for row in rows if math.isfinite(row[name])]
-    axes = {"x": "scale", "y": "value", "stroke": "measure"}
-    return {"line": {"key": key, "title": title, "columns": list(axes.values()), "rows": lines, **axes}}
+def _lines(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[list[Any]]:
+    return [[row["scale"], row[name], name] for name in names for row in rows if math.isfinite(row[name])]
 
 
 def decision_samples(
