@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ OWN = {"dso", "envs", "trainers", "launch", "configs"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; what the user can mend is one line on stderr and exit code 2, a bug keeps its traceback."""
+    _print_any_text()
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from dso.errors import UserError
@@ -43,6 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(str(error), secondhand=getattr(error, "secondhand", False))
     return EXIT_INPUT
+
+
+def _print_any_text() -> None:
+    """Let printing escape what the terminal's encoding lacks, such as "é" in ASCII, where it would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _say(error: str, secondhand: bool = False) -> None:

@@ -506,6 +506,20 @@ GOOD = {
 }  # fmt: skip
 
 
+def test_an_ascii_terminal_shows_names_with_accents_escaped(tmp_path: Path) -> None:
+    names = [{"text": " Jos\u00e9", "group": "male"}, {"text": " Zo\u00eb", "group": "female"}]
+    data = tmp_path / "jos\u00e9.jsonl"
+    data.write_text(json.dumps(GOOD | {"prompt": "Jos\u00e9 or Zo\u00eb?", "candidates": names}), encoding="utf-8")
+    command = [sys.executable, "-m", "launch.cli", "decisions", str(data)]
+    shell = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=shell, capture_output=True, text=True, encoding="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"  | Jos\xe9 or Zo\xeb?" in done.stdout and r"' Jos\xe9' (male)" in done.stdout
+    data.write_text("{", encoding="utf-8")
+    done = subprocess.run(command, cwd=ROOT, env=shell, capture_output=True, text=True, encoding="ascii")
+    assert done.returncode == 2 and r"jos\xe9.jsonl:1: not valid JSON" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
