@@ -539,7 +539,7 @@ def test_an_ascii_terminal_shows_names_with_accents_escaped(tmp_path: Path) -> N
         ({"context": ""}, "the context is empty"),
         ({"stereotype": 3}, "stereotype must be a group or null"),
         ({"images": "x.png"}, "images must be a list of paths"),
-        ({"colour": "red"}, "unknown key(s) colour; known are id,"),
+        ({"colour": "red"}, "unknown key(s) 'colour'; known are id,"),
         ({"id": "0"}, "duplicate id '0', first used on line 1"),
     ],
 )
