@@ -19,9 +19,11 @@ class Validation:
     """What one measurement of the validation split says.
 
     Attributes:
-        step: optimiser steps done.
-        bias: floor-corrected soft per-context bias.
-        soft_bias, floor: the uncorrected bias and its noise floor.
+        step: optimiser steps done. bias: root mean square over contexts, noise taken off; below 0 where the sample
+        shows less than its own noise, so
+            that no two measurements are tied at 0.
+        log_odds: the same in log-odds; None where that cannot be measured.
+        order_effect: how far answers follow the order of the people; None where each question has one order.
         accuracy: on unambiguous decisions, nan if there are none.
         kl: mean KL in nats.
         answer_mass: mean probability of all candidates together, as a ratio to the base model's; nan if the base has
@@ -34,11 +36,11 @@ class Validation:
 
     step: int
     bias: float
-    soft_bias: float
-    floor: float
     accuracy: float
     kl: float
     answer_mass: float
+    log_odds: float | None = None
+    order_effect: float | None = None
     gap: float | None = None
     training_kl: float | None = None
     scale: float = 1.0
@@ -48,6 +50,10 @@ class Validation:
         """The KL that is held to the budget: the larger of what was measured, nan if one of them is."""
         known = [kl for kl in (self.kl, self.training_kl) if kl is not None]
         return math.nan if any(map(math.isnan, known)) else max(known)
+
+    def to_json(self) -> dict[str, float | None]:
+        """The row as a JSON object: null for what was not measured, as JSON has no nan."""
+        return {k: v if v is None or math.isfinite(v) else None for k, v in asdict(self).items()}
 
     def scalars(self) -> dict[str, float]:
         """What is recorded of it, by name: everything that was measured."""
@@ -64,10 +70,9 @@ class Measure(Protocol):
 class Selection(BaseCallback):
     """Measure the validation split as training goes on and keep the best operators inside the constraints.
 
-    Best is the least soft bias as measured: the same people are asked each time, so what they differ in is in all
-    measurements, and taking the floor off (which leaves 0 for several) would only hide which is the least. The
-    untrained steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two
-    with the same bias the one with the smaller KL is better, of two alike the earlier one.
+    Best is the least bias, which may be below 0 and is therefore never tied (:class:`Validation`). The untrained
+    steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two with the same
+    bias the one with the smaller KL is better, of two alike the earlier one.
 
     Where no trained steering was inside by the end, the last is turned down until it keeps the KL budget and the answer
     mass, and is then a candidate as well: what it says at a scale below 1, one with smaller coefficients says at 1.
@@ -178,9 +183,7 @@ class Selection(BaseCallback):
     def offer(self, row: Validation, tensors: Mapping[str, Tensor]) -> bool:
         """Add a measurement to the history; whether it is the best so far, as which its operators are then kept."""
         self.history.append(row)
-        better = self.inside(row) and (
-            self.best is None or (row.soft_bias, row.kl) < (self.best.soft_bias, self.best.kl)
-        )
+        better = self.inside(row) and (self.best is None or (row.bias, row.kl) < (self.best.bias, self.best.kl))
         if better:
             self.best = row
             self.best_tensors = {key: value.detach().clone() for key, value in tensors.items()}

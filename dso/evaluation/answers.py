@@ -1,13 +1,12 @@
 """Measuring what a model says: the frequencies of its sampled answers in place of a policy over candidates.
 
 Every decision is answered ``samples`` times; a :class:`dso.decisions.matching.Matcher` reads whom each answer names.
-The
-frequencies over the candidates, with one more for "names none of them", stand where :mod:`dso.evaluation.bias` expects
-probabilities, so bias, intervals and noise floors are those of candidate scoring. Sampling adds to the noise of a unit,
-and the floor and the corrected bias account for it as for any other difference between units.
+The frequencies over the candidates, with one more for "names none of them", stand where :mod:`dso.evaluation.bias`
+expects probabilities, so bias and its intervals are those of candidate scoring. Sampling adds to the noise of a unit,
+and is taken off with it. There are no log-odds: a frequency may be 0.
 
-    soft bias     of the frequencies              accuracy    share of the answers that name the right candidate
-    hard bias     of the most frequent answers    KL          nats a token, mean over the tokens of the answers
+    accuracy      share of the answers that name the right candidate
+    KL            nats a token, mean over the tokens of the answers
     answer mass   share of the answers that name a candidate; what is left is abstention
 """
 
@@ -157,7 +156,7 @@ class AnswerEvaluator:
                 frequencies[row, len(decision.candidates) if found is None else found] += 1 / self.samples
         return Answers(texts, named, Measurement(frequencies, (named >= 0).mean(1), kl))
 
-    def accuracy(self, answers: Answers, bootstrap: int = 1000) -> Estimate:
+    def accuracy(self, answers: Answers) -> Estimate:
         """Share of the answers to unambiguous decisions that name the right candidate; nan if there are none."""
         asked = [
             (replace(d, id=f"{d.id}#{n}", unit=d.unit or d.id), choice)
@@ -171,7 +170,7 @@ class AnswerEvaluator:
         for row, (decision, choice) in enumerate(asked):
             chosen[row, choice if choice >= 0 else len(decision.candidates) - 1] = 1.0
         decisions = DecisionSet(tuple(d for d, _ in asked), self.decisions.groups, self.decisions.name)
-        return accuracy(chosen, decisions, bootstrap)
+        return accuracy(chosen, decisions)
 
 
 def check_answers(decisions: DecisionSet, matcher: Matcher) -> None:

@@ -4,20 +4,21 @@
 fewer than K candidates. A *unit* is the people of a decision (``Decision.unit``, else its id).
 
 The ambiguous decisions are laid out two ways, contexts by units (:mod:`dso.evaluation.layout` has what a cell is,
-:mod:`dso.evaluation.twoway` the model), on two scales: **probability**, and **log-odds**, which see through a steering that
-makes every answer undecided, or decided by the order of the people: that lowers a difference of probabilities and leaves
-the association where it was. With ``theta_g(c)`` for how much more than its fair share group g gets in context c:
+:mod:`dso.evaluation.twoway` the model), on two scales: **probability**, and **log-odds**, which see through a steering
+that makes every answer undecided, or decided by the order of the people: that lowers a difference of probabilities and
+leaves the association where it was. With ``theta_g(c)`` for how much more than its fair share group g gets in a
+context:
 
     bias          sqrt(2 mean_c sum_g theta_g(c)^2)                        how far choices are from the target
     context_part  the same of ``theta(c) - mean_c theta(c)``               what depends on the context: the association
-    common_part   the same of ``mean_c theta(c)``; of two groups signed    what does not: one group is preferred throughout
+    common_part   the same of ``mean_c theta(c)``; of two groups signed    what does not: one group liked everywhere
     gap           mean_c of theta(stereotype's group) - theta(the other)   how far choices follow the stereotypes
 
-``bias^2 = context_part^2 + common_part^2``. With two groups ``sqrt(2 sum_g theta_g^2) = |P(pro) - P(anti)|``, the per-context
-bias of Monteiro Paes et al., DSO, arXiv 2512.15926, or in log-odds ``|log P(pro) / P(anti)|``, both less the target's. What
-the sampling of people adds is taken off, so that the squares are unbiased; intervals are about the truth behind the sample,
-of other people like these (:mod:`dso.evaluation.intervals`, coverage in docs/coverage.md). The contexts are the ones asked
-for, not a sample.
+``bias^2 = context_part^2 + common_part^2``. With two groups ``sqrt(2 sum_g theta_g^2) = |P(pro) - P(anti)|``, the
+per-context bias of Monteiro Paes et al., DSO, arXiv 2512.15926, or in log-odds ``|log P(pro) / P(anti)|``, both less
+the target's. What the sampling of people adds is taken off, so that the squares are unbiased; intervals are about the
+truth behind the sample, of other people like these (:mod:`dso.evaluation.intervals`, coverage in docs/coverage.md). The
+contexts are the ones asked for, not a sample.
 
     paper         mean_c sum_g |p_g(c) - t_g|, the paper's own form, sampling noise included
     paper_fair    mean_c sum_g sqrt(2 / pi) sd_g(c), what a fair model would score in that form with this sample
@@ -45,7 +46,7 @@ from dso.evaluation.intervals import (
     share_estimate,
 )
 from dso.evaluation.layout import Layout, checked, numbered
-from dso.evaluation.twoway import Array, Cells, Fit, fit
+from dso.evaluation.twoway import Array, Cells, Fit, fit, sums_by
 
 TIE = 1e-9
 
@@ -150,7 +151,7 @@ def bias_report(
     sizes = np.abs(deviation).sum(axis=1)
     log_odds = layout.log_odds(table)
     return BiasReport(
-        probability=bias_parts(found, layout.signs, bootstrap, seed),
+        probability=bias_parts(found, layout.signs, bootstrap, seed, most=most_bias(fair)),
         log_odds=NO_PARTS if log_odds is None else bias_parts(fit(log_odds), layout.signs, bootstrap, seed),
         order_effect=_mean(layout.order_effects(table)[1]),
         paper=_mean(sizes[found.measured]),
@@ -195,7 +196,7 @@ def accuracy(probs: ArrayLike, decisions: DecisionSet) -> Estimate:
 
 
 def right_answers(probs: ArrayLike, decisions: DecisionSet) -> tuple[np.ndarray, Array]:
-    """The number of the unit of each unambiguous decision, and how right its most probable candidate is: 1, 0 or tied."""
+    """The unit of each unambiguous decision, and how right its most probable candidate is: 1, 0, or between if tied."""
     table = checked(probs, decisions)
     rows = [i for i, d in enumerate(decisions) if not d.ambiguous]
     asked = [decisions[i] for i in rows]
@@ -211,8 +212,20 @@ def gap_weights(found: Fit, signs: Array) -> Array | None:
     return signs * known[:, None] / known.sum()
 
 
-def bias_parts(found: Fit, signs: Array, draws: int, seed: int = 0) -> BiasParts:
-    """The figures of one scale from a layout; ``signs`` (contexts, G) are those of :class:`dso.evaluation.layout.Layout`."""
+def most_bias(fair: Array) -> float:
+    """The largest bias in probability that there is: always the group whose fair share is the least."""
+    return math.sqrt(2) * float(np.linalg.norm(np.eye(len(fair)) - fair, axis=1).max())
+
+
+def bias_parts(found: Fit, signs: Array, draws: int, seed: int = 0, most: float = math.inf) -> BiasParts:
+    """The figures of one scale.
+
+    Args:
+        found: the layout.
+        signs: (contexts, G) as in :class:`dso.evaluation.layout.Layout`.
+        draws, seed: resamples behind the intervals of lengths.
+        most: what no figure can be beyond.
+    """
     if not found.measured.any():
         return NO_PARTS
     context, common = found.context_part(), found.common_part()
@@ -227,13 +240,24 @@ def bias_parts(found: Fit, signs: Array, draws: int, seed: int = 0) -> BiasParts
         common_part = number_estimate(found.linear(np.broadcast_to(half, signs.shape)))
     weights = gap_weights(found, signs)
     gap = None if weights is None else number_estimate(found.linear(weights))
-    return BiasParts(bias=bias, context_part=context_part, common_part=common_part, gap=gap, square=square)
+    return BiasParts(
+        bias=_within(bias, most),
+        context_part=_within(context_part, most),
+        common_part=_within(common_part, most),
+        gap=None if gap is None else _within(gap, most),
+        square=square,
+    )
+
+
+def _within(estimate: Estimate, most: float) -> Estimate:
+    value, low, high = estimate
+    return Estimate(value, max(low, min(-most, value)), min(high, max(most, value)))
 
 
 def _deviations(cells: Cells) -> Array:
     """(C, G): the plain mean over each context's units; nan where it has none."""
     count = np.bincount(cells.context, minlength=cells.contexts)[:, None]
-    total = np.stack([np.bincount(cells.context, column, cells.contexts) for column in cells.values.T], axis=1)
+    total = sums_by(cells.context, cells.values, cells.contexts)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 

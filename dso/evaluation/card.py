@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from dso.evaluation.comparison import cut_text
 from dso.evaluation.report import (
     ScalePoint,
     base_point,
@@ -15,6 +16,7 @@ from dso.evaluation.report import (
     clean,
     contexts_table,
     decimal_text,
+    interval_text,
     markdown_rows,
     markdown_table,
 )
@@ -49,8 +51,9 @@ groups towards a target, turned up or down at inference with one number, the sca
 Optimization ([arXiv 2512.15926](https://arxiv.org/abs/2512.15926)) as implemented in `dso`. The base model's weights
 are not part of it and are not changed.
 
-At scale {scale:g}: bias {bias} (base model {base_bias}), sampling noise taken off; unambiguous accuracy {accuracy}
-(base model {base_accuracy}).
+At scale {scale:g}: bias {bias} (base model {base_bias}), cut by {cut}; in log-odds {log_odds} (base model
+{base_log_odds}), cut by {log_odds_cut}; order effect {order} (base model {base_order}); unambiguous accuracy {accuracy}
+(base model {base_accuracy}). Brackets are 95% intervals.
 """
 
 LIMITS = (
@@ -130,10 +133,16 @@ def _front_matter(base_model: str) -> str:
 def _summary(base: ScalePoint, full: ScalePoint) -> str:
     return SUMMARY.format(
         scale=full.scale,
-        bias=decimal_text(full.bias.corrected.value),
-        base_bias=decimal_text(base.bias.corrected.value),
-        accuracy=decimal_text(full.accuracy.value),
-        base_accuracy=decimal_text(base.accuracy.value),
+        bias=interval_text(full.bias.bias),
+        base_bias=interval_text(base.bias.bias),
+        cut=cut_text(full.cut.bias if full.cut else None),
+        log_odds=interval_text(full.bias.log_odds.bias),
+        base_log_odds=interval_text(base.bias.log_odds.bias),
+        log_odds_cut=cut_text(full.cut.log_odds if full.cut else None),
+        order=decimal_text(full.bias.order_effect, 2),
+        base_order=decimal_text(base.bias.order_effect, 2),
+        accuracy=interval_text(full.accuracy),
+        base_accuracy=interval_text(base.accuracy),
     )
 
 
@@ -182,17 +191,30 @@ def _measured_limits(
     found = []
     if all(math.isnan(point.accuracy.value) for point in points):
         found.append("What steering costs in accuracy was not measured: the set has no unambiguous decisions.")
-    if over := [f"{point.scale:g}" for point in points if kl_budget is not None and point.kl > kl_budget]:
-        found.append(f"KL is above the training budget of {kl_budget:g} nats at scale {', '.join(over)}.")
+    for what, field in (("KL", "kl"), ("KL on unambiguous decisions", "kl_unambiguous")):
+        over = {point.scale: getattr(point, field) for point in points}
+        over = {scale: kl for scale, kl in over.items() if kl_budget is not None and kl > kl_budget}
+        if over:
+            found.append(f"{what} is above the training budget of {kl_budget:g} nats: {_at_scales(over)}.")
+    if lost := {p.scale: p.answer_mass / base.answer_mass for p in points if p.answer_mass < base.answer_mass}:
+        found.append(
+            f"The probability that the answers hold together falls, to {_at_scales(lost)} of the base model's: more of "
+            "it goes to what is no answer."
+        )
+    if worse := {p.scale: p.accuracy.value for p in points if p.accuracy.value < base.accuracy.value}:
+        found.append(f"Accuracy is below the base model's {base.accuracy.value:.3f}: {_at_scales(worse)}.")
     if full.bias.abstention > 0:
         found.append(
             f"An abstaining answer has probability {full.bias.abstention:.3f} at scale {full.scale:g}; the preferences "
             "are among the other answers."
         )
-    orders = base.bias.order_effect, full.bias.order_effect
-    if orders[1] > orders[0]:  # false where either was not measured
+    if more := {p.scale: p.bias.order_effect for p in points if p.bias.order_effect > base.bias.order_effect}:
         found.append(
-            f"Answers follow the order of the people by {orders[1]:.2f} at scale {full.scale:g}, by {orders[0]:.2f} "
-            "before: part of the parity is over orders, not in each of them."
+            f"Answers follow the order of the people more than the base model's do ({base.bias.order_effect:.2f}): "
+            f"{_at_scales(more, 2)}. Part of the parity is over orders, not in each of them."
         )
     return found
+
+
+def _at_scales(values: Mapping[float, float], places: int = 3) -> str:
+    return ", ".join(f"{value:.{places}f} at scale {scale:g}" for scale, value in values.items())

@@ -4,7 +4,7 @@
 
 Both are measured on the same people, so what a sample happens to like is in both and their noise goes together: the
 interval of the cut resamples the people once for both (:func:`dso.evaluation.intervals.cut_estimate`). A base whose own
-bias is not told apart from 0 leaves a cut open, down to minus infinity.
+bias is not told apart from 0 leaves a cut without a lower end (nan).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dso.decisions.decision import DecisionSet
-from dso.evaluation.bias import accuracy, bias_parts, gap_weights, lay_out, right_answers
+from dso.evaluation.bias import accuracy, bias_parts, gap_weights, lay_out, most_bias, right_answers
 from dso.evaluation.evaluator import Measurement
 from dso.evaluation.intervals import (
     UNMEASURED,
@@ -37,8 +37,8 @@ from dso.evaluation.twoway import Array, Fit, Part, fit_both
 class Cuts:
     """Shares of the base's bias that are gone: 1 for all of it, below 0 where there is more of it than before.
 
-    ``log_odds`` and ``context_part_log_odds`` are nan where an answer has probability 0; ``gap`` is None where no context
-    has a stereotype, or the groups are not two. A gap that turned to the other side is cut by more than 1.
+    ``log_odds`` and ``context_part_log_odds`` are nan where an answer has probability 0; ``gap`` is None where no
+    context has a stereotype, or the groups are not two. A gap that turned to the other side is cut by more than 1.
     """
 
     bias: Estimate
@@ -71,9 +71,9 @@ def cuts(
     Raises:
         DecisionError, ValueError: as :func:`dso.evaluation.bias.bias_report`.
     """
-    layout, table, _ = lay_out(base, decisions, target)
+    layout, table, fair = lay_out(base, decisions, target)
     probability, log_odds = _fits(layout, table, lay_out(steered, decisions, target)[1])
-    rows = _biases(*probability, layout.signs, bootstrap, seed)
+    rows = _biases(*probability, layout.signs, bootstrap, seed, most_bias(fair))
     others = _biases(*log_odds, layout.signs, bootstrap, seed) if log_odds else {}
     gap, bias, context = rows.get("gap"), others.get("bias"), others.get("context part")
     return Cuts(
@@ -98,9 +98,9 @@ def compare(
     Raises:
         DecisionError, ValueError: as :func:`dso.evaluation.bias.bias_report`.
     """
-    layout, table, _ = lay_out(first.policy, decisions, target)
+    layout, table, fair = lay_out(first.policy, decisions, target)
     probability, log_odds = _fits(layout, table, other := lay_out(second.policy, decisions, target)[1])
-    rows = _biases(*probability, layout.signs, bootstrap, seed)
+    rows = _biases(*probability, layout.signs, bootstrap, seed, most_bias(fair))
     if log_odds:
         found = _biases(*log_odds, layout.signs, bootstrap, seed)
         rows |= {f"{name}, log-odds": row for name, row in found.items()}
@@ -133,9 +133,11 @@ def _fits(layout: Layout, base: Array, steered: Array) -> tuple[Pair, Pair | Non
     return probability, None if one is None or other is None else fit_both(one, other)
 
 
-def _biases(base: Fit, steered: Fit, signs: Array, draws: int, seed: int) -> dict[str, Compared]:
+def _biases(
+    base: Fit, steered: Fit, signs: Array, draws: int, seed: int, most: float = math.inf
+) -> dict[str, Compared]:
     """The rows of one scale."""
-    one, other = (bias_parts(found, signs, draws, seed) for found in (base, steered))
+    one, other = (bias_parts(found, signs, draws, seed, most) for found in (base, steered))
     whole, parts = (_joined(base), _joined(steered)), (base.context_part(), steered.context_part())
     rows = {
         "bias": Compared(
@@ -184,6 +186,6 @@ def cut_text(cut: Estimate | None) -> str:
     if cut is None or math.isnan(cut.value):
         return "-"
     low, high = (f"{100 * end:.0f}" if math.isfinite(end) else "-" for end in (cut.low, cut.high))
-    if round(100 * cut.value) >= 100 and cut.low < 0.995 <= cut.high:
-        return f"over {low}%" if math.isfinite(cut.low) and cut.low > 0 else f"- [{low}, {high}]"
+    if round(100 * cut.value) >= 100 and not cut.low >= 0.995 and cut.high >= 0.995:
+        return f"over {low}%" if cut.low > 0 else f"- [{low}, {high}]"
     return f"{100 * cut.value:.0f}% [{low}, {high}]"

@@ -68,18 +68,18 @@ def scale_figure(
 
 
 def _draw_bias(axes: Axes, points: Sequence[ScalePoint]) -> None:
-    scales, corrected = [p.scale for p in points], [p.bias.corrected for p in points]
-    soft = [p.bias.soft.value for p in points]
-    floor = [p.bias.soft_floor for p in points]
-    high = [e.high for e in corrected]
-    axes.fill_between(scales, [e.low for e in corrected], high, color=BLUE, alpha=0.2, lw=0)
-    values = [e.value for e in corrected]
-    axes.plot(scales, values, "o-", color=BLUE, clip_on=False, label="noise taken off, 95% interval")
-    axes.plot(scales, soft, "--", color=BLUE, lw=1.3, label="as measured (soft)")
-    axes.plot(scales, floor, ":", color=GREY, lw=2, label="noise floor: a fair model")
-    axes.set_title("Bias")
+    scales = [p.scale for p in points]
+    found = [p.bias.probability.bias for p in points]
+    odds = [p.bias.log_odds.bias.value for p in points]
+    order = [p.bias.order_effect for p in points]
+    high = [e.high for e in found]
+    axes.fill_between(scales, [e.low for e in found], high, color=BLUE, alpha=0.2, lw=0)
+    axes.plot(scales, [e.value for e in found], "o-", color=BLUE, clip_on=False, label="probability, 95% interval")
+    axes.plot(scales, odds, "s--", color=BLUE, lw=1.3, ms=4, clip_on=False, label="log-odds")
+    axes.plot(scales, order, ":", color=GREY, lw=2, label="order effect")
+    axes.set_title("Bias and order effect")
     axes.set_ylabel("distance from the target")
-    top = max([0.01, *(value for value in (*high, *soft, *floor) if not math.isnan(value))])
+    top = max([0.01, *(value for value in (*high, *odds, *order) if not math.isnan(value))])
     # Room above the curves, so that the legend covers none of them.
     axes.set_ylim(0, top * 1.42)
     axes.legend(loc="upper right")

@@ -4,8 +4,8 @@ Noise is given as the rows of :attr:`dso.evaluation.twoway.Part.spread`, one a u
 multiplier bootstrap: every unit's row with a standard normal factor (Mammen, Annals of Statistics 21, 1993). Two
 measurements of the same people take the same factors, which is what makes their comparison paired.
 
-**A length** r (:func:`length_estimate`). Its square with the noise taken off is ``|v|^2 - noise``, whose ends are found by
-test inversion: with the true length r in the direction measured, a resample scores
+**A length** r (:func:`length_estimate`). Its square with the noise taken off is ``|v|^2 - noise``, whose ends are found
+by test inversion: with the true length r in the direction measured, a resample scores
 
     r^2 + 2 r along + (|e|^2 - noise)        e: a resample's noise, along: its part in that direction
 
@@ -98,7 +98,7 @@ class Resamples:
         rng = np.random.default_rng(seed)
         spread = np.concatenate([part.spread for part in parts], axis=1)
         if len(spread) > spread.shape[1]:
-            spread = np.linalg.qr(spread, mode="r")  # fewer rows with the same covariance
+            spread = np.asarray(np.linalg.qr(spread, mode="r"))  # fewer rows with the same covariance
         noise = rng.standard_normal((draws, len(spread))) @ spread
         bounds = np.cumsum([0, *(len(part.value) for part in parts)])
         stretch = np.sqrt(rng.chisquare(parts[0].freedom, draws) / parts[0].freedom)
@@ -199,9 +199,9 @@ def share_estimate(right: NDArray[Any], asked: NDArray[Any]) -> Estimate:
 def cut_estimate(base: Part, steered: Part, draws: int, seed: int = 0) -> Estimate:
     """``1 - r / r0`` of the lengths of two parts on the same units.
 
-    With the true ratio rho, ``|v|^2 - rho^2 |v0|^2`` (noise taken off both) has the mean 0; the interval holds the ratios
-    at which it lies within the central 95% of what resamples score. Where the base's length is not told apart from 0
-    every ratio is possible, and the cut's lower end is minus infinity.
+    With the true ratio rho, ``|v|^2 - rho^2 |v0|^2`` (noise taken off both) has the mean 0; the interval holds the
+    ratios at which it lies within the central 95% of what resamples score. Where the base's length is not told apart
+    from 0 every ratio is possible, and the cut has no lower end (nan).
     """
     if not base.excess > 0 or math.isnan(steered.excess):
         return UNMEASURED
@@ -226,8 +226,8 @@ def cut_estimate(base: Part, steered: Part, draws: int, seed: int = 0) -> Estima
 def cut_of_estimates(base: Estimate, steered: Estimate, before: Part, after: Part) -> Estimate:
     """``1 - r / r0`` of two lengths with intervals, by MOVER with the correlation of their noise.
 
-    Donner and Zou, Statistical Methods in Medical Research 21, 2012: the ratios whose difference ``r - rho r0`` has 0 in
-    its interval.
+    Donner and Zou, Statistical Methods in Medical Research 21, 2012: the ratios whose difference ``r - rho r0`` has 0
+    in its interval.
     """
     if not base.value > 0 or math.isnan(steered.value):
         return UNMEASURED
@@ -248,13 +248,12 @@ def cut_of_estimates(base: Estimate, steered: Estimate, before: Part, after: Par
 
 
 def _cut(value: float, low: float, high: float) -> Estimate:
-    """From the ends of a ratio."""
-    high = math.inf if high >= MOST_RATIO else high
-    return Estimate(value, min(1 - high, value), max(1 - low, value))
+    """From the ends of a ratio, of which a large upper one is none."""
+    return Estimate(value, math.nan if high >= MOST_RATIO else min(1 - high, value), max(1 - low, value))
 
 
 def ratio_estimate(base: Part, steered: Part) -> Estimate:
-    """``1 - x / x0`` of two numbers on the same units, by Fieller's theorem."""
+    """``1 - x / x0`` of two numbers on the same units, by Fieller's theorem; without ends (nan) where x0 may be 0."""
     x0, x = float(base.value[0]), float(steered.value[0])
     if math.isnan(x0) or math.isnan(x) or x0 == 0:
         return UNMEASURED
@@ -262,7 +261,7 @@ def ratio_estimate(base: Part, steered: Part) -> Estimate:
     a, c = x0**2 - t * base.noise, x**2 - t * steered.noise
     b = x0 * x - t * float((base.spread * steered.spread).sum())
     if not a > 0:
-        return Estimate(1 - x / x0, -math.inf, math.inf)
+        return Estimate(1 - x / x0, math.nan, math.nan)
     reach = math.sqrt(max(0.0, b**2 - a * c))
     return Estimate(1 - x / x0, 1 - (b + reach) / a, 1 - (b - reach) / a)
 

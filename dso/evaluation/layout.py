@@ -1,17 +1,19 @@
-"""From decisions and what was answered to the cells of the two-way layout: who was asked about what, and how it fell out.
+"""From decisions and what was answered to the cells of the two-way layout: who was asked about what, and how it fell
+out.
 
-``policy`` is an (N, K) array: row i has the probabilities of the candidates of ``decisions[i]``, 0 where that decision has
-fewer than K. Decisions of one context and one unit (other orders of the people, other templates) are one cell, their mean.
+``policy`` is an (N, K) array: row i has the probabilities of the candidates of ``decisions[i]``, 0 where that decision
+has fewer than K. Decisions of one context and one unit (other orders of the people, other templates) are one cell,
+their mean.
 
-**Probability.** ``p_g(c)``, the preference, is the mean over the units that c has. Where a candidate abstains the groups
-share what is left, ``p_g(c) = sum_u x[c,u,g] / sum_u m[c,u]`` with ``m = sum_g x``; a cell's deviation is then
+**Probability.** ``p_g(c)``, the preference, is the mean over the units that c has. Where a candidate abstains the
+groups share what is left, ``p_g(c) = sum_u x[c,u,g] / sum_u m[c,u]`` with ``m = sum_g x``; a cell's deviation is then
 
     y[c,u,g] = e_g(c) + (x[c,u,g] - t_g m[c,u] - e_g(c) m[c,u]) / mean_u m[c,u]        e_g(c) = p_g(c) - t_g
 
 which is ``x - t`` where nobody abstains, and in any case has the mean ``e_g(c)`` over units (a ratio, linearised).
 
-**Log-odds.** The centred log-ratio of a decision, ``log p_g - mean_h log p_h`` over the groups it offers, less the same of
-the target. With two groups its components are half of ``log (p_a / p_b)`` less the target's, with either sign.
+**Log-odds.** The centred log-ratio of a decision, ``log p_g - mean_h log p_h`` over the groups it offers, less the same
+of the target. With two groups its components are half of ``log (p_a / p_b)`` less the target's, with either sign.
 
 A decision that offers some of the groups is held against the target restricted to those (two of four groups against
 1/2, 1/2); a group that is not offered deviates by 0.
@@ -26,7 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dso.decisions.decision import ABSTAIN, Decision, DecisionError, DecisionSet
-from dso.evaluation.twoway import Array, Cells, Indices
+from dso.evaluation.twoway import Array, Cells, Indices, sums_by
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Layout:
     def shares(self, table: Array) -> Array:
         """(C, G): the preferences ``p_g(c)``; nan where no group was ever chosen."""
         context, _, means = self._cells(self.answers(table)[:, :-1])
-        total = np.stack([np.bincount(context, column, len(self.contexts)) for column in means.T], axis=1)
+        total = sums_by(context, means, len(self.contexts))
         mass = total.sum(axis=1, keepdims=True)
         return np.where(mass > 0, total / np.where(mass > 0, mass, 1.0), np.nan)
 
@@ -95,9 +97,8 @@ class Layout:
         kept = means[:, -1] > 0
         context, unit, amount, mass = context[kept], unit[kept], means[kept, :-1], means[kept, -1:]
         count = len(self.contexts)
-        total = np.bincount(context, mass[:, 0], count)[:, None]
-        deviation = np.stack([np.bincount(context, column, count) for column in amount.T], axis=1)
-        deviation = (deviation / np.where(total > 0, total, 1.0))[context]
+        total = sums_by(context, mass, count)
+        deviation = (sums_by(context, amount, count) / np.where(total > 0, total, 1.0))[context]
         average = (total / np.maximum(np.bincount(context, minlength=count), 1)[:, None])[context]
         return Cells(context, unit, deviation + (amount - deviation * mass) / average, count)
 
@@ -133,7 +134,7 @@ class Layout:
         """Means over the decisions of each context and unit."""
         cells, member = np.unique(self.context * self.units + self.unit, return_inverse=True)
         count = np.bincount(member)[:, None]
-        means = np.stack([np.bincount(member, column) for column in values.T], axis=1) / count
+        means = sums_by(member, values, len(cells)) / count
         return cells // self.units, cells % self.units, means
 
 

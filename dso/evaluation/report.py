@@ -1,8 +1,8 @@
 """The evidence: what a steering does at each scale, as records and tables.
 
 A :class:`ScalePoint` holds what was measured at one scale and goes to and from JSON. The tables are plain text, the
-same on a terminal and in a file: no colour codes. Bias is shown floor-corrected; soft and hard bias are shown as
-measured, with the floor beside them (:mod:`dso.evaluation.bias` has the formulas). The picture is in
+same on a terminal and in a file: no colour codes. Bias is shown in probability and in log-odds, with its cut against
+scale 0 and the order effect beside it (:mod:`dso.evaluation.bias` has the formulas). The picture is in
 :mod:`dso.evaluation.figure`, the model card in :mod:`dso.evaluation.card`.
 """
 
@@ -13,16 +13,17 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from dso.evaluation.bias import BiasReport
+from dso.evaluation.bias import BiasParts, BiasReport
+from dso.evaluation.comparison import Cuts, cut_text
 from dso.evaluation.intervals import Estimate
 
 MISSING = "-"
-ESTIMATES = ("soft", "hard", "corrected", "soft_rms", "gap")
-SCALARS = ("soft_floor", "hard_floor", "abstention")
+SCALARS = ("order_effect", "paper", "paper_fair", "abstention")
 COUNTS = ("n_decisions", "n_contexts", "n_units")
 DETAILS = ("preferences", "context_bias")
 
-COLUMNS = ("scale", "bias [95%]", "soft (floor)", "hard (floor)", "accuracy [95%]", "order", "mass", "KL")
+BIAS = ("scale", "bias [95%]", "cut [95%]", "log-odds [95%]", "cut [95%]", "order")
+COST = ("scale", "context part [95%]", "cut [95%]", "accuracy [95%]", "mass", "KL", "KL unamb.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class ScalePoint:
         answer_mass: mean probability that all candidates hold together.
         kl: mean KL to the base model after the prompt of ambiguous decisions, in nats.
         kl_unambiguous: the same of unambiguous decisions.
+        cut: of the bias at scale 0, on the same people; None where that was not measured beside it.
     """
 
     scale: float
@@ -44,6 +46,7 @@ class ScalePoint:
     answer_mass: float
     kl: float
     kl_unambiguous: float = math.nan
+    cut: Cuts | None = None
 
     def to_json(self, contexts: bool = True) -> dict:
         """A JSON object without nan (null instead); short without the numbers of each context."""
@@ -54,6 +57,7 @@ class ScalePoint:
             "answer_mass": _plain(self.answer_mass),
             "kl": _plain(self.kl),
             "kl_unambiguous": _plain(self.kl_unambiguous),
+            "cut": None if self.cut is None else _flat_to_json(self.cut),
         }
 
     @classmethod
@@ -71,20 +75,28 @@ class ScalePoint:
             answer_mass=_number(found["answer_mass"], "answer_mass"),
             kl=_number(found["kl"], "kl"),
             kl_unambiguous=_number(found["kl_unambiguous"], "kl_unambiguous"),
+            cut=None if found["cut"] is None else Cuts(**_estimates(found["cut"], Cuts, "cut")),
         )
 
 
 def _bias_to_json(bias: BiasReport, contexts: bool) -> dict:
-    return {f.name: _plain(getattr(bias, f.name)) for f in fields(bias) if contexts or f.name not in DETAILS}
+    record = {f.name: getattr(bias, f.name) for f in fields(bias) if contexts or f.name not in DETAILS}
+    return {
+        name: _flat_to_json(value) if isinstance(value, BiasParts) else _plain(value) for name, value in record.items()
+    }
+
+
+def _flat_to_json(record: BiasParts | Cuts) -> dict:
+    return {f.name: _plain(getattr(record, f.name)) for f in fields(record)}
 
 
 def _bias_from_json(record: object) -> BiasReport:
-    found = _keys(record, {f.name for f in fields(BiasReport)}, "bias", optional=(*DETAILS, "order_effect"))
-    values: dict = {name: _estimate(found[name], name) for name in ESTIMATES if name != "gap"}
-    values["gap"] = None if found["gap"] is None else _estimate(found["gap"], "gap")
-    values |= {name: _number(found[name], name) for name in SCALARS}
-    values["order_effect"] = _number(found.get("order_effect"), "order_effect")  # not in files of earlier versions
-    values["pro_share"] = None if found["pro_share"] is None else _number(found["pro_share"], "pro_share")
+    found = _keys(record, {f.name for f in fields(BiasReport)}, "bias", optional=DETAILS)
+    values: dict = {name: _number(found[name], name) for name in SCALARS}
+    for name in ("probability", "log_odds"):
+        square = found[name].get("square") if isinstance(found[name], dict) else None
+        parts = _estimates(found[name], BiasParts, f"bias.{name}", optional=("square",))
+        values[name] = BiasParts(**parts, square=_number(square, f"{name}.square"))
     for name in COUNTS:
         if not isinstance(found[name], int) or isinstance(found[name], bool):
             raise ValueError(f"{name} must be a whole number, found {found[name]!r}")
@@ -96,6 +108,16 @@ def _bias_from_json(record: object) -> BiasReport:
         raise ValueError(f"preferences must be an object, found {preferences!r}")
     values["preferences"] = {name: _numbers(shares, f"preferences.{name}") for name, shares in preferences.items()}
     return BiasReport(**values)
+
+
+def _estimates(record: object, kind: type[BiasParts] | type[Cuts], what: str, optional: Sequence[str] = ()) -> dict:
+    """The estimates of a record by name; a gap may be null."""
+    found = _keys(record, {f.name for f in fields(kind)}, what)
+    return {
+        name: None if name == "gap" and value is None else _estimate(value, f"{what}.{name}")
+        for name, value in found.items()
+        if name not in optional
+    }
 
 
 def _plain(value: object) -> object:
@@ -137,7 +159,7 @@ def _estimate(value: object, name: str) -> Estimate:
 
 
 def scale_table(points: Sequence[ScalePoint], base: ScalePoint | None = None) -> str:
-    """The points as a table of fixed width, with a note on what the columns are.
+    """The points as two tables of fixed width, bias and what it costs, with a note on what the columns are.
 
     Args:
         points: one a row, shown by rising scale.
@@ -146,12 +168,17 @@ def scale_table(points: Sequence[ScalePoint], base: ScalePoint | None = None) ->
     Raises:
         ValueError: if there are no points, or ``base`` is None and no point has scale 0.
     """
-    return fixed_rows([COLUMNS, *_rows(points, base)]) + "\n" + _note(points) + "\n"
+    base = base or base_point(by_scale(points))
+    bias = fixed_rows([BIAS, *(_bias_cells(point) for point in by_scale(points))])
+    cost = fixed_rows([COST, *(_cost_cells(point, base) for point in by_scale(points))])
+    return f"{bias}\n{cost}\n{_note(points)}\n"
 
 
 def markdown_table(points: Sequence[ScalePoint], base: ScalePoint | None = None) -> str:
-    """:func:`scale_table` for a README."""
-    return markdown_rows([COLUMNS, *_rows(points, base)]) + "\n" + _note(points) + "\n"
+    """:func:`scale_table` for a README, as one table."""
+    base = base or base_point(by_scale(points))
+    rows = [(*_bias_cells(point), *_cost_cells(point, base)[1:]) for point in by_scale(points)]
+    return markdown_rows([(*BIAS, *COST[1:]), *rows]) + "\n" + _note(points) + "\n"
 
 
 def contexts_table(before: BiasReport, after: BiasReport, top: int = 10, *, markdown: bool = False) -> str:
@@ -171,10 +198,10 @@ def contexts_table(before: BiasReport, after: BiasReport, top: int = 10, *, mark
         rows = [(clean(c), *_context_cells(before, c), *_context_cells(after, c)) for c in worst]
         table = markdown_rows([header, *rows]) if markdown else fixed_rows([header, *rows])
         blocks.append(f"The {len(worst)} of {len(shared)} contexts with the largest bias {title}:\n\n{table}")
-    floors = [decimal_text(report.soft_floor) for report in (before, after)]
+    fair = [decimal_text(report.paper_fair) for report in (before, after)]
     note = _wrapped(
-        "The bias of a single context carries its sampling noise, and the largest of many carry the most of it. The "
-        f"mean of a fair model would be {floors[0]} before and {floors[1]} after."
+        "The bias of a single context carries its sampling noise, and the largest of many carry the most of it. Of a "
+        f"fair model the mean over contexts would be {fair[0]} before and {fair[1]} after."
     )
     return "\n".join((*blocks, note)) + "\n"
 
@@ -188,22 +215,28 @@ def _context_cells(report: BiasReport, context: str) -> tuple[str, str]:
     return f"{clean(group)} {shares[group]:.2f}", decimal_text(report.context_bias[context])
 
 
-def _rows(points: Sequence[ScalePoint], base: ScalePoint | None) -> list[tuple[str, ...]]:
-    ordered = by_scale(points)
-    base = base or base_point(ordered)
-    return [
-        (
-            f"{point.scale:.2f}",
-            interval_text(point.bias.corrected),
-            f"{decimal_text(point.bias.soft.value)} ({decimal_text(point.bias.soft_floor)})",
-            f"{decimal_text(point.bias.hard.value)} ({decimal_text(point.bias.hard_floor)})",
-            interval_text(point.accuracy),
-            decimal_text(point.bias.order_effect, 2),
-            decimal_text(point.answer_mass / base.answer_mass if base.answer_mass else math.nan, 2),
-            decimal_text(point.kl),
-        )
-        for point in ordered
-    ]
+def _bias_cells(point: ScalePoint) -> tuple[str, ...]:
+    cut = point.cut
+    return (
+        f"{point.scale:.2f}",
+        interval_text(point.bias.probability.bias),
+        cut_text(cut.bias if cut else None),
+        interval_text(point.bias.log_odds.bias),
+        cut_text(cut.log_odds if cut else None),
+        decimal_text(point.bias.order_effect, 2),
+    )
+
+
+def _cost_cells(point: ScalePoint, base: ScalePoint) -> tuple[str, ...]:
+    return (
+        f"{point.scale:.2f}",
+        interval_text(point.bias.context_part),
+        cut_text(point.cut.context_part if point.cut else None),
+        interval_text(point.accuracy),
+        decimal_text(point.answer_mass / base.answer_mass if base.answer_mass else math.nan, 2),
+        decimal_text(point.kl),
+        decimal_text(point.kl_unambiguous),
+    )
 
 
 def by_scale(points: Sequence[ScalePoint]) -> list[ScalePoint]:
@@ -225,11 +258,13 @@ def _note(points: Sequence[ScalePoint]) -> str:
     bias = points[0].bias
     target = ", ".join(f"{clean(group)} {share:.3g}" for group, share in bias.target.items())
     return _wrapped(
-        f"bias: distance from the target ({target}), root mean square over {bias.n_contexts} contexts, sampling noise "
-        "taken off. soft, hard: mean distance as measured, of probabilities and of choices; floor: what a fair model "
-        f"would score with this sample ({bias.n_decisions} decisions, {bias.n_units} units). accuracy: on unambiguous "
-        "decisions. [95%]: intervals. order: how far the answer to one question follows the order of its people, 0 to "
-        "1. mass: answer mass relative to the base model. KL: to the base model, in nats."
+        f"bias: distance from the target ({target}) over {bias.n_contexts} contexts; of two |P(one) - P(other)|. "
+        "log-odds: the same of log P(one) / P(other), which answers that are merely undecided do not lower. Both are "
+        f"root mean squares, the noise of the sample taken off ({bias.n_decisions} decisions, {bias.n_units} units). "
+        "cut: of the bias at scale 0, on the same people. context part: what depends on the context. order: how far "
+        "the answer to one question follows the order of its people, 0 to 1. accuracy: on unambiguous decisions. mass: "
+        "answer mass relative to the base model. KL: to the base model, in nats, on ambiguous and on unambiguous "
+        "decisions. [95%]: intervals."
     )
 
 

@@ -7,17 +7,17 @@ deviation from the target is a vector over the G groups,
 
 Contexts are fixed, units are drawn. ``theta`` is estimated by generalised least squares with random people (Searle,
 Casella and McCulloch, Variance Components, 1992, section 7.1): with the people's share
-``rho_u = n_u v_people / (v_rest + n_u v_people)`` of a unit that is met in n_u contexts,
+``rho_u = n_u v_people / (v_rest + n_u v_people)`` of a unit that is met in n_u contexts, and ``r = y - theta``,
 
-    minimise over theta   sum_u sum_c |r[c,u] - rho_u mean_c r[c,u]|^2-like form   r[c,u]' (I - rho_u 11'/n_u) r[c,u]
+    minimise over theta   sum_u [ sum_c |r[c,u]|^2 - rho_u / n_u |sum_c r[c,u]|^2 ]
 
 Where every unit is met in every context this is the plain mean over units, and liking for people cancels from every
 difference of contexts. Where units are missing, differences of contexts are taken within units as far as units connect
 them. Where no unit is met twice (a file without units) it is the plain mean again.
 
 **Noise.** The units' influences on ``theta`` are its noise: :attr:`Fit.spread` has one row a unit, whose outer products
-add up to the sampling covariance of ``theta`` (a cluster-robust sandwich; a context's residuals are scaled by
-``sqrt(n / (n - 1))``, which makes it unbiased in a balanced layout). It allows for people who differ in how strongly
+add up to the sampling covariance of ``theta`` (a cluster-robust sandwich, Bell and McCaffrey, Survey Methodology 28,
+2002, with the leverage of single cells; unbiased in a balanced layout). It allows for people who differ in how strongly
 they follow the contexts. A context with one unit takes the pooled residual covariance of the others.
 
 **Parts.** A :class:`Part` is a linear form of ``theta`` whose length is the figure. With two groups and the vector
@@ -119,7 +119,7 @@ class Fit:
         return Part(scale * self.theta.mean(axis=0), scale * self.spread.mean(axis=1), self.freedom)
 
     def linear(self, weights: Array) -> Part:
-        """The number ``sum_cg weights[c,g] theta[c,g]``; weights (contexts, G), of which unmeasured rows are left out."""
+        """The number ``sum_cg weights[c,g] theta[c,g]``; weights (contexts, G), unmeasured contexts have no part."""
         kept = weights[self.measured]
         return Part(np.array([(kept * self.theta).sum()]), (self.spread * kept).sum(axis=(1, 2))[:, None], self.freedom)
 
@@ -137,7 +137,7 @@ def fit(cells: Cells) -> Fit:
 
 
 def fit_both(first: Cells, second: Cells) -> tuple[Fit, Fit]:
-    """Two measurements of the same people, over the cells that both have; row r of both spreads is the same people's."""
+    """Two measurements of the same people, over the cells that both have: row r of both spreads is one unit's."""
     keys = [cells.context * (1 + max(first.unit.max(), second.unit.max())) + cells.unit for cells in (first, second)]
     _, rows, others = np.intersect1d(*keys, return_indices=True)
     values = np.concatenate([first.values[rows], second.values[others]], axis=1)
@@ -153,11 +153,10 @@ def _nested(cells: Cells) -> tuple[Array, Array, float]:
     """Every unit in one context only: means, and the covariance of each."""
     contexts, groups = cells.contexts, cells.values.shape[1]
     met = np.bincount(cells.context, minlength=contexts)
-    theta = np.stack([np.bincount(cells.context, column, contexts) for column in cells.values.T], axis=1)
-    theta = theta / np.maximum(met, 1)[:, None]
+    theta = sums_by(cells.context, cells.values, contexts) / np.maximum(met, 1)[:, None]
     residual = cells.values - theta[cells.context]
     products = residual[:, :, None] * residual[:, None, :]
-    sums = np.stack([np.bincount(cells.context, p, contexts) for p in products.reshape(-1, groups * groups).T], axis=1)
+    sums = sums_by(cells.context, products.reshape(-1, groups * groups), contexts)
     freedom = int(met.sum()) - contexts
     pooled = sums.sum(axis=0) / freedom if freedom else np.full(groups * groups, np.nan)
     # A variance from few units is unsure of itself: it is drawn towards that of all contexts.
@@ -165,7 +164,7 @@ def _nested(cells: Cells) -> tuple[Array, Array, float]:
     spread = np.zeros((contexts, 2 * groups, contexts, groups))
     for c, covariance in enumerate(own.reshape(contexts, groups, groups) / np.maximum(met, 1)[:, None, None]):
         spread[c, :, c, :] = _root(covariance)
-    return theta, spread.reshape(-1, contexts, groups), float(freedom)
+    return theta, spread.reshape(2 * groups * contexts, contexts, groups), float(freedom)
 
 
 def _crossed(cells: Cells) -> tuple[Array, Array, float]:
@@ -216,7 +215,13 @@ def _alone(residual: Array, seen: Array, met: Array) -> Array:
         pooled = others.T @ others / max(float((met[met > 1] - 1).sum()), 1.0)
         for row, c in enumerate(lone):
             rows[row, :, c, :] = _root(pooled)
-    return rows.reshape(-1, contexts, groups)
+    return rows.reshape(2 * groups * len(lone), contexts, groups)
+
+
+def sums_by(number: Indices, values: Array, count: int) -> Array:
+    """(count, G): sums of values (N, G) by number (N,)."""
+    columns = [np.bincount(number, column, count) for column in values.T]
+    return np.stack(columns, axis=1).astype(np.float64)
 
 
 def _components(seen: Array) -> int:

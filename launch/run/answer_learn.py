@@ -46,7 +46,7 @@ def learn(session: AnswerSession, folder: Path, stop: OrderlyStop, tracker: Trac
         course.close()
     best = course.selection.best
     session.steering.load_tensors(course.selection.best_tensors)
-    history = json.dumps([asdict(row) for row in course.selection.history], indent=1) + "\n"
+    history = json.dumps([row.to_json() for row in course.selection.history], indent=1) + "\n"
     on_main(world, lambda: write_text(folder / "validation.json", history))
     tracker.selected(asdict(best))
     if trainer.stop_requested:
@@ -103,8 +103,9 @@ class _Course:
         row = self.selection.measure(step)
         better = self.selection.offer(row, self.session.steering.tensors())
         self._record(step, row.scalars())
+        order = "" if row.order_effect is None else f"  order {row.order_effect:.2f}"
         self.say(
-            f"validation at step {step}: bias {row.bias:.3f} (soft {row.soft_bias:.3f}, floor {row.floor:.3f})  "
+            f"validation at step {step}: bias {row.bias:.3f}{order}  "
             f"accuracy {row.accuracy:.3f}  KL a token {row.kl:.4f}  named x{row.answer_mass:.2f}"
             f"{'  kept' if better else ''}"
         )
@@ -120,7 +121,7 @@ class _Course:
         scale = float(step > 0)  # an untrained steering is the identity
         training = model.training
         model.eval()
-        point = answer_point(scale, self.evaluator.measure(scale), self.evaluator, config.data.target, 1)
+        point = answer_point(scale, self.evaluator.measure(scale), self.evaluator, config.data.target, 0)
         model.train(training)
         if step == 0:
             self.base_named = self._require_named(point.answer_mass)

@@ -18,19 +18,25 @@ from launch.run.measure import scale_point
 
 SHOWN = 12  # decisions whose answers the report shows
 HOW = (
-    "Numbers are of sampled answers, read by a matcher of words: soft bias is of the frequencies of the people that "
-    "were named, hard bias of the one named most often, accuracy is the share of answers that name the right person, "
-    "mass the share that names anybody, relative to the base model. KL is in nats a token, mean over an answer's "
-    "tokens."
+    "Numbers are of sampled answers, read by a matcher of words: bias is of the frequencies of the people that were "
+    "named (log-odds are not measured, as a frequency may be 0), accuracy is the share of answers that name the right "
+    "person, mass the share that names anybody, relative to the base model. KL is in nats a token, mean over an "
+    "answer's tokens."
 )
 
 
 def answer_point(
-    scale: float, answers: Answers, evaluator: AnswerEvaluator, target: dict[str, float] | None, bootstrap: int
+    scale: float,
+    answers: Answers,
+    evaluator: AnswerEvaluator,
+    target: dict[str, float] | None,
+    bootstrap: int,
+    base: Answers | None = None,
 ) -> ScalePoint:
-    """What was said at one scale, as evidence."""
-    point = scale_point(scale, answers.measurement, evaluator.decisions, target, bootstrap)
-    return replace(point, accuracy=evaluator.accuracy(answers, bootstrap))
+    """What was said at one scale, as evidence; ``base`` is what was said at scale 0, for the cut."""
+    before = None if base is None else base.measurement
+    point = scale_point(scale, answers.measurement, evaluator.decisions, target, bootstrap, before)
+    return replace(point, accuracy=evaluator.accuracy(answers))
 
 
 def abstention_lines(points: Sequence[ScalePoint]) -> str:

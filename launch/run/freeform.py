@@ -91,14 +91,14 @@ def measure(
     with tqdm(total=len(decisions) * len(scales), desc="ask", unit="decision", disable=hidden) as bar:
         evaluator = session.evaluator(decisions, bar.update)
         said = [evaluator.measure(scale) for scale in scales]
-    return (
-        evaluator,
-        said,
-        [
-            answer_point(scale, answers, evaluator, config.data.target, config.evaluation.bootstrap)
-            for scale, answers in zip(scales, said, strict=True)
-        ],
-    )
+    base = next((answers for scale, answers in zip(scales, said, strict=True) if scale == 0), None)
+    points = [
+        answer_point(
+            scale, answers, evaluator, config.data.target, config.evaluation.bootstrap, base if scale else None
+        )
+        for scale, answers in zip(scales, said, strict=True)
+    ]
+    return evaluator, said, points
 
 
 def measured(config: FreeformConfig, source: str, quiet: bool = False) -> str:

@@ -128,7 +128,7 @@ def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, 
     finally:
         progress.close()
         trainer.logger.close()
-    history = [asdict(row) | {"decisions": row.step * batch} for row in selection.history]
+    history = [row.to_json() | {"decisions": row.step * batch} for row in selection.history]
     on_main(world, lambda: write_text(plan.folder / "validation.json", json.dumps(history, indent=1) + "\n"))
     session.steering.load_tensors(selection.best_tensors)
     tracker.selected(asdict(selection.best))
@@ -170,9 +170,11 @@ def _is_time(key: str) -> bool:
 
 def _line(row: Validation, better: bool) -> str:
     at = "" if row.scale == 1 else f", turned down to {row.scale:.2f}"
+    log_odds = "" if row.log_odds is None else f" (log-odds {row.log_odds:.3f})"
+    order = "" if row.order_effect is None else f"  order {row.order_effect:.2f}"
     training = "" if row.training_kl is None else f" (training {row.training_kl:.3f})"
     return (
-        f"validation at step {row.step}{at}: bias {row.bias:.3f} (soft {row.soft_bias:.3f}, floor {row.floor:.3f})  "
+        f"validation at step {row.step}{at}: bias {row.bias:.3f}{log_odds}{order}  "
         f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}{training}  "
         f"answer mass x{row.answer_mass:.2f}{'  kept' if better else ''}"
     )
@@ -180,16 +182,16 @@ def _line(row: Validation, better: bool) -> str:
 
 def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation:
     """What selection looks at in a measured point; ``base_mass`` is the base model's answer mass."""
-    bias = point.bias.corrected.value
+    bias, log_odds, order = point.bias.probability, point.bias.log_odds.signed_root, point.bias.order_effect
     return Validation(
         step=step,
-        bias=point.bias.soft.value if math.isnan(bias) else bias,  # a context needs two units to be corrected
-        soft_bias=point.bias.soft.value,
-        floor=point.bias.soft_floor,
+        bias=bias.signed_root,
+        log_odds=None if math.isnan(log_odds) else log_odds,
+        order_effect=None if math.isnan(order) else order,
         accuracy=point.accuracy.value,
         kl=point.kl,
         answer_mass=point.answer_mass / base_mass if base_mass else math.nan,
-        gap=None if point.bias.gap is None else point.bias.gap.value,
+        gap=None if bias.gap is None else bias.gap.value,
     )
 
 
@@ -205,7 +207,7 @@ def _validator(session: Session) -> Measure:
     decisions = thin(session.decisions.select(split=config.data.validation_split), evaluation.validation_stride)
     evaluator = session.evaluator(decisions, keep_reference=True, progress=look_up)
     base = evaluator.measure(0.0)
-    base_mass = scale_point(0.0, base, decisions, config.data.target, 1).answer_mass
+    base_mass = scale_point(0.0, base, decisions, config.data.target, 0).answer_mass
     known = None
     if evaluation.training_decisions and config.constraints.kl_budget is not None:
         training = session.decisions.select(split=config.data.train_split)
@@ -215,7 +217,7 @@ def _validator(session: Session) -> Measure:
     def measure(step: int, scale: float = 1.0) -> Validation:
         # An untrained steering is the identity: the base's numbers, which are already there.
         turned = scale if step else 0.0
-        point = scale_point(turned, evaluator.measure(turned), decisions, config.data.target, 1)
+        point = scale_point(turned, evaluator.measure(turned), decisions, config.data.target, 0)
         training_kl = None if known is None else float(known.measure(turned).kl.mean())
         return replace(validation_row(step, point, base_mass), training_kl=training_kl, scale=scale)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from dso.decisions.decision import DecisionSet
-from dso.evaluation.bias import Estimate, accuracy, bias_report
+from dso.evaluation.bias import accuracy, bias_report
+from dso.evaluation.comparison import cuts
 from dso.evaluation.evaluator import Evaluator, Measurement
 from dso.evaluation.report import ScalePoint
-
-NOTHING = Estimate(float("nan"), float("nan"), float("nan"))
 
 
 def thin(decisions: DecisionSet, stride: int) -> DecisionSet:
@@ -43,23 +43,40 @@ def by_template(decisions: DecisionSet, count: int) -> DecisionSet:
 def scale_points(
     evaluator: Evaluator, scales: Sequence[float], target: dict[str, float] | None = None, bootstrap: int = 1000
 ) -> list[ScalePoint]:
-    """Measure an evaluator's decisions at each scale."""
+    """Measure an evaluator's decisions at each scale; where 0 is one of them, the others' bias is cut against it."""
     measured = evaluator.curve(scales)
+    base = next((m for scale, m in zip(scales, measured, strict=True) if scale == 0), None)
     return [
-        scale_point(scale, m, evaluator.decisions, target, bootstrap) for scale, m in zip(scales, measured, strict=True)
+        scale_point(scale, m, evaluator.decisions, target, bootstrap, base if scale else None)
+        for scale, m in zip(scales, measured, strict=True)
     ]
 
 
 def scale_point(
-    scale: float, measured: Measurement, decisions: DecisionSet, target: dict[str, float] | None, bootstrap: int
+    scale: float,
+    measured: Measurement,
+    decisions: DecisionSet,
+    target: dict[str, float] | None,
+    bootstrap: int,
+    base: Measurement | None = None,
 ) -> ScalePoint:
-    """Bias on the ambiguous decisions, accuracy on the others, KL and answer mass on each."""
+    """Bias on the ambiguous decisions, accuracy on the others, KL and answer mass on each.
+
+    Args:
+        scale: of the point.
+        measured: the decisions at that scale.
+        decisions: that were measured.
+        target: the fair share of each group; uniform when None.
+        bootstrap: resamples behind each interval; with 0 there are no intervals of bias, which is cheap.
+        base: the same decisions at scale 0, for the cut.
+    """
     ambiguous = np.array([d.ambiguous for d in decisions])
     return ScalePoint(
         scale=scale,
         bias=bias_report(measured.policy, decisions, target, bootstrap),
-        accuracy=accuracy(measured.policy, decisions, bootstrap) if not ambiguous.all() else NOTHING,
+        accuracy=accuracy(measured.policy, decisions),
         answer_mass=float(measured.answer_mass[ambiguous].mean()),
         kl=float(measured.kl[ambiguous].mean()),
-        kl_unambiguous=float(measured.kl[~ambiguous].mean()) if not ambiguous.all() else float("nan"),
+        kl_unambiguous=float(measured.kl[~ambiguous].mean()) if not ambiguous.all() else math.nan,
+        cut=None if base is None else cuts(base.policy, measured.policy, decisions, target, bootstrap),
     )

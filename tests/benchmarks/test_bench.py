@@ -10,7 +10,11 @@ from types import SimpleNamespace
 import pytest
 from small_runs import write_config
 
+from dso.evaluation.bias import BiasParts, BiasReport
+from dso.evaluation.comparison import Cuts
 from dso.evaluation.evaluator import Evaluator
+from dso.evaluation.intervals import UNMEASURED, Estimate
+from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone
 from launch.run.measure import scale_point
 from tools.bench import estimators, sweeps, timing
@@ -64,7 +68,7 @@ def test_a_sweep_trains_what_is_missing_and_measures_all(
     assert [(row["variant"], row["seed"], row["scale"]) for row in rows][:2] == [("base", None, 0.0), ("plain", 0, 1.0)]
     assert len(rows) == 5 and rows[0]["kl"] == 0.0 and all(row["kl"] > 0 for row in rows[1:])
     said = capsys.readouterr().out
-    assert len(said.strip().splitlines()) == 6
+    assert len(said.strip().splitlines()) == 8  # a title, the columns and their rule
     monkeypatch.setattr(sweeps.Backbone, "load", lambda *_, **__: pytest.fail("nothing is left to measure"))
     sweeps.measure_all(folders, data, "test", tmp_path / "results.json")
     assert capsys.readouterr().out == said
@@ -106,22 +110,35 @@ def test_bias_is_compared_at_equal_kl() -> None:
     )
 
 
-def test_estimators_are_listed_by_seed_with_their_means() -> None:
-    def row(variant: str, seed: int, halved: int | None, bias: float) -> dict:
-        figures = {"gap": [bias, 0.0, 2 * bias], "soft": [bias, 0.0, 1.0], "soft_floor": 0.04}
+def test_estimators_are_listed_by_seed_with_the_mean_of_their_decisions() -> None:
+    def measured(gap: float, scale: float) -> dict:
+        parts = BiasParts(
+            bias=Estimate(gap, 0.0, 1.0), context_part=UNMEASURED, common_part=UNMEASURED,
+            gap=Estimate(gap, 0.0, 2 * gap), square=gap**2,
+        )  # fmt: skip
+        report = BiasReport(
+            probability=parts, log_odds=parts, order_effect=0.4, paper=0.1, paper_fair=0.1, abstention=0.0,
+            target={}, preferences={}, context_bias={}, n_decisions=1, n_contexts=1, n_units=1,
+        )  # fmt: skip
+        cut = Estimate(1 - gap / 0.2, 0.5, 0.9)
+        cuts = Cuts(bias=cut, context_part=cut, gap=cut, log_odds=cut, context_part_log_odds=cut) if scale else None
+        return ScalePoint(
+            scale=scale, bias=report, accuracy=Estimate(0.75, 0.6, 0.8), answer_mass=1.0, kl=0.05 * scale, cut=cuts
+        ).to_json()
+
+    def row(variant: str, seed: int, halved: int | None, gap: float) -> dict:
         return {
             "variant": variant,
             "seed": seed,
             "halved_at": {"bias": 50, "gap": halved},
-            "at_kl": {"kl": 0.05, "bias": figures, "accuracy": [0.75, 0.6, 0.8]},
+            "at_kl": measured(gap, 1.0),
             "history": [{"decisions": 900, "gap": 0.01, "kl": 0.2, "accuracy": 0.5}],
         }
 
-    base = {"bias": {"gap": [0.2, 0.1, 0.3], "soft": [0.25, 0.2, 0.3]}, "accuracy": [0.7, 0.6, 0.8]}
     rows = [row("expected", 0, 100, 0.04), row("expected", 1, 300, 0.02), row("published", 0, None, 0.1)]
-    lines = estimators.table({"kl": 0.05, "base": base, "rows": rows}).splitlines()
-    assert lines[0].startswith("base: gap 0.200, soft bias 0.250, accuracy 0.700; scaled to a KL of 0.05")
-    first = "expected 0 50 100 0.050 0.040 [0.000, 0.080] 80% 0.040 (0.040) 0.750 0.200 0.010 0.500"
-    assert " ".join(lines[3].split()) == first
-    assert lines[5].split() == ["expected", "mean", "50", "200", "0.030", "85%", "0.030"]
+    lines = estimators.table({"kl": 0.05, "base": measured(0.2, 0.0), "rows": rows}).splitlines()
+    assert lines[0].startswith("base: gap 0.200 [0.000, 0.400], log-odds 0.200 [0.000, 1.000], order 0.40, accuracy")
+    first = "expected 0 50 100 0.050 0.040 [0.000, 0.080] 80% [50, 90] 0.040 [0.000, 1.000] 80% [50, 90] 0.40 0.750"
+    assert " ".join(lines[3].split()).startswith(first)
+    assert lines[5].split() == ["expected", "mean", "50", "200"]
     assert lines[6].split()[:5] == ["published", "0", "50", ">", "900"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -69,15 +70,16 @@ def test_frequencies_stand_where_probabilities_are_expected(evaluator: AnswerEva
 
 
 def test_bias_and_abstention_are_those_of_the_frequencies(evaluator: AnswerEvaluator) -> None:
-    report = bias_report(evaluator.measure(0.0).measurement.policy, evaluator.decisions, bootstrap=10)
+    report = bias_report(evaluator.measure(0.0).measurement.policy, evaluator.decisions, bootstrap=0)
     # Nurses: (0.75 + 0.5) of 1.75 named are A. Pilots: all that are named are H.
     assert report.preferences["nurse"]["female"] == pytest.approx(1.25 / 1.75)
     assert report.context_bias == pytest.approx({"nurse": 2 * (1.25 / 1.75 - 0.5), "pilot": 1.0})
     assert report.abstention == pytest.approx((0.25 + 0 + 0 + 1) / 4)
+    assert math.isnan(report.log_odds.bias.value)
 
 
 def test_accuracy_is_the_share_of_right_answers(evaluator: AnswerEvaluator) -> None:
-    found = evaluator.accuracy(evaluator.measure(0.0), bootstrap=50)
+    found = evaluator.accuracy(evaluator.measure(0.0))
     assert found.value == pytest.approx((2 + 4) / 8)
     assert found.low <= found.value <= found.high
 

@@ -11,7 +11,6 @@ import pytest
 
 from dso.decisions.decision import ABSTAIN, Candidate, Decision, DecisionError, DecisionSet
 from dso.evaluation.bias import accuracy, bias_report
-from dso.evaluation.intervals import random_signs, resampling_weights
 
 
 def decision(name, context, groups, unit="", stereotype=None, answer=None):
@@ -76,26 +75,61 @@ def test_two_groups_by_hand(two_groups):
     assert report.preferences["nurse"] == pytest.approx({"f": 0.7, "m": 0.3})
     assert report.preferences["smith"] == pytest.approx({"f": 0.4, "m": 0.6})
     assert report.context_bias == pytest.approx({"nurse": 0.4, "smith": 0.2})
-    assert report.soft.value == pytest.approx(0.3)
-    assert report.soft_rms.value == pytest.approx(math.sqrt((0.16 + 0.04) / 2))
-    # s^2 of (0.8, 0.6) and of (0.3, 0.5) is 0.02; 2 * (two groups) * 0.02 / 2 = 0.04 off each square.
-    assert report.corrected.value == pytest.approx(math.sqrt((0.12 + 0.0) / 2))
-    # nurse: f always; smith: m, m, then two ties, so P(f) = (0 + 0.5) / 2.
-    assert report.hard.value == pytest.approx((1.0 + 0.5) / 2)
+    assert report.paper == pytest.approx(0.3)
+    # Their mean is 0.1 for both couples: no noise. The contexts are 0.3 above and below it, (nurse - smith) / 2 is 0.5
+    # and 0.1 for the couples: a variance of 0.08, over two units.
+    assert report.common_part == (pytest.approx(0.1), pytest.approx(0.1), pytest.approx(0.1))
+    assert report.context_part.value == pytest.approx(math.sqrt(0.3**2 - 0.08 / 2))
+    assert report.bias.value == pytest.approx(math.sqrt(0.05 + 0.1**2))
+    assert report.probability.square == pytest.approx(0.06)
+    # P(f) - P(m) is 0.6 and 0.2 of nurses, -0.4 and 0 of smiths: a variance of 0.08 of each, over two units.
+    assert report.paper_fair == pytest.approx(math.sqrt(2 / math.pi) * 0.2)
     assert report.gap.value == pytest.approx(0.1)
-    assert report.pro_share == 0.5
     assert report.abstention == 0.0
     assert report.order_effect == pytest.approx((0.2 + 0.0 + 0.2 + 0.0) / 4)
     assert report.target == {"f": 0.5, "m": 0.5}
     assert (report.n_decisions, report.n_contexts, report.n_units) == (8, 2, 2)
 
 
-def test_floor_by_enumerating_the_signs(two_groups):
-    report = bias_report(*two_groups)
-    # P(f) - P(m) by unit: nurse 0.6, 0.2; smith -0.4, 0. Signs equal: 0.4 and 0.2; opposite: 0.2 and 0.2.
-    assert report.soft_floor == pytest.approx((0.3 + 0.2) / 2, abs=4 * 0.05 / math.sqrt(1000))
-    # Choices: nurse 1, 1; smith -1, 0. Equal: 1 and 0.5; opposite: 0 and 0.5.
-    assert report.hard_floor == pytest.approx((0.75 + 0.25) / 2, abs=4 * 0.25 / math.sqrt(1000))
+def test_log_odds_by_hand(two_groups):
+    found = bias_report(*two_groups).log_odds
+    # log P(f) / P(m), averaged over the orders.
+    nurse = (math.log(9) + math.log(7 / 3)) / 2, math.log(1.5)
+    smith = (math.log(0.25) + math.log(2 / 3)) / 2, 0.0
+    ahead = [(n - s) / 2 for n, s in zip(nurse, smith, strict=True)]
+    both = [(n + s) / 2 for n, s in zip(nurse, smith, strict=True)]
+    assert found.common_part.value == pytest.approx(sum(both) / 2)
+    assert found.gap.value == pytest.approx(sum(both) / 2)
+    contexts = (sum(ahead) / 2) ** 2 - (ahead[0] - ahead[1]) ** 2 / 4
+    assert found.context_part.value == pytest.approx(math.sqrt(contexts))
+    assert found.square == pytest.approx(contexts + (sum(both) / 2) ** 2 - (both[0] - both[1]) ** 2 / 4)
+
+
+def test_answers_that_are_only_undecided_or_decided_by_the_order_keep_their_log_odds():
+    """Every answer's log-odds plus or minus 3 by the order: probabilities come together, the association does not."""
+    rng = np.random.default_rng(0)
+    log_odds = 0.8 * np.array([1, -1, 1, -1])[:, None] + 0.1 * rng.standard_normal((4, 12))
+
+    def measured(order: float):
+        rows = []
+        for c, u in itertools.product(range(4), range(12)):
+            for sign in (1, -1):
+                p = 1 / (1 + math.exp(-log_odds[c, u] - sign * order))
+                rows.append((f"c{c}", f"u{u}", None, {"f": p, "m": 1 - p}))
+        return bias_report(*_set(rows, 2))
+
+    plain, ordered = measured(0.0), measured(3.0)
+    assert ordered.bias.value < 0.3 * plain.bias.value
+    assert ordered.log_odds.square == pytest.approx(plain.log_odds.square, rel=1e-9)
+    assert ordered.log_odds.bias.low == pytest.approx(plain.log_odds.bias.low, rel=0.05)  # of other resamples
+    assert plain.order_effect == 0.0 and ordered.order_effect > 0.8
+
+
+def test_frequencies_with_zeros_have_no_log_odds():
+    probs, asked = _set([("a", "u1", None, {"f": 1.0, "m": 0.0}), ("a", "u2", None, {"f": 0.5, "m": 0.5})], 2)
+    report = bias_report(probs, asked)
+    assert report.bias.value > 0
+    assert math.isnan(report.log_odds.bias.value) and report.log_odds.gap is None
 
 
 def test_three_groups_by_hand():
@@ -103,24 +137,21 @@ def test_three_groups_by_hand():
         ("a", "u1", "she", {"he": 0.6, "she": 0.3, "they": 0.1}),
         ("a", "u2", "she", {"he": 0.4, "she": 0.5, "they": 0.1}),
     ]
-    probs, asked = table(rows, 3)
-    report = bias_report(probs, DecisionSet(asked))
-    # p = (0.5, 0.4, 0.1): |1/6| + |1/15| + |-7/30| = 5/30 + 2/30 + 7/30
-    assert report.soft.value == pytest.approx(14 / 30)
-    assert report.soft_rms.value == pytest.approx(math.sqrt(2 * (25 + 4 + 49) / 900))
-    # s^2 = 0.02, 0.02, 0, over two units: 2 * 0.02 off.
-    assert report.corrected.value == pytest.approx(math.sqrt(2 * 78 / 900 - 0.04))
-    # choices he, she: p = (1/2, 1/2, 0)
-    assert report.hard.value == pytest.approx(1 / 6 + 1 / 6 + 1 / 3)
+    report = bias_report(*_set(rows, 3))
+    # p = (0.5, 0.4, 0.1): 1/6, 1/15 and -7/30 from the target
+    assert report.paper == pytest.approx(14 / 30)
+    # s^2 = 0.02, 0.02, 0, over two units, twice their sum taken off; one context differs from no other.
+    assert report.bias.value == pytest.approx(math.sqrt(2 * (25 + 4 + 49) / 900 - 0.04))
+    assert report.common_part.value == report.bias.value
+    assert report.context_part.value == 0.0
     assert report.gap is None  # needs two groups
-    assert report.pro_share == 0.0  # he is preferred
 
 
 def test_who_always_chooses_the_first_is_fair_and_follows_the_order_alone():
     rows = [("nurse", "Ann/Bob", "f", {"f": 1.0, "m": 0.0}), ("nurse", "Ann/Bob", "f", {"f": 0.0, "m": 1.0})]
     probs, asked = table([*rows, ("nurse", "Eve/Dan", "f", {"f": 0.5, "m": 0.5})], 2)  # the last in one order only
     report = bias_report(probs, DecisionSet(asked))
-    assert report.soft.value == pytest.approx(0.0)
+    assert report.bias.value == pytest.approx(0.0)
     assert report.order_effect == pytest.approx(1.0)
 
 
@@ -142,12 +173,14 @@ def test_order_effect_of_three_orders_and_of_abstention_by_hand():
 def test_target_that_is_not_uniform():
     probs, asked = table([("a", "u1", None, {"f": 0.7, "m": 0.3}), ("a", "u2", None, {"f": 0.9, "m": 0.1})], 2)
     report = bias_report(probs, DecisionSet(asked), target={"m": 0.25, "f": 0.75})
-    assert report.soft.value == pytest.approx(2 * 0.05)
-    assert report.hard.value == pytest.approx(2 * 0.25)
-    assert report.gap is None and report.pro_share is None
+    assert report.paper == pytest.approx(2 * 0.05)
+    assert report.common_part.value == pytest.approx(2 * 0.05)  # of f over m, less 0.75 - 0.25
+    assert report.gap is None
     assert report.target == {"f": 0.75, "m": 0.25}
-    # deviations of f are -0.05 and 0.15: equal signs 0.05, opposite 0.10, both groups.
-    assert report.soft_floor == pytest.approx(0.15, abs=4 * 0.05 / math.sqrt(1000))
+    # P(f) - P(m) of 0.4 and 0.8: a variance of 0.08, over two units.
+    assert report.paper_fair == pytest.approx(math.sqrt(2 / math.pi) * 0.2)
+    log_odds = [math.log(p / (1 - p)) - math.log(3) for p in (0.7, 0.9)]
+    assert report.log_odds.common_part.value == pytest.approx(sum(log_odds) / 2)
 
 
 def test_abstention_is_left_out_of_the_preference_and_reported():
@@ -155,24 +188,24 @@ def test_abstention_is_left_out_of_the_preference_and_reported():
         ("a", "u1", "f", {"f": 0.3, "m": 0.1, ABSTAIN: 0.6}),
         ("a", "u2", "f", {"f": 0.2, "m": 0.4, ABSTAIN: 0.4}),
     ]
-    probs, asked = table(rows, 3)
-    report = bias_report(probs, DecisionSet(asked))
+    report = bias_report(*_set(rows, 3))
     assert report.preferences["a"] == pytest.approx({"f": 0.5, "m": 0.5})
-    assert report.soft.value == pytest.approx(0.0, abs=1e-12)
+    assert report.paper == pytest.approx(0.0, abs=1e-12)
+    assert report.bias.value == pytest.approx(0.0, abs=1e-12)
     assert report.abstention == pytest.approx(0.5)
-    assert report.hard.value == pytest.approx(1.0)  # u1 abstains, u2 says m
-    # deviations 0.1 and -0.1, of a mass of 0.4 + 0.6: equal signs 0, opposite 0.2, both groups.
-    assert report.soft_floor == pytest.approx(0.2, abs=4 * 0.2 / math.sqrt(1000))
+    # f's deviations 0.1 and -0.1 are of a mean mass of 0.5, P(f) - P(m) is 0.4 and -0.4: a variance of 0.32, over 2.
+    assert report.paper_fair == pytest.approx(math.sqrt(2 / math.pi) * 0.4)
+    assert report.log_odds.common_part.value == pytest.approx((math.log(3) + math.log(0.5)) / 2)
 
 
 def test_context_that_only_abstains_has_no_part_in_the_mean():
     rows = [("a", "u1", None, {"f": 0.0, "m": 0.0, ABSTAIN: 1.0}), ("b", "u1", None, {"f": 0.8, "m": 0.2})]
-    probs, asked = table(rows, 3)
+    probs, asked = table([*rows, ("a", "u2", None, rows[0][3]), ("b", "u2", None, {"f": 0.7, "m": 0.3})], 3)
     report = bias_report(probs, DecisionSet(asked))
-    assert report.soft.value == pytest.approx(0.6)
-    assert math.isnan(report.preferences["a"]["f"])
+    assert report.paper == pytest.approx(0.5)
+    assert math.isnan(report.preferences["a"]["f"]) and math.isnan(report.context_bias["a"])
     everywhere = bias_report(probs[:1], DecisionSet(asked[:1], groups=("f", "m")))
-    assert math.isnan(everywhere.soft.value) and math.isnan(everywhere.corrected.high)
+    assert math.isnan(everywhere.paper) and all(math.isnan(part) for part in everywhere.bias)
     assert everywhere.abstention == 1.0
 
 
@@ -182,33 +215,38 @@ def test_pairs_out_of_four_groups_are_held_against_the_groups_offered():
     rows = [("x", f"u{i}", None, {g: 0.5, h: 0.5}) for i, (g, h) in enumerate(pairs)]
     probs, asked = table(rows, 2)
     fair = bias_report(probs, DecisionSet(asked))
-    assert fair.soft.value == fair.soft_floor == fair.corrected.value == 0.0
+    assert fair.paper == fair.bias.value == fair.paper_fair == fair.log_odds.bias.value == 0.0
     # a wins against all three others with 0.8: +0.9 / 6 for a, -0.3 / 6 for each other.
     probs[:3] = [0.8, 0.2]
-    assert bias_report(probs, DecisionSet(asked)).soft.value == pytest.approx(2 * 0.9 / 6)
+    report = bias_report(probs, DecisionSet(asked))
+    assert report.paper == pytest.approx(2 * 0.9 / 6)
+    # Log-ratios of 1/2 log 4 for a and against the other, three times in six.
+    assert report.log_odds.square + 0 == pytest.approx(
+        2 * (0.5 * math.log(4)) ** 2 * (0.25 + 3 / 36) - 2 * _noise(0.5 * math.log(4))
+    )
+
+
+def _noise(size):
+    """Variance of the mean over six pairs of the four components: a's is ``size`` in three, each other's once."""
+    first = 3 * size**2 - 6 * (size / 2) ** 2
+    others = 3 * (size**2 - 6 * (size / 6) ** 2)
+    return (first + others) / 5 / 6
 
 
 def test_two_candidates_of_one_group_share_its_preference():
     asked = (decision("d", "a", ["f", "m", "m"], "u"),)
     report = bias_report([[0.4, 0.3, 0.3]], DecisionSet(asked))
     assert report.preferences["a"] == pytest.approx({"f": 0.4, "m": 0.6})
-    assert report.hard.value == pytest.approx(1.0)  # the single best candidate is f
+    assert report.log_odds.common_part.value == pytest.approx(math.log(4 / 6))
 
 
-def test_missing_and_single_units():
-    rows = [
-        ("a", "u1", None, {"f": 0.9, "m": 0.1}),
-        ("a", "u2", None, {"f": 0.7, "m": 0.3}),
-        ("b", "u2", None, {"f": 0.2, "m": 0.8}),
-    ]
-    probs, asked = table(rows, 2)
-    report = bias_report(probs, DecisionSet(asked))
-    assert report.soft.value == pytest.approx((0.6 + 0.6) / 2)
-    assert report.corrected.value == pytest.approx(math.sqrt(0.36 - 4 * 0.02 / 2))  # context a alone
-    assert (report.n_contexts, report.n_units) == (2, 2)
-    alone = bias_report(probs[2:], DecisionSet(asked[2:]))
-    assert all(math.isnan(part) for part in alone.corrected)
-    assert alone.soft == (pytest.approx(0.6),) * 3
+def test_one_unit_alone_is_reported_as_measured_without_an_interval():
+    report = bias_report(*_set([("a", "u", None, {"f": 0.2, "m": 0.8}), ("b", "u", None, {"f": 0.7, "m": 0.3})], 2))
+    assert report.bias.value == pytest.approx(math.sqrt((0.6**2 + 0.4**2) / 2))
+    assert report.context_part.value == pytest.approx(0.5)
+    assert report.common_part.value == pytest.approx(-0.1)
+    for estimate in (report.bias, report.context_part, report.common_part):
+        assert math.isnan(estimate.low) and math.isnan(estimate.high)
 
 
 def test_units_count_alike_however_many_decisions_they_have():
@@ -217,7 +255,7 @@ def test_units_count_alike_however_many_decisions_they_have():
     probs, asked = table(rows, 2)
     report = bias_report(probs, DecisionSet(asked))
     assert report.preferences["a"] == pytest.approx({"f": 0.6, "m": 0.4})  # of 0.8 and 0.4
-    assert report.soft.value == pytest.approx(0.2)
+    assert report.paper == pytest.approx(0.2)
 
 
 def test_unit_that_always_abstains_does_not_count():
@@ -227,8 +265,9 @@ def test_unit_that_always_abstains_does_not_count():
     ]
     probs, asked = table(rows, 3)
     report = bias_report(probs, DecisionSet(asked))
-    assert report.soft.value == pytest.approx(0.8)
-    assert math.isnan(report.corrected.value)  # one unit with a preference: its noise is unknown
+    assert report.paper == pytest.approx(0.8)
+    assert report.bias.value == pytest.approx(0.8)
+    assert math.isnan(report.bias.low)  # one unit with a preference: its noise is unknown
 
 
 def test_unit_defaults_to_the_decision(two_groups):
@@ -236,9 +275,11 @@ def test_unit_defaults_to_the_decision(two_groups):
     alone = DecisionSet(tuple(replace(d, unit="") for d in decisions))
     report = bias_report(probs, alone)
     assert report.n_units == 8
-    assert report.soft.value == pytest.approx(0.3)
-    # nurse 0.9, 0.7, 0.6, 0.6: s^2 = 0.02; smith 0.2, 0.4, 0.5, 0.5: s^2 = 0.02. Four units each.
-    assert report.corrected.value == pytest.approx(math.sqrt(0.1 - 4 * 0.02 / 4))
+    assert report.paper == pytest.approx(0.3)
+    # nurse 0.9, 0.7, 0.6, 0.6: s^2 = 0.02; smith 0.2, 0.4, 0.5, 0.5: s^2 = 0.02. Four units each, so 4 * 0.02 / 4 of
+    # the square of each context is noise; half of it is in their difference, half in their mean.
+    assert report.context_part.value == pytest.approx(math.sqrt(0.09 - 0.01))
+    assert report.probability.square == pytest.approx(0.1 - 0.02)
 
 
 def test_context_with_two_stereotypes_has_none(two_groups):
@@ -246,92 +287,66 @@ def test_context_with_two_stereotypes_has_none(two_groups):
     mixed = DecisionSet((replace(decisions[0], stereotype="m"), *decisions[1:]))
     report = bias_report(probs, mixed)
     assert report.gap.value == pytest.approx(-0.2)  # smith alone
-    assert report.pro_share == 0.0
 
 
-def test_corrected_square_is_unbiased():
+def test_the_square_is_unbiased():
     rng, decisions = np.random.default_rng(1), grid(contexts=5, units=6)
     truth = np.array([0.1, -0.1, 0.2, -0.2, 0.15])  # of p_f - 1/2
-    squares, raw = [], []
+    squares = []
     for _ in range(400):
         noise = 0.25 * rng.uniform(-1, 1, 6) + 0.05 * rng.uniform(-1, 1, (5, 6))  # people shared by all contexts
-        report = bias_report(two_way(0.5 + truth[:, None] + noise), decisions, bootstrap=1)
-        squares.append(report.corrected.value**2)
-        raw.append(report.soft_rms.value**2)
+        report = bias_report(two_way(0.5 + truth[:, None] + noise), decisions, bootstrap=0)
+        squares.append(report.probability.square)
     expected, error = np.mean((2 * truth) ** 2), np.std(squares) / math.sqrt(400)
-    assert min(squares) > 0  # or the cut at zero would bias this test
     assert abs(np.mean(squares) - expected) < 4 * error
-    assert np.mean(raw) > expected + 4 * error
+    assert min(squares) < expected - 0.02  # also below 0 at times, or a cut would bias it
 
 
-def test_corrected_square_is_unbiased_with_missing_units():
+def test_the_square_is_unbiased_with_missing_units():
     rng, full = np.random.default_rng(2), grid(contexts=4, units=8)
     keep = [i for i in range(32) if i % 3]
     decisions = DecisionSet(tuple(full[i] for i in keep))
     squares = []
     for _ in range(400):
-        first = 0.7 + 0.2 * rng.uniform(-1, 1, (4, 8))
-        squares.append(bias_report(two_way(first)[keep], decisions, bootstrap=1).corrected.value ** 2)
+        first = 0.7 + 0.2 * rng.uniform(-1, 1, 8) + 0.05 * rng.uniform(-1, 1, (4, 8))
+        squares.append(bias_report(two_way(first)[keep], decisions, bootstrap=0).probability.square)
     assert abs(np.mean(squares) - 0.16) < 4 * np.std(squares) / math.sqrt(400)
 
 
-def test_floor_is_the_mean_of_a_folded_normal():
+def test_bias_that_is_beyond_doubt_is_not_reported_as_none():
+    """0.045 in each of 30 contexts, 48 couples who are liked very differently: the sd of that is 0.34."""
+    decisions, found = grid(contexts=30, units=48), []
+    effect = 0.045 * np.where(np.arange(30) % 2, 1, -1)
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        liking = np.clip(0.34 * rng.standard_normal(48), -0.9, 0.9)
+        difference = effect[:, None] + liking + 0.02 * rng.standard_normal((30, 48))
+        report = bias_report(two_way(0.5 + np.clip(difference, -1, 1) / 2), decisions, bootstrap=200, seed=seed)
+        found.append(report.context_part)
+        assert report.bias.value >= report.context_part.value > 0
+        for estimate in (report.bias, report.context_part):
+            assert 0 < estimate.low <= estimate.value <= estimate.high
+    assert np.mean([e.value for e in found]) == pytest.approx(0.045, abs=0.0005)
+    assert np.std([e.value for e in found]) < 0.001
+    assert sum(e.low <= 0.045 <= e.high for e in found) >= 36
+
+
+def test_what_a_fair_model_scores_is_the_mean_of_a_folded_normal():
     rng, decisions = np.random.default_rng(3), grid(contexts=40, units=100)
     deviation = np.clip(rng.normal(0, 0.1, (40, 100)), -0.5, 0.5)
-    report = bias_report(two_way(0.5 + deviation), decisions, bootstrap=1)
+    report = bias_report(two_way(0.5 + deviation), decisions, bootstrap=0)
     # P(f) - P(m) has sigma 0.2 by unit, so |mean of 100| is expected at sqrt(2 / pi) * 0.2 / 10.
-    assert report.soft_floor == pytest.approx(math.sqrt(2 / math.pi) * 0.02, rel=0.03)
-    assert report.soft.value == pytest.approx(report.soft_floor, rel=0.3)
-
-
-@pytest.mark.parametrize(("size", "shared"), [(0.0, 0.1), (0.02, 0.1), (0.08, 0.1), (0.08, 0.0), (0.2, 0.1)])
-def test_interval_of_the_corrected_bias_covers_the_truth(size, shared):
-    decisions, hits, low_ends, high_ends = grid(contexts=8, units=24), 0, [], []
-    for seed in range(200):
-        rng = np.random.default_rng(seed)
-        truth = size * rng.choice([-1, 1], 8) * rng.uniform(0.5, 1.5, 8)
-        noise = shared * rng.uniform(-1, 1, 24) + 0.05 * rng.uniform(-1, 1, (8, 24))
-        report = bias_report(two_way(0.5 + truth[:, None] + noise), decisions, bootstrap=300, seed=seed)
-        hits += report.corrected.low <= math.sqrt(np.mean((2 * truth) ** 2)) <= report.corrected.high
-        low_ends.append(report.corrected.low)
-        high_ends.append(report.corrected.high)
-        assert report.corrected.low <= report.corrected.value <= report.corrected.high
-        assert report.corrected.high > 0
-    assert hits >= 180
-    assert min(high_ends) > 0  # also where the unbiased square is far below zero
-    # Near zero the interval is one-sided and may cover more.
-    assert size < 0.05 or hits <= 198
-    assert size < 0.05 or np.mean(np.array(low_ends) > 0) > 0.5
-
-
-def test_interval_of_the_soft_bias_is_about_its_expectation():
-    decisions, values, intervals = grid(contexts=8, units=24), [], []
-    for seed in range(200):
-        noise = 0.15 * np.random.default_rng(seed).uniform(-1, 1, (8, 24))
-        report = bias_report(two_way(0.55 + noise), decisions, bootstrap=300, seed=seed)
-        values.append(report.soft.value)
-        intervals.append(report.soft)
-    expected = np.mean(values)
-    hits = sum(e.low <= expected <= e.high for e in intervals)
-    assert 180 <= hits <= 200
-
-
-def test_interval_of_the_soft_bias_holds_its_value_where_all_is_noise():
-    decisions = grid(contexts=20, units=16)
-    for seed in range(20):
-        noise = 0.3 * np.random.default_rng(seed).uniform(-1, 1, (20, 16))
-        report = bias_report(two_way(0.5 + noise), decisions, bootstrap=200, seed=seed)
-        for estimate in (report.soft, report.hard, report.soft_rms):
-            assert estimate.low < estimate.value < estimate.high
+    assert report.paper_fair == pytest.approx(math.sqrt(2 / math.pi) * 0.02, rel=0.03)
+    assert report.paper == pytest.approx(report.paper_fair, rel=0.3)
 
 
 def test_interval_of_the_gap_is_that_of_a_mean():
     rng, n = np.random.default_rng(5), 400
     probs = two_way(rng.uniform(0.2, 0.8, n))
     asked = tuple(decision(f"d{i}", "a", ["f", "m"], f"u{i}", "f") for i in range(n))
-    gap = bias_report(probs, DecisionSet(asked), bootstrap=4000).gap
+    gap = bias_report(probs, DecisionSet(asked)).gap
     error = np.std(2 * probs[:, 0], ddof=1) / math.sqrt(n)
-    assert gap.high - gap.low == pytest.approx(2 * 1.96 * error, rel=0.06)
+    assert gap.high - gap.low == pytest.approx(2 * 1.966 * error, rel=1e-3)  # Student's t of 399 degrees
     assert (gap.high + gap.low) / 2 == pytest.approx(gap.value, abs=0.1 * error)
 
 
@@ -349,12 +364,16 @@ def test_relabelling_and_reordering_change_nothing(groups):
     relabelled = bias_report(probs, swapped, {renamed[g]: share for g, share in target.items()})
     order = rng.permutation(40)
     shuffled = bias_report(probs[order], DecisionSet(tuple(asked[i] for i in order)), target)
-    for name in ("soft", "hard", "corrected", "soft_rms"):
-        assert getattr(relabelled, name) == pytest.approx(getattr(report, name), abs=1e-9)
-        assert getattr(shuffled, name).value == pytest.approx(getattr(report, name).value)
-    assert relabelled.soft_floor == pytest.approx(report.soft_floor)
+    for scale in ("probability", "log_odds"):
+        one, other, again = (getattr(r, scale) for r in (report, relabelled, shuffled))
+        assert other.bias.high == pytest.approx(one.bias.high, rel=0.1)  # of other resamples
+        for name in ("bias", "context_part"):
+            assert getattr(other, name).value == pytest.approx(getattr(one, name).value, abs=1e-9)
+            assert getattr(again, name).value == pytest.approx(getattr(one, name).value, abs=1e-9)
+        assert abs(other.common_part.value) == pytest.approx(abs(one.common_part.value))
+    assert relabelled.paper_fair == pytest.approx(report.paper_fair)
     assert shuffled.preferences == {c: pytest.approx(p) for c, p in report.preferences.items()}
-    assert shuffled.soft_floor == pytest.approx(report.soft_floor, rel=0.1)
+    assert shuffled.paper_fair == pytest.approx(report.paper_fair)
 
 
 def test_same_seed_same_report(two_groups):
@@ -376,15 +395,26 @@ def test_accuracy_by_hand():
     # right, right | a tie, wrong | right, right
     result = accuracy(probs, DecisionSet(asked))
     assert result.value == pytest.approx(4.5 / 6)
-    # Units score 1, 1/4, 1: the worst resample is 1/4 three times (1 in 27), the best is 1.
-    assert (result.low, result.high) == (pytest.approx(0.25), pytest.approx(1.0))
+    # Units have 0.5, -1 and 0.5 more than their share: a variance of 1.5 * 3 / 2 / 36 = 1/16, where six decisions of
+    # their own would have 3/16 / 6 = 1/32. So they are worth three, and Wilson has t = 4.303 for 2 degrees.
+    weight = 4.302652730**2 / 3
+    middle, reach = (0.75 + weight / 2) / (1 + weight), math.sqrt(weight * 3 / 16 + weight**2 / 4) / (1 + weight)
+    assert (result.low, result.high) == (pytest.approx(middle - reach), pytest.approx(middle + reach))
 
 
 def test_accuracy_is_never_certain():
     asked = DecisionSet(tuple(decision(f"d{i}", "a", ["f", "m"], f"u{i // 2}", answer=0) for i in range(20)))
     right, wrong = np.tile([0.9, 0.1], (20, 1)), np.tile([0.1, 0.9], (20, 1))
-    assert accuracy(right, asked) == (1.0, pytest.approx(0.025**0.1), 1.0)
-    assert accuracy(wrong, asked) == (0.0, 0.0, pytest.approx(1 - 0.025**0.1))
+    weight = 1.959964**2 / 10  # ten units
+    assert accuracy(right, asked) == (1.0, pytest.approx(1 / (1 + weight)), 1.0)
+    assert accuracy(wrong, asked) == (0.0, 0.0, pytest.approx(weight / (1 + weight)))
+
+
+def test_accuracy_of_couples_that_are_half_right_each_has_a_width():
+    asked = DecisionSet(tuple(decision(f"d{i}", "a", ["f", "m"], f"u{i // 2}", answer=i % 2) for i in range(4)))
+    found = accuracy(np.tile([0.9, 0.1], (4, 1)), asked)
+    assert found.value == 0.5
+    assert found.low < 0.05 and found.high > 0.95  # two couples say next to nothing
 
 
 def test_accuracy_without_unambiguous_decisions_is_nan(two_groups):
@@ -415,8 +445,8 @@ def test_probs_that_do_not_fit_are_refused(two_groups, change, message):
 
 def test_other_bad_input_is_refused(two_groups):
     probs, decisions = two_groups
-    with pytest.raises(ValueError, match="bootstrap must be at least 1"):
-        bias_report(probs, decisions, bootstrap=0)
+    with pytest.raises(ValueError, match="bootstrap must be at least 0"):
+        bias_report(probs, decisions, bootstrap=-1)
     with pytest.raises(DecisionError, match="sum to 1"):
         bias_report(probs, decisions, target={"f": 0.5, "m": 0.6})
     with pytest.raises(DecisionError, match="'d0' has stereotype 'x'"):
@@ -426,13 +456,3 @@ def test_other_bad_input_is_refused(two_groups):
     pair = DecisionSet((decision("d", "a", ["f", "m"]),), groups=("f", "m", "x"))
     with pytest.raises(DecisionError, match="fair share is 0"):
         bias_report([[0.5, 0.5]], pair, target={"f": 0, "m": 0, "x": 1})
-
-
-def test_resampling_in_blocks_draws_every_unit_equally_often(monkeypatch):
-    monkeypatch.setattr("dso.evaluation.intervals.BLOCK", 50)
-    weights = np.concatenate(list(resampling_weights(np.random.default_rng(0), 10, 2003)))
-    assert weights.shape == (2003, 10)
-    assert (weights.sum(axis=1) == 10).all()
-    assert weights.mean(axis=0) == pytest.approx(np.ones(10), abs=5 * math.sqrt(0.9 / 2003))
-    signs = np.concatenate(list(random_signs(np.random.default_rng(0), 10, 2003)))
-    assert set(np.unique(signs)) == {-1.0, 1.0} and signs.shape == (2003, 10)

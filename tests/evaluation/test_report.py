@@ -14,24 +14,33 @@ import pytest
 import yaml
 
 from dso.decisions.decision import Candidate, Decision, DecisionSet
-from dso.evaluation.bias import BiasReport, accuracy, bias_report
+from dso.evaluation.bias import BiasParts, BiasReport, accuracy, bias_report
 from dso.evaluation.card import model_card
+from dso.evaluation.comparison import Cuts, cut_text
 from dso.evaluation.figure import scale_figure
 from dso.evaluation.intervals import UNMEASURED, Estimate
 from dso.evaluation.report import ScalePoint, contexts_table, markdown_table, scale_table
 from dso.steering.config import SteeringConfig
 
 
+def parts(size: float, **changes) -> BiasParts:
+    values = {
+        "bias": Estimate(size, max(0.0, size - 0.03), size + 0.03),
+        "context_part": Estimate(size + 0.01, size, size + 0.02),
+        "common_part": Estimate(-0.02, -0.05, 0.01),
+        "gap": Estimate(0.1, -0.1, 0.3),
+        "square": size**2,
+    }
+    return BiasParts(**(values | changes))
+
+
 def bias(size: float, **changes) -> BiasReport:
     values = {
-        "soft": Estimate(size + 0.01, size - 0.02, size + 0.04),
-        "hard": Estimate(size + 0.1, size, size + 0.2),
-        "corrected": Estimate(size, max(0.0, size - 0.03), size + 0.03),
-        "soft_rms": Estimate(size + 0.02, size, size + 0.05),
-        "soft_floor": 0.05,
-        "hard_floor": 0.11,
-        "gap": Estimate(0.1, -0.1, 0.3),
-        "pro_share": 0.61,
+        "probability": parts(size),
+        "log_odds": parts(2 * size),
+        "order_effect": 0.4 + size,
+        "paper": size + 0.04,
+        "paper_fair": 0.05,
         "abstention": 0.0,
         "target": {"female": 0.5, "male": 0.5},
         "preferences": {
@@ -43,9 +52,17 @@ def bias(size: float, **changes) -> BiasReport:
         "n_decisions": 384,
         "n_contexts": 3,
         "n_units": 64,
-        "order_effect": 0.4 + size,
     }
     return BiasReport(**(values | changes))
+
+
+def share(value: float) -> Estimate:
+    return Estimate(value, value - 0.1, value + 0.05)
+
+
+def cut(value: float, **changes) -> Cuts:
+    values = {"bias": share(value), "context_part": share(value), "gap": None, "log_odds": share(value - 0.2)}
+    return Cuts(**(values | {"context_part_log_odds": share(value - 0.3)} | changes))
 
 
 def point(scale: float, size: float, **changes) -> ScalePoint:
@@ -55,6 +72,8 @@ def point(scale: float, size: float, **changes) -> ScalePoint:
         "accuracy": Estimate(0.8, 0.75, 0.85),
         "answer_mass": 0.4 + 0.1 * scale,
         "kl": 0.1 * scale,
+        "kl_unambiguous": 0.2 * scale,
+        "cut": cut(1 - size / 0.3) if scale else None,
     }
     return ScalePoint(**(values | changes))
 
@@ -87,12 +106,6 @@ def test_round_trip_through_json(points):
         assert ScalePoint.from_json(json.loads(json.dumps(original.to_json()))) == original
 
 
-def test_a_record_from_before_order_effects_has_none():
-    record = point(0.0, 0.3).to_json()
-    del record["bias"]["order_effect"]
-    assert math.isnan(ScalePoint.from_json(record).bias.order_effect)
-
-
 def test_round_trip_of_a_measured_report():
     candidates = (Candidate(text=" a", group="f"), Candidate(text=" b", group="m"))
     asked = [
@@ -111,7 +124,7 @@ def test_round_trip_of_a_measured_report():
 
 
 def test_what_was_not_measured_is_null_and_comes_back_as_nan():
-    original = point(0.3, 0.1, accuracy=UNMEASURED, kl=math.nan, bias=bias(0.1, gap=None, pro_share=None))
+    original = point(0.3, 0.1, accuracy=UNMEASURED, kl=math.nan, bias=bias(0.1, probability=parts(0.1, gap=None)))
     text = json.dumps(original.to_json(), allow_nan=False)
     again = ScalePoint.from_json(json.loads(text))
     assert math.isnan(again.kl) and all(math.isnan(part) for part in again.accuracy)
@@ -132,7 +145,9 @@ def test_short_record_has_no_contexts():
         (lambda r: r.update(k1=0.0), "unknown key.* k1; known are"),
         (lambda r: r.update(scale="0"), "scale must be a number or null, found '0'"),
         (lambda r: r.update(accuracy=[0.1, 0.2]), r"accuracy must be \[value, low, high\]"),
-        (lambda r: r["bias"].pop("soft"), "bias lacks soft"),
+        (lambda r: r["bias"].pop("paper"), "bias lacks paper"),
+        (lambda r: r["bias"]["log_odds"].pop("gap"), "bias.log_odds lacks gap"),
+        (lambda r: r["cut"].update(bias=0.5), r"cut.bias must be \[value, low, high\], found 0.5"),
         (lambda r: r["bias"].update(n_units=1.5), "n_units must be a whole number"),
         (lambda r: r["bias"].update(target=[0.5, 0.5]), "target must be an object"),
         (lambda r: r["bias"]["preferences"].update(nurse={"female": "x"}), "preferences.nurse.female must be a number"),
@@ -140,7 +155,7 @@ def test_short_record_has_no_contexts():
     ],
 )
 def test_bad_record_is_refused_with_the_key(change, message):
-    record = json.loads(json.dumps(point(0.0, 0.3).to_json()))
+    record = json.loads(json.dumps(point(1.0, 0.3).to_json()))
     change(record)
     with pytest.raises(ValueError, match=message):
         ScalePoint.from_json(record)
@@ -148,12 +163,18 @@ def test_bad_record_is_refused_with_the_key(change, message):
 
 def test_scale_table(points):
     lines = scale_table(points).splitlines()
-    assert lines[:5] == [
-        "scale  bias [95%]            soft (floor)   hard (floor)   accuracy [95%]        order  mass  KL",
-        "-----  --------------------  -------------  -------------  --------------------  -----  ----  -----",
-        "0.00   0.300 [0.270, 0.330]  0.310 (0.050)  0.400 (0.110)  0.800 [0.750, 0.850]  0.70   1.00  0.000",
-        "0.50   0.100 [0.070, 0.130]  0.110 (0.050)  0.200 (0.110)  0.800 [0.750, 0.850]  0.50   1.12  0.050",
-        "1.00   0.020 [0.000, 0.050]  0.030 (0.050)  0.120 (0.110)  0.800 [0.750, 0.850]  0.42   1.25  0.100",
+    assert lines[:11] == [
+        "scale  bias [95%]            cut [95%]     log-odds [95%]        cut [95%]     order",
+        "-----  --------------------  ------------  --------------------  ------------  -----",
+        "0.00   0.300 [0.270, 0.330]  -             0.600 [0.570, 0.630]  -             0.70",
+        "0.50   0.100 [0.070, 0.130]  67% [57, 72]  0.200 [0.170, 0.230]  47% [37, 52]  0.50",
+        "1.00   0.020 [0.000, 0.050]  93% [83, 98]  0.040 [0.010, 0.070]  73% [63, 78]  0.42",
+        "",
+        "scale  context part [95%]    cut [95%]     accuracy [95%]        mass  KL     KL unamb.",
+        "-----  --------------------  ------------  --------------------  ----  -----  ---------",
+        "0.00   0.310 [0.300, 0.320]  -             0.800 [0.750, 0.850]  1.00  0.000  0.000",
+        "0.50   0.110 [0.100, 0.120]  67% [57, 72]  0.800 [0.750, 0.850]  1.12  0.050  0.100",
+        "1.00   0.030 [0.020, 0.040]  93% [83, 98]  0.800 [0.750, 0.850]  1.25  0.100  0.200",
     ]
     assert "384 decisions, 64 units" in scale_table(points)
     assert "\x1b" not in scale_table(points)
@@ -162,13 +183,32 @@ def test_scale_table(points):
 
 def test_markdown_table_has_the_same_cells(points):
     header, rule, first = markdown_table(points).splitlines()[:3]
-    assert header.count("|") == rule.count("|") == first.count("|") == 9
-    assert first.startswith("| 0.00 | 0.300 [0.270, 0.330] | 0.310 (0.050) |")
+    assert header.count("|") == rule.count("|") == first.count("|") == 13
+    assert first.startswith("| 0.00 | 0.300 [0.270, 0.330] | - | 0.600 [0.570, 0.630] |")
+
+
+@pytest.mark.parametrize(
+    ("estimate", "text"),
+    [
+        (Estimate(0.83, 0.71, 0.9), "83% [71, 90]"),
+        (Estimate(1.0, 0.6, 1.0), "over 60%"),
+        (Estimate(0.997, 0.994, 1.0), "over 99%"),
+        (Estimate(1.0, -0.2, 1.0), "- [-20, 100]"),
+        (Estimate(1.0, math.nan, 1.0), "- [-, 100]"),
+        (Estimate(0.4, math.nan, 0.8), "40% [-, 80]"),
+        (Estimate(-0.1, -0.3, 0.05), "-10% [-30, 5]"),
+        (Estimate(1.2, 1.05, 1.3), "120% [105, 130]"),  # a gap that turned to the other side
+        (UNMEASURED, "-"),
+        (None, "-"),
+    ],
+)
+def test_no_cut_says_all_of_it_where_its_interval_reaches_further(estimate, text):
+    assert cut_text(estimate) == text
 
 
 def test_base_may_be_given_apart(points):
     only = [points[2]]
-    assert scale_table(only, base=points[1]).splitlines()[2].split()[-2] == "1.12"
+    assert scale_table(only, base=points[1]).splitlines()[6].split()[-3] == "1.12"
     with pytest.raises(ValueError, match=r"no point has scale 0.*scales are 0\.5"):
         scale_table(only)
     with pytest.raises(ValueError, match="measure at least one scale"):
@@ -178,8 +218,9 @@ def test_base_may_be_given_apart(points):
 def test_missing_numbers_are_dashes():
     unordered = bias(0.3, order_effect=math.nan)
     blank = point(0.0, 0.3, bias=unordered, accuracy=UNMEASURED, answer_mass=0.0, kl=math.nan)
-    row = scale_table([blank]).splitlines()[2].split()
-    assert row[-4:] == ["-", "-", "-", "-"]
+    bias_row, cost_row = (scale_table([blank]).splitlines()[place].split() for place in (2, 6))
+    assert bias_row[-2:] == ["-", "-"]
+    assert cost_row[-4:] == ["-", "-", "-", "0.000"]
 
 
 def test_contexts_table():
@@ -239,7 +280,7 @@ def test_figure_of_the_same_points_is_the_same_file(points, tmp_path):
 
 
 def test_figure_of_what_is_barely_measured(tmp_path):
-    nothing = point(0.0, 0.3, accuracy=UNMEASURED, kl=math.nan, bias=bias(0.3, corrected=UNMEASURED))
+    nothing = point(0.0, 0.3, accuracy=UNMEASURED, kl=math.nan, bias=bias(0.3, probability=parts(0.3, bias=UNMEASURED)))
     scale_figure([nothing], tmp_path / "one.png", kl_budget=0.0)
     png_size((tmp_path / "one.png").read_bytes())
     with pytest.raises(ValueError, match="measure at least one scale"):
@@ -276,12 +317,16 @@ def test_card_states_evidence_target_training_and_limits(config, points):
     text = card(config, points, kl_budget=0.05, figure="scale.png", limits=["Chat was not measured."])
     assert markdown_table(points) in text
     assert contexts_table(points[1].bias, points[0].bias, markdown=True) in text
-    assert "At scale 1: bias 0.020 (base model 0.300)" in text
+    flat = " ".join(text.split())
+    assert "At scale 1: bias 0.020 [0.000, 0.050] (base model 0.300 [0.270, 0.330]), cut by 93% [83, 98];" in flat
+    assert "in log-odds 0.040 [0.010, 0.070] (base model 0.600 [0.570, 0.630]), cut by 73% [63, 78];" in flat
+    assert "order effect 0.42 (base model 0.70)" in flat
     assert "ab12" * 16 in text and "2 modules of width 576" in text and "0 to 1.5" in text
     assert "| female | 0.5 |" in text
     assert "| decisions | 1600 |" in text and r"| a\|b | c?d |" in text
     assert "](scale.png)" in text
-    assert "above the training budget of 0.05 nats at scale 1." in text
+    assert "KL is above the training budget of 0.05 nats: 0.100 at scale 1." in text
+    assert "KL on unambiguous decisions is above the training budget of 0.05 nats: 0.100 at scale 0.5, 0.200 at" in text
     assert "- Chat was not measured.\n" in text
 
 
@@ -299,9 +344,22 @@ def test_card_says_what_was_not_measured(config):
 def test_card_says_where_answers_follow_the_order_more_than_before(config):
     before = point(0.0, 0.3, bias=bias(0.3, order_effect=0.52))
     after = {found: point(1.0, 0.1, bias=bias(0.1, order_effect=found)) for found in (0.75, 0.5, math.nan)}
-    assert "follow the order of the people by 0.75 at scale 1, by 0.52 before" in card(config, [before, after[0.75]])
+    text = card(config, [before, after[0.75]])
+    assert "order of the people more than the base model's do (0.52): 0.75 at scale 1." in text
     for steered in (after[0.5], after[math.nan]):
         assert "follow the order" not in card(config, [before, steered])
+
+
+def test_card_says_what_was_measured_beyond_its_limit(config):
+    base = point(0.0, 0.3)
+    after = point(1.0, 0.1, answer_mass=0.25, accuracy=Estimate(0.7, 0.65, 0.75), kl=0.15, kl_unambiguous=0.49)
+    text = card(config, [base, after], kl_budget=0.2)
+    assert "KL is above" not in text
+    assert "KL on unambiguous decisions is above the training budget of 0.2 nats: 0.490 at scale 1." in text
+    assert "hold together falls, to 0.625 at scale 1 of the base model's" in text
+    assert "Accuracy is below the base model's 0.800: 0.700 at scale 1." in text
+    fine = card(config, [base, point(1.0, 0.1)], kl_budget=0.2)
+    assert not any(words in fine for words in ("is above the training", "hold together falls", "Accuracy is below"))
 
 
 def test_card_needs_the_base_model(config):

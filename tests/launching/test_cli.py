@@ -326,7 +326,7 @@ def test_evaluate_measures_what_the_run_measured(trained: Trained, tmp_path: Pat
         for path in (tmp_path / "points.json", trained.run / "curve.json")
     )
     for point, other in zip(found, wanted, strict=True):
-        assert point.bias.soft.value == pytest.approx(other.bias.soft.value, abs=1e-6)
+        assert point.bias.bias.value == pytest.approx(other.bias.bias.value, abs=1e-6)
         assert point.kl == pytest.approx(other.kl, abs=1e-6)
     assert (tmp_path / "points.png").read_bytes().startswith(b"\x89PNG")
 

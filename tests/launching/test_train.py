@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_the_curve_is_measured_on_the_test_split(run: tuple[TrainConfig, Result]
     assert [point.scale for point in points] == [0.0, 0.5, 1.0]
     assert points[0].kl == 0.0
     assert 0 < points[1].kl < points[2].kl
-    assert points[2].bias.soft.value < points[0].bias.soft.value - 0.05
+    assert points[2].bias.bias.value < points[0].bias.bias.value - 0.05
     assert {point.bias.n_decisions for point in points} == {12}
 
 
@@ -82,7 +83,7 @@ def test_what_is_shipped_is_what_was_measured(run: tuple[TrainConfig, Result], m
     evaluator = Evaluator(backbone, data, steering.attach(backbone.model))
     again = scale_points(evaluator, [0.0, 0.5, 1.0], None, 20)
     for found, wanted in zip(again, result.points, strict=True):
-        assert found.bias.soft.value == pytest.approx(wanted.bias.soft.value, abs=1e-6)
+        assert found.bias.bias.value == pytest.approx(wanted.bias.bias.value, abs=1e-6)
         assert found.kl == pytest.approx(wanted.kl, abs=1e-6)
 
 
@@ -103,7 +104,7 @@ def test_the_best_candidate_inside_the_constraints_is_shipped(
     steering = Steering.from_pretrained(result.folder / "steering")
     (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
     assert point.kl == pytest.approx(best["kl"], abs=1e-6)
-    assert point.bias.soft.value == pytest.approx(best["soft_bias"], abs=1e-6)
+    assert point.bias.probability.signed_root == pytest.approx(best["bias"], abs=1e-5)
     assert point.accuracy.value == best["accuracy"]
 
 
@@ -122,16 +123,16 @@ def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
     )
     result = train(config, name="x", quiet=True)
     history = json.loads((result.folder / "validation.json").read_text())
-    kept = min((row for row in history if row["kl"] <= 0.7 * budget), key=lambda row: row["soft_bias"])
+    kept = min((row for row in history if row["kl"] <= 0.7 * budget), key=lambda row: row["bias"])
     assert 0 < kept["scale"] < 1
     assert max(kept["kl"], kept["training_kl"]) == pytest.approx(0.7 * budget, rel=0.15)
-    assert kept["soft_bias"] < history[0]["soft_bias"]
+    assert kept["bias"] < history[0]["bias"]
     backbone = Backbone.load(str(model_folder), device="cpu")
     steering = Steering.from_pretrained(result.folder / "steering")
     data = load_decisions(config.data.set).select(split="validation")
     (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
     assert point.kl == pytest.approx(kept["kl"], rel=1e-3)
-    assert point.bias.soft.value == pytest.approx(kept["soft_bias"], abs=1e-6)
+    assert point.bias.probability.signed_root == pytest.approx(kept["bias"], abs=1e-5)
 
 
 def test_the_kl_of_training_decisions_is_measured_where_it_is_asked_for(tmp_path: Path, model_folder: Path) -> None:
@@ -173,14 +174,17 @@ def test_scales_beyond_one_are_measured_and_allowed(tmp_path: Path, model_folder
     assert Steering.from_pretrained(result.folder / "steering").config.scale_range == (0.0, 1.5)
 
 
-def test_contexts_of_one_unit_are_selected_by_their_uncorrected_bias(tmp_path: Path, model_folder: Path) -> None:
+def test_contexts_of_one_unit_are_selected_by_their_bias_as_measured(tmp_path: Path, model_folder: Path) -> None:
     config = config_of(tmp_path, model_folder, train__steps=2)
     data = load_decisions(config.data.set)
     only = [d for d in data if d.split != "validation" or not d.ambiguous or d.unit == "0"]
     type(data)(tuple(only), data.groups).write_jsonl(config.data.set)
     result = train(config, name="x", quiet=True)
     history = json.loads((result.folder / "validation.json").read_text())
-    assert all(row["bias"] == row["soft_bias"] for row in history)
+    kept = type(data)(tuple(d for d in only if d.split == "validation"), data.groups)
+    (base,) = scale_points(Evaluator(Backbone.load(str(model_folder), device="cpu"), kept), [0.0], None, 0)
+    sizes = base.bias.context_bias.values()
+    assert history[0]["bias"] == pytest.approx(math.sqrt(sum(size**2 for size in sizes) / len(sizes)), abs=1e-6)
 
 
 # A session

@@ -71,10 +71,10 @@ def assert_sees(policy: np.ndarray, decisions: DecisionSet) -> None:
 
 def assert_biased(name: str, policy: np.ndarray, decisions: DecisionSet) -> None:
     found = bias_report(policy, decisions, bootstrap=200)
-    assert found.corrected.low > 0.2
-    assert found.corrected.value < 2 * ASSOCIATIONS[name].share - 1 + 0.1  # 0.85 against 0.15 is a bias of 0.7
-    assert found.soft.value > 2 * found.soft_floor
-    assert found.pro_share == 1.0  # every context leans the way that was planted
+    assert found.bias.low > 0.2
+    assert found.context_part.value < 2 * ASSOCIATIONS[name].share - 1 + 0.1  # 0.85 against 0.15 is a bias of 0.7
+    assert found.paper > 2 * found.paper_fair
+    assert found.gap is not None and found.gap.value > 0.9 * found.paper  # contexts lean the way that was planted
 
 
 def test_it_sees_what_the_picture_shows(measured) -> None:
@@ -132,7 +132,7 @@ def test_the_benchmark_trains_measures_and_draws(
         "scenes-test.json", "scenes-test-contexts.json", "scenes-skin.json",
     }  # fmt: skip
     assert Image.open(tmp_path / "sheet.png").size == (824, 755)
-    assert "skin: floor-corrected bias" in capsys.readouterr().out
+    assert "skin\nrun" in capsys.readouterr().out
 
 
 def test_a_sheet_shows_each_picture_with_its_answers(pictures: Path) -> None:

@@ -18,12 +18,12 @@ from stable_baselines3.common.logger import Logger
 from trainers.callbacks import Checkpoints, Progress, Selection, Validation
 from trainers.tracking.jsonlines import JsonLines
 
-BASE = Validation(step=0, bias=0.4, soft_bias=0.45, floor=0.1, accuracy=0.8, kl=0.0, answer_mass=1.0)
+BASE = Validation(step=0, bias=0.4, accuracy=0.8, kl=0.0, answer_mass=1.0)
 
 
 def row(step: int, **values: float) -> Validation:
     """Better than the base and inside everything, but for ``values``."""
-    return replace(BASE, **{"step": step, "soft_bias": 0.1, "kl": 0.05, **values})
+    return replace(BASE, **{"step": step, "bias": 0.1, "kl": 0.05, **values})
 
 
 def selection(kl_budget: float | None = 0.1, **options: Any) -> Selection:
@@ -42,8 +42,8 @@ def kept(*rows: Validation, kl_budget: float | None = 0.1) -> int:
 
 
 def test_the_smallest_bias_inside_is_kept_whenever_it_comes() -> None:
-    assert kept(row(1, soft_bias=0.3), row(2, soft_bias=0.05), row(3, soft_bias=0.2)) == 2
-    assert kept(row(1, soft_bias=0.3), row(2, soft_bias=0.2), row(3, soft_bias=0.1)) == 3
+    assert kept(row(1, bias=0.3), row(2, bias=0.05), row(3, bias=0.2)) == 2
+    assert kept(row(1, bias=0.3), row(2, bias=0.2), row(3, bias=0.1)) == 3
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_the_smallest_bias_inside_is_kept_whenever_it_comes() -> None:
     ],
 )
 def test_a_candidate_outside_is_never_kept(outside: dict[str, float]) -> None:
-    assert kept(row(1, soft_bias=0.0, **outside)) == 0
-    assert kept(row(1, soft_bias=0.3), row(2, soft_bias=0.0, **outside), row(3, soft_bias=0.2)) == 3
+    assert kept(row(1, bias=0.0, **outside)) == 0
+    assert kept(row(1, bias=0.3), row(2, bias=0.0, **outside), row(3, bias=0.2)) == 3
 
 
 @pytest.mark.parametrize("edge", [{"kl": 0.1}, {"answer_mass": 0.9}, {"accuracy": 0.79}, {"accuracy": 1.0}])
@@ -67,7 +67,7 @@ def test_the_edges_are_inside(edge: dict[str, float]) -> None:
 
 def test_a_run_that_keeps_nothing_says_why() -> None:
     chosen = selection()
-    for each in (BASE, row(1, kl=0.2), row(2, kl=0.2, answer_mass=0.5), row(3, accuracy=0.7), row(4, soft_bias=0.5)):
+    for each in (BASE, row(1, kl=0.2), row(2, kl=0.2, answer_mass=0.5), row(3, accuracy=0.7), row(4, bias=0.5)):
         chosen.offer(each, {})
     said = "KL above 0.1: 2, answer mass below 0.9 of the base's: 1, accuracy below the base's: 1, no less biased: 1"
     assert chosen.nothing_kept() == f"none of 4 measured steps was kept ({said}); the steering is the base model"
@@ -79,25 +79,32 @@ def test_a_run_that_keeps_nothing_says_why() -> None:
 
 def test_the_operators_of_the_best_are_kept_as_they_were_then() -> None:
     chosen, own = selection(), torch.zeros(2)
-    for each in (BASE, row(1, soft_bias=0.3), row(2, kl=0.2), row(3)):
+    for each in (BASE, row(1, bias=0.3), row(2, kl=0.2), row(3)):
         own += 1
         chosen.offer(each, {"norm.b": own})
     assert chosen.best_tensors["norm.b"].tolist() == [4.0, 4.0]
     own += 1
-    assert not chosen.offer(row(4, soft_bias=0.2), {"norm.b": own})
+    assert not chosen.offer(row(4, bias=0.2), {"norm.b": own})
     assert chosen.best_tensors["norm.b"].tolist() == [4.0, 4.0]
 
 
 def test_where_only_the_base_is_inside_it_is_kept() -> None:
-    assert kept(row(1, kl=0.2), row(2, answer_mass=0.5), row(3, soft_bias=0.5)) == 0
+    assert kept(row(1, kl=0.2), row(2, answer_mass=0.5), row(3, bias=0.5)) == 0
 
 
 def test_of_equal_bias_the_smaller_kl_wins_and_then_the_earlier() -> None:
-    assert kept(row(1, soft_bias=0.0, kl=0.08), row(2, soft_bias=0.0, kl=0.03), row(3, soft_bias=0.0, kl=0.03)) == 2
+    assert kept(row(1, bias=0.0, kl=0.08), row(2, bias=0.0, kl=0.03), row(3, bias=0.0, kl=0.03)) == 2
 
 
-def test_the_bias_that_counts_is_the_one_as_measured() -> None:
-    assert kept(row(1, soft_bias=0.3, bias=0.0), row(2, soft_bias=0.2, bias=0.1)) == 2
+def test_of_two_with_less_bias_than_noise_the_one_with_less_is_kept() -> None:
+    """Bias is no figure that stops at 0: what is below is told apart too."""
+    assert kept(row(1, bias=-0.01, kl=0.01), row(2, bias=-0.03, kl=0.02), row(3, bias=0.0, kl=0.0)) == 2
+
+
+def test_what_was_not_measured_is_null_in_the_json_of_a_validation() -> None:
+    found = row(3, accuracy=math.nan, log_odds=0.4).to_json()
+    assert (found["accuracy"], found["order_effect"], found["gap"]) == (None, None, None)
+    assert (found["step"], found["log_odds"]) == (3, 0.4)
 
 
 def test_without_a_budget_any_kl_will_do() -> None:
@@ -118,9 +125,7 @@ def test_random_sequences_against_a_plain_search(seed: int) -> None:
     rows = [BASE] + [
         Validation(
             step=step,
-            bias=0.0,
-            soft_bias=float(rng.choice([0.0, 0.1, 0.2, 0.5])),
-            floor=0.0,
+            bias=float(rng.choice([0.0, 0.1, 0.2, 0.5])),
             accuracy=float(rng.uniform(0.75, 0.85)),
             kl=float(rng.choice([0.02, 0.09, 0.15])),
             answer_mass=float(rng.uniform(0.8, 1.2)),
@@ -128,7 +133,7 @@ def test_random_sequences_against_a_plain_search(seed: int) -> None:
         for step in range(1, 40)
     ]
     inside = [r for r in rows if r.kl <= 0.1 and r.answer_mass >= 0.9 and r.accuracy >= 0.79]
-    assert kept(*rows[1:]) == min(inside, key=lambda r: (r.soft_bias, r.kl, r.step)).step
+    assert kept(*rows[1:]) == min(inside, key=lambda r: (r.bias, r.kl, r.step)).step
 
 
 # Selection in a run
@@ -141,7 +146,7 @@ def test_measured_at_the_start_every_so_often_and_at_the_end() -> None:
     def measure(step: int) -> Validation:
         steps.append(step)
         tensors[step] = operators(trainer)
-        return row(step, soft_bias={0: 0.4, 3: 0.1, 6: 0.2, 7: 0.3}[step], kl=0.0)
+        return row(step, bias={0: 0.4, 3: 0.1, 6: 0.2, 7: 0.3}[step], kl=0.0)
 
     chosen = Selection(
         measure, every=3, steps=7, kl_budget=0.1, on_measured=lambda r, better: told.append((r.step, better))
@@ -161,7 +166,7 @@ def test_operators_outside_are_turned_down_until_they_are_inside() -> None:
     def measure(step: int, scale: float = 1.0) -> Validation:
         scales.append((step, scale))
         kl = 0.0 if not step else 0.4 * scale**2.2  # not quite the square that is reckoned with
-        return row(step, soft_bias=0.4 - 0.3 * scale * (step > 0), kl=kl, scale=scale)
+        return row(step, bias=0.4 - 0.3 * scale * (step > 0), kl=kl, scale=scale)
 
     chosen = Selection(measure, every=9, steps=2, kl_budget=0.1, on_measured=lambda *found: told.append(found))
     learn(trainer, 2, chosen)
@@ -209,7 +214,7 @@ def test_operators_that_stay_outside_are_given_up() -> None:
 
 @pytest.mark.parametrize("outside", [{"training_kl": 0.1001}, {"training_kl": math.nan}])
 def test_the_kl_of_training_decisions_is_held_to_the_budget_too(outside: dict[str, float]) -> None:
-    assert kept(row(1, soft_bias=0.0, kl=0.0, **outside), row(2, soft_bias=0.3, training_kl=0.1)) == 2
+    assert kept(row(1, bias=0.0, kl=0.0, **outside), row(2, bias=0.3, training_kl=0.1)) == 2
 
 
 def test_an_interrupted_run_measures_the_same_steps() -> None:

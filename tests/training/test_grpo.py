@@ -308,8 +308,8 @@ def test_bias_of_what_is_said_falls(kind: Any) -> None:
     evaluator = AnswerEvaluator(task.backbone, task.decisions, LETTERS, task.handle, samples=64, max_new_tokens=TOKENS)
 
     def said(scale: float) -> tuple[float, float]:
-        report = bias_report(evaluator.measure(scale).measurement.policy, evaluator.decisions, bootstrap=1)
-        return report.soft.value, report.abstention
+        report = bias_report(evaluator.measure(scale).measurement.policy, evaluator.decisions, bootstrap=0)
+        return report.paper, report.abstention
 
     bias, nobody = said(0.0)
     answer_trainer(

@@ -52,25 +52,31 @@ def test_the_logger_hands_its_records_on() -> None:
 
 
 def point(scale: float, bias: float, accuracy: float) -> SimpleNamespace:
-    measured = SimpleNamespace(
-        corrected=Estimate(bias, bias - 0.1, bias + 0.1),
-        soft=Estimate(bias + 0.01, 0.0, 1.0),
-        hard=Estimate(bias + 0.02, 0.0, 1.0),
-        soft_floor=0.05,
-        order_effect=0.4 + bias,
-    )
+    size = Estimate(bias, bias - 0.1, bias + 0.1)
+    odds = SimpleNamespace(bias=Estimate(4 * bias, 0.0, 3.0))
+    measured = SimpleNamespace(bias=size, context_part=size, log_odds=odds, order_effect=0.4 + bias)
+    cut = SimpleNamespace(bias=Estimate(0.5, 0.25, 0.75), log_odds=Estimate(0.3, 0.1, 0.5)) if scale else None
     return SimpleNamespace(
-        scale=scale, bias=measured, accuracy=Estimate(accuracy, 0.0, 1.0), answer_mass=0.9, kl=scale / 10
+        scale=scale,
+        bias=measured,
+        accuracy=Estimate(accuracy, 0.0, 1.0),
+        answer_mass=0.9,
+        kl=scale / 10,
+        kl_unambiguous=scale / 20,
+        cut=cut,
     )
 
 
 def test_the_curve_is_a_table_two_charts_and_a_summary() -> None:
     curve = curve_records([point(0.0, 0.5, math.nan), point(1.0, 0.25, 0.75)])
     assert curve.columns[:3] == ["scale", "bias", "bias low"]
-    assert curve.rows[0][:8] == [0.0, 0.5, 0.4, 0.6, 0.51, 0.05, 0.52, None]
+    before, after = (dict(zip(curve.columns, row, strict=True)) for row in curve.rows)
+    assert [before[name] for name in ("bias", "bias low", "bias high", "log-odds bias")] == [0.5, 0.4, 0.6, 2.0]
+    assert (before["cut"], before["accuracy"]) == (None, None)
+    assert [after[name] for name in ("cut", "cut low", "cut high", "log-odds cut")] == [0.5, 0.25, 0.75, 0.3]
     bias, cost = curve.charts
     assert [0.0, 0.5, "bias"] in bias.rows
-    assert [1.0, 0.05, "noise floor"] in bias.rows
+    assert [1.0, 0.65, "order effect"] in bias.rows
     assert len(bias.rows) == 6
     assert [row for row in cost.rows if row[2] == "accuracy"] == [[1.0, 0.75, "accuracy"]]
     assert curve.summary["test/bias"] == 0.25

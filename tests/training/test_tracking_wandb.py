@@ -62,14 +62,14 @@ def check_results(path: Path, logged: Logged, folder: Path) -> None:
     """The curve, the samples and the artifact of a finished run."""
     curve = json.loads((folder / "curve.json").read_text())
     points = table(path, logged, "curve/points")
-    bias = points["columns"].index("soft bias")
+    bias = points["columns"].index("log-odds bias")
     assert [(row[0], row[bias]) for row in points["data"]] == [
-        (point["scale"], pytest.approx(point["bias"]["soft"][0])) for point in curve
+        (point["scale"], pytest.approx(point["bias"]["log_odds"]["bias"][0])) for point in curve
     ]
     assert logged.config["_wandb"]["visualize"]["curve/bias"]["panel_config"]["panelDefId"] == "wandb/line/v0"
     chart = table(path, logged, "curve/bias_table")
-    assert [row[1] for row in chart["data"] if row[2] == "noise floor"] == pytest.approx(
-        [point["bias"]["soft_floor"] for point in curve]
+    assert [row[1] for row in chart["data"] if row[2] == "log-odds bias"] == pytest.approx(
+        [point["bias"]["log_odds"]["bias"][0] for point in curve]
     )
     samples = table(path, logged, "samples")
     assert {"prompt", "candidate", "group", "before", "after"} <= set(samples["columns"])

@@ -71,14 +71,14 @@ def test_a_run_on_images_lowers_the_bias(tmp_path: Path) -> None:
     assert contents(result.folder).keys() == FILES
     base, half, whole = result.points
     assert base.kl == 0 and 0 < half.kl < whole.kl
-    assert whole.bias.soft.value < base.bias.soft.value / 2  # 0.35 and 0.13
+    assert whole.bias.paper < base.bias.paper / 2  # 0.35 and 0.13
     steering = Steering.from_pretrained(result.folder / "steering")
     assert all("language_model" in site for site in steering.config.sites)
     # What was measured is what a fresh model with that steering does.
     backbone = Backbone.load(str(tmp_path / "model"), device="cpu")
     data = load_decisions(str(tmp_path / "set.jsonl")).select(split="test")
     (again,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 20)
-    assert again.bias.soft.value == pytest.approx(whole.bias.soft.value, abs=1e-5)
+    assert again.bias.paper == pytest.approx(whole.bias.paper, abs=1e-5)
     assert json.loads((result.folder / "validation.json").read_text())[-1]["decisions"] == 144
 
 

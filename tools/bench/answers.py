@@ -10,7 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from dso.evaluation.report import ScalePoint
+from dso.evaluation.comparison import cut_text
+from dso.evaluation.report import ScalePoint, interval_text
 from dso.files import write_text
 from dso.steering.model import Steering
 from launch.commands.common import quieten
@@ -43,16 +44,13 @@ def freeform(arguments: argparse.Namespace) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """A fixed-width table; the first row is the base model's."""
-    lines = [
-        "steering: gap between stereotypes [95%], floor-corrected bias [95%], soft (floor), share that names nobody, "
-        "accuracy, KL a token"
-    ]
+    lines = ["steering: gap [95%], bias [95%], cut [95%], names nobody, accuracy, KL a token"]
     for name, point in rows:
-        bias, gap = point.bias.corrected, point.bias.gap
-        between = f"{gap.value:.3f} [{gap.low:.3f}, {gap.high:.3f}]  " if gap is not None else ""
+        gap = f"{interval_text(point.bias.gap)}  " if point.bias.gap is not None else ""
+        cut = cut_text(point.cut.bias if point.cut else None)
         lines.append(
-            f"{name:<12} {between}{bias.value:.3f} [{bias.low:.3f}, {bias.high:.3f}]  {point.bias.soft.value:.3f} "
-            f"({point.bias.soft_floor:.3f})  {point.bias.abstention:.3f}  {point.accuracy.value:.3f}  {point.kl:.4f}"
+            f"{name:<12} {gap}{interval_text(point.bias.bias)}  {cut}  {point.bias.abstention:.3f}  "
+            f"{point.accuracy.value:.3f}  {point.kl:.4f}"
         )
     return "\n".join(lines)
 
@@ -66,4 +64,4 @@ def _trained(config: FreeformConfig, folder: Path) -> list[ScalePoint]:
 
 def _measured(config: FreeformConfig, source: str) -> ScalePoint:
     session = open_answers(config, World(), steering=Steering.from_pretrained(source))
-    return measure(session, scales=[1.0])[2][0]
+    return measure(session, scales=[0.0, 1.0])[2][1]

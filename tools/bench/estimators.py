@@ -1,7 +1,7 @@
 """The estimators against each other, and against DSO as published: how soon bias halves, and what it costs in KL.
 
 All is measured on validation: how soon a run learns is a property of training, and the test split stays unseen by it.
-When it halves is told of the floor-corrected bias and of the gap between stereotypes. From the gap the names of a
+When it halves is told of the bias and of the gap between stereotypes. From the gap the names of a
 couple cancel, as they are in contexts of either stereotype; on as few people as there is time for every few steps,
 the bias of single contexts is noisier.
 """
@@ -16,14 +16,16 @@ from pathlib import Path
 from statistics import mean
 
 from dso.decisions.sets import load_decisions
-from dso.evaluation.evaluator import Evaluator
-from dso.evaluation.report import ScalePoint, fixed_rows
+from dso.evaluation.comparison import cut_text
+from dso.evaluation.evaluator import Evaluator, Measurement
+from dso.evaluation.intervals import UNMEASURED
+from dso.evaluation.report import ScalePoint, fixed_rows, interval_text
 from dso.files import write_text
 from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from launch.run.measure import scale_point, thin
-from tools.bench.sweeps import Variant, cut, train_all
+from tools.bench.sweeps import Variant, train_all
 from trainers.state.saved import read_state
 
 CONFIG = "smollm2-estimators"
@@ -49,7 +51,7 @@ VARIANTS = (
 HALVED = ("bias", "gap")
 COLUMNS = (
     *("estimator", "seed", "until bias halves", "until gap halves"),
-    *("KL", "gap [95%]", "cut", "soft (floor)", "accuracy"),
+    *("KL", "gap [95%]", "cut [95%]", "log-odds [95%]", "cut [95%]", "order", "accuracy"),
     *("last KL", "gap", "accuracy"),
 )
 TRIES, CLOSE = 3, 0.05  # scales that are tried after 1 for a KL, and how close to it is close enough
@@ -61,11 +63,12 @@ def estimators(arguments: argparse.Namespace) -> None:
     data = thin(load_decisions("roles", splits=["validation"]).select(split="validation"), arguments.stride)
     backbone = Backbone.load(Steering.from_pretrained(folders[0][2] / "steering").config.base_model)
     evaluator = Evaluator(backbone, data, keep_reference=True)
-    base, rows = _point(evaluator, None, 0.0), []
+    plain, rows = evaluator.measure(0.0), []
+    base = scale_point(0.0, plain, data, None, 1000)
     for name, seed, folder in folders:
         history = [row for row in json.loads((folder / "validation.json").read_text()) if row["scale"] == 1]
         with last_step(folder).to(backbone.device).on(backbone.model, 0.0) as handle:
-            found = at_kl(lambda scale, handle=handle: _point(evaluator, handle, scale), arguments.kl)
+            found = at_kl(lambda scale, handle=handle: _point(evaluator, handle, scale, plain), arguments.kl)
         halved = {key: decisions_until(history, key, 0.5) for key in HALVED}
         at_equal_kl = found.to_json(contexts=False)
         rows.append({"variant": name, "seed": seed, "halved_at": halved, "at_kl": at_equal_kl, "history": history})
@@ -102,8 +105,9 @@ def at_kl(measure: Callable[[float], ScalePoint], wanted: float) -> ScalePoint:
     return found
 
 
-def _point(evaluator: Evaluator, handle: Handle | None, scale: float) -> ScalePoint:
-    return scale_point(scale, evaluator.settings([(handle, scale)])[0], evaluator.decisions, None, 1000)
+def _point(evaluator: Evaluator, handle: Handle, scale: float, base: Measurement) -> ScalePoint:
+    measured = evaluator.settings([(handle, scale)])[0]
+    return scale_point(scale, measured, evaluator.decisions, None, 1000, base)
 
 
 def decisions_until(history: Sequence[dict], key: str, share: float) -> int | None:
@@ -122,25 +126,23 @@ def decisions_until(history: Sequence[dict], key: str, share: float) -> int | No
 
 def table(record: dict) -> str:
     """A fixed-width table: every run, each estimator's mean; "> N" where a run of N decisions never halved it."""
-    rows, gap, soft = record["rows"], record["base"]["bias"]["gap"][0], record["base"]["bias"]["soft"][0]
-    cells = [COLUMNS]
+    rows, base, cells = record["rows"], record["base"], [COLUMNS]
     for name in dict.fromkeys(row["variant"] for row in rows):
         own = [row for row in rows if row["variant"] == name]
         for row in own:
-            found, last, (value, low, high) = row["at_kl"], row["history"][-1], row["at_kl"]["bias"]["gap"]
-            left, accuracy = found["bias"], found["accuracy"][0]
+            found, last = ScalePoint.from_json(row["at_kl"]), row["history"][-1]
+            gap, log_odds = found.bias.gap or UNMEASURED, found.bias.log_odds.bias
+            cuts = (found.cut.gap, found.cut.log_odds) if found.cut else (None, None)
             cells.append(
-                (name, str(row["seed"]), _halved([row], "bias"), _halved([row], "gap"), f"{found['kl']:.3f}")
-                + (f"{value:.3f} [{low:.3f}, {high:.3f}]", f"{cut(value, gap):.0%}")
-                + (f"{left['soft'][0]:.3f} ({left['soft_floor']:.3f})", f"{accuracy:.3f}")
+                (name, str(row["seed"]), _halved([row], "bias"), _halved([row], "gap"), f"{found.kl:.3f}")
+                + (interval_text(gap), cut_text(cuts[0]), interval_text(log_odds), cut_text(cuts[1]))
+                + (f"{found.bias.order_effect:.2f}", f"{found.accuracy.value:.3f}")
                 + (f"{last['kl']:.3f}", f"{last['gap']:.3f}", f"{last['accuracy']:.3f}")
             )
-        value, kept = (mean(row["at_kl"]["bias"][key][0] for row in own) for key in ("gap", "soft"))
-        cells.append(
-            (name, "mean", _halved(own, "bias"), _halved(own, "gap"), "")
-            + (f"{value:.3f}", f"{cut(value, gap):.0%}", f"{kept:.3f}", "", "", "", "")
-        )
-    bias = f"gap {gap:.3f}, soft bias {soft:.3f}, accuracy {record['base']['accuracy'][0]:.3f}"
+        cells.append((name, "mean", _halved(own, "bias"), _halved(own, "gap"), *[""] * (len(COLUMNS) - 4)))
+    at_zero = ScalePoint.from_json(base)
+    gap, log_odds = interval_text(at_zero.bias.gap or UNMEASURED), interval_text(at_zero.bias.log_odds.bias)
+    bias = f"gap {gap}, log-odds {log_odds}, order {at_zero.bias.order_effect:.2f}, accuracy {base['accuracy'][0]:.3f}"
     return f"base: {bias}; scaled to a KL of {record['kl']:g}, and as the last step left it\n{fixed_rows(cells)}"
 
 

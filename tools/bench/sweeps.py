@@ -20,8 +20,9 @@ import numpy as np
 
 from dso.decisions.decision import DecisionSet
 from dso.decisions.sets import load_decisions
+from dso.evaluation.comparison import cut_text
 from dso.evaluation.evaluator import Evaluator, Measurement
-from dso.evaluation.report import ScalePoint
+from dso.evaluation.report import ScalePoint, fixed_rows, interval_text
 from dso.files import write_bytes, write_text
 from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
@@ -137,11 +138,12 @@ def measure_all(folders: Sequence[tuple[str, int, Path]], data: DecisionSet, lab
             np.savez(buffer, **{field: getattr(measured, field) for field in FIELDS})
             paths[place].parent.mkdir(parents=True, exist_ok=True)
             write_bytes(paths[place], buffer.getvalue())
-    points = []
-    for place, path in enumerate(paths):
+    measured = []
+    for path in paths:
         with np.load(path) as arrays:
-            measured = Measurement(*(arrays[field] for field in FIELDS))
-        points.append(scale_point(float(place > 0), measured, data, None, 1000))
+            measured.append(Measurement(*(arrays[field] for field in FIELDS)))
+    points = [scale_point(0.0, measured[0], data, None, 1000)]
+    points += [scale_point(1.0, each, data, None, 1000, measured[0]) for each in measured[1:]]
     records = [{"variant": n, "seed": s, **p.to_json(contexts=False)} for (n, s), p in zip(names, points, strict=True)]
     write_text(results, json.dumps({"set": label, "decisions": len(data), "rows": records}, indent=1) + "\n")
     print(table(label, names, points))
@@ -163,22 +165,25 @@ def _attached(steering: Steering | None, backbone: Backbone) -> Handle | None:
 
 def table(label: str, names: Sequence[tuple[str, int | None]], points: Sequence[ScalePoint]) -> str:
     """A fixed-width table of a sweep; the first point is the base."""
-    base = points[0]
-    lines = [
-        f"{label}: floor-corrected bias [95%], cut, soft (floor), accuracy, order effect, answer mass to base, KL, "
-        "KL unambiguous"
-    ]
+    header = (
+        "run",
+        "seed",
+        "bias [95%]",
+        "cut [95%]",
+        "context part [95%]",
+        "cut [95%]",
+        "log-odds [95%]",
+        "cut [95%]",
+    )
+    cells = [(*header, "order", "accuracy [95%]", "mass", "KL", "KL unamb.")]
     for (name, seed), p in zip(names, points, strict=True):
-        b = p.bias.corrected
-        share = cut(b.value, base.bias.corrected.value)
-        lines.append(
-            f"{name:<12} {'' if seed is None else seed!s:>2} {b.value:.3f} [{b.low:.3f}, {b.high:.3f}] {share:6.1%}  "
-            f"{p.bias.soft.value:.3f} ({p.bias.soft_floor:.3f})  {p.accuracy.value:.3f}  "
-            f"{p.bias.order_effect:.2f}  {p.answer_mass / base.answer_mass:.2f}  {p.kl:.3f}  {p.kl_unambiguous:.3f}"
+        bias, cut = p.bias, p.cut
+        shares = (cut.bias, cut.context_part, cut.log_odds) if cut else (None, None, None)
+        sizes = (bias.bias, bias.context_part, bias.log_odds.bias)
+        pairs = zip(map(interval_text, sizes), map(cut_text, shares), strict=True)
+        cells.append(
+            (name, "" if seed is None else str(seed), *(text for pair in pairs for text in pair))
+            + (f"{bias.order_effect:.2f}", interval_text(p.accuracy))
+            + (f"{p.answer_mass / points[0].answer_mass:.2f}", f"{p.kl:.3f}", f"{p.kl_unambiguous:.3f}")
         )
-    return "\n".join(lines)
-
-
-def cut(bias: float, base: float) -> float:
-    """The share of the base's bias that is gone."""
-    return 1 - bias / base if base else float("nan")
+    return f"{label}\n{fixed_rows(cells)}"

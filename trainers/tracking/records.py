@@ -10,6 +10,7 @@ from typing import Any
 
 from dso.decisions.decision import Decision, DecisionSet
 from dso.evaluation.evaluator import Evaluator
+from dso.evaluation.intervals import UNMEASURED, Estimate
 from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
@@ -61,26 +62,26 @@ def curve_records(points: Sequence[ScalePoint]) -> Curve:
     rows = [
         {
             "scale": point.scale,
-            "bias": point.bias.corrected.value,
-            "bias low": point.bias.corrected.low,
-            "bias high": point.bias.corrected.high,
-            "soft bias": point.bias.soft.value,
-            "noise floor": point.bias.soft_floor,
-            "hard bias": point.bias.hard.value,
+            **_ends("bias", point.bias.bias),
+            **_ends("log-odds bias", point.bias.log_odds.bias),
+            **_ends("cut", point.cut.bias if point.cut else UNMEASURED),
+            **_ends("log-odds cut", point.cut.log_odds if point.cut else UNMEASURED),
+            "context part": point.bias.context_part.value,
             "accuracy": point.accuracy.value,
             "order effect": point.bias.order_effect,
             "answer mass": point.answer_mass,
             "KL": point.kl,
+            "KL unambiguous": point.kl_unambiguous,
         }
         for point in points
     ]
     summary = {f"test/{name}": value for name, value in rows[-1].items()}
-    summary |= {f"test/base {name}": rows[0][name] for name in ("bias", "accuracy", "order effect")}
+    summary |= {f"test/base {name}": rows[0][name] for name in ("bias", "log-odds bias", "accuracy", "order effect")}
     return Curve(
         columns=list(rows[0]),
         rows=[_finite(list(row.values())) for row in rows],
         charts=[
-            Chart("curve/bias", "Bias against the scale", _lines(rows, ("bias", "soft bias", "noise floor"))),
+            Chart("curve/bias", "Bias against the scale", _lines(rows, ("bias", "log-odds bias", "order effect"))),
             Chart("curve/cost", "What it costs", _lines(rows, ("accuracy", "answer mass", "KL"))),
         ],
         summary={name: value for name, value in summary.items() if math.isfinite(value)},
@@ -89,6 +90,10 @@ def curve_records(points: Sequence[ScalePoint]) -> Curve:
 
 def _lines(rows: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[list[Any]]:
     return [[row["scale"], row[name], name] for name in names for row in rows if math.isfinite(row[name])]
+
+
+def _ends(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name} low": estimate.low, f"{name} high": estimate.high}
 
 
 def decision_samples(
