@@ -1,4 +1,4 @@
-"""Low-dimensional bases of a steering's coefficients, for searches that no gradient guides.
+"""Low-dimensional bases of a steering's coefficients, for searches without gradients.
 
 A basis is a mapping from keys of :meth:`dso.steering.model.Steering.tensors` to tensors of shape (m, ...): m
 directions, each with a part in every tensor that it moves. With coefficients z of shape (m,) the steering is
@@ -35,7 +35,7 @@ def random_basis(steering: Steering, m: int, seed: int = 0, step: float = 0.05) 
     """m orthogonal Gaussian directions over all coefficients.
 
     Args:
-        steering: whose tensors are moved.
+        steering: the directions move its tensors.
         m: number of directions.
         seed: draws them.
         step: root-mean-square change of a coefficient along one direction at radius 1.

@@ -1,23 +1,23 @@
-"""Estimating the current policy's group preference p_g(c) from few decisions a step.
+"""Estimating the current policy's group preference p_g(c) from a few decisions a step.
 
-The sign of the reward is everything, and a single decision says little about it: whom a model prefers of two people
-depends more on their names, their order and the template than on the context. A *block* asks about the same people with
-the same template in several contexts, so what names and template do is common to its contexts. The blocked estimator
-(ours) therefore takes the deviation from the target apart, as in a two-way layout without interaction,
+The sign of the reward decides everything, and a single decision says little about it: which of two people a model
+prefers depends more on their names, their order and the template than on the context. A *block* asks about the same
+people with the same template in several contexts, so what names and template do is common to its contexts. The blocked
+estimator (ours) therefore takes the deviation from the target apart, as in a two-way layout without interaction,
 
     x[b,c] - t = m + u[b] + alpha[c]
 
-m, common to all contexts, is a running mean over blocks; alpha, a context's own share, is a running mean of what is
-left of x[b,c] after its block's mean, from which u[b] has cancelled. What is rewarded is t + m + alpha[c], or, where
-templates differ in how a context matters, in part what is left in this very block, t + m + x[b,c] - mean_b(x - alpha).
+m, common to all contexts, is a running mean over blocks; alpha, a context's own part, is a running mean of what remains
+of x[b,c] after its block's mean, where u[b] has cancelled. The reward looks at t + m + alpha[c] and, because templates
+differ in how much a context matters, in part at what remains in this very block, t + m + x[b,c] - mean_b(x - alpha).
 
 People differ far more than contexts do, so m and alpha are noisy. How the base model decides in the same cells,
-x0[b,c], is known, and so is its layout m0 + alpha0[c] over the whole training set: x0 is a control variate (Owen 2013,
-Monte Carlo theory, methods and examples, section 8.9). The running means then see
+x0[b,c], is known, and so is its layout m0 + alpha0[c] over the whole training set, so x0 serves as a control variate
+(Owen 2013, Monte Carlo theory, methods and examples, section 8.9). The running means then see
 
     x[b,c] - rho (x0[b,c] - t - m0 - alpha0[c])
 
-which has the same mean and, with rho the running regression slope of the one residual on the other, less variance.
+which has the same mean and, with rho the running slope of the regression of one residual on the other, less variance.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class BlockedPreference:
     Args:
         n_contexts: C.
         target: (G,) the fair distribution; the estimate before anything is seen.
-        decay: weight of the past in the common part m, a block.
-        context_decay: weight of the past in a context's own part alpha, a block that has the context.
+        decay: weight of the past in the common part m, for each block.
+        context_decay: weight of the past in a context's own part alpha, for each block with that context.
     """
 
     def __init__(self, n_contexts: int, target: Tensor, decay: float = 0.9, context_decay: float = 0.8):
@@ -76,16 +76,16 @@ class BlockedPreference:
         return (self.products[0] / self.products[1].clamp(min=1e-12)).clamp(0.0, 1.0)
 
     def update(self, cells: Tensor, blocks: Tensor, contexts: Tensor, base: Tensor | None = None) -> Tensor:
-        """Take in M cells, the means over the decisions of one block in one context.
+        """Take in M cells, each the mean over the decisions of one block in one context.
 
         Args:
             cells: (M, G) group shares; each row sums to one.
             blocks: (M,) int64, 0 to B - 1.
-            contexts: (M,) int64; a pair of block and context comes once.
+            contexts: (M,) int64; each pair of block and context occurs once.
             base: (M, G) the base model's shares, as control variates; needs :meth:`start_from`.
 
         Returns:
-            (M, G) the preference in each cell by this block's own evidence, people and template cancelled.
+            (M, G) the preference in each cell by this block's own evidence, in which people and template cancel.
         """
         if not len(cells):
             return cells
@@ -106,15 +106,15 @@ class BlockedPreference:
         return self.target + self.common + local
 
     def _within(self, deviation: Tensor, blocks: Tensor, contexts: Tensor) -> Tensor:
-        """(M, G) what is left of each cell after its block's own level."""
+        """(M, G) what remains of each cell after its block's own level."""
         count = int(blocks.max()) + 1
         sizes = torch.bincount(blocks, minlength=count)
         means = _means(deviation - self.own[contexts], blocks, count)
-        # A block with a single context cannot tell its people from the context; it is held against the common part.
+        # A block with a single context cannot tell its people from the context; it is compared with the common part.
         return deviation - torch.where(sizes[:, None] > 1, means, self.common)[blocks]
 
     def _controlled(self, deviation: Tensor, base: Tensor, contexts: Tensor) -> Tensor:
-        """(M, G) deviations with what the base model's own residuals explain taken off."""
+        """(M, G) deviations without what the base model's own residuals explain."""
         residual, known = deviation - self.common - self.own[contexts], base - self.base[contexts]
         seen = torch.stack([(residual * known).mean(), known.square().mean()])
         steady = deviation - self.slope * known  # the slope is of earlier batches, so that the mean stays what it is

@@ -59,6 +59,22 @@ def test_it_passes_both_checkers_without_a_warning(backbone: Backbone, train: De
         check_sb3_env(made.unwrapped)
 
 
+def test_reading_a_spec_copies_no_model_and_no_steering(
+    backbone: Backbone, train: DecisionSet, steering: Steering
+) -> None:
+    basis = random_basis(steering, M)
+    env = gym.make("dso/SteeringSearch-v0", backbone=backbone, decisions=train, steering=steering, basis=basis)
+    assert env.spec.kwargs["backbone"] is backbone and env.spec.kwargs["steering"] is steering
+
+
+def test_without_a_seed_two_searches_draw_different_minibatches(
+    backbone: Backbone, train: DecisionSet, steering: Steering
+) -> None:
+    one, other = (make(backbone, train, steering) for _ in range(2))
+    drawn = [[env.sampler.draw().tolist() for _ in range(16)] for env in (one, other)]  # 24 ** 8 orders of the blocks
+    assert drawn[0] != drawn[1]
+
+
 def test_a_random_agent_searches_until_the_horizon(backbone: Backbone, train: DecisionSet, steering: Steering) -> None:
     env = make(backbone, train, steering, horizon=3)
     env.action_space.seed(0)

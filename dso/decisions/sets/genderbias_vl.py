@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from dso.decisions.decision import DecisionError, DecisionSet
+from dso.decisions.sets.parquet import read_table
 from dso.decisions.sets.portraits import Portrait, portrait_decisions, some_of_each
-from dso.decisions.sets.socialcounterfactuals import read_table
 from dso.files import cache_folder
 
 GROUPS = ("female", "male")

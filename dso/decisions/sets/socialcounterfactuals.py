@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from dso.decisions.decision import DecisionError, DecisionSet
+from dso.decisions.sets.parquet import parquet_files, pyarrow_parquet, read_table
 from dso.decisions.sets.portraits import Portrait, portrait_decisions, some_of_each
 from dso.files import cache_folder, write_bytes
 
@@ -80,23 +81,7 @@ def load(
         raise DecisionError(
             f"socialcounterfactuals: attribute is {attribute!r}, expected one of {', '.join(ATTRIBUTES)}"
         )
-    found: dict[tuple[str, str, str], dict[str, _Row]] = defaultdict(dict)
-    strange = 0
-    for file in parquet_files("socialcounterfactuals", path, revision, shards):
-        for number, row in enumerate(read_table(file, COLUMNS, "image")):
-            occupation = _occupation(row)
-            if attribute not in (row["a1_type"], row["a2_type"]):
-                continue
-            strange += occupation is None
-            if occupation is not None:
-                group, other = (row["a1"], row["a2"])[:: 1 if row["a1_type"] == attribute else -1]
-                found[occupation, row["counterfactual_set"], other][group] = _Row(file, number)
-    whole = {key: rows for key, rows in found.items() if len(rows) > 1}
-    if strange or len(whole) < len(found):
-        _log.info(
-            "socialcounterfactuals: left out %d pictures (no attributes in the caption) and %d sets of one group",
-            strange, len(found) - len(whole),
-        )  # fmt: skip
+    whole = _whole_sets(parquet_files("socialcounterfactuals", path, revision, shards), attribute)
     groups = sorted({group for rows in whole.values() for group in rows})
     names = {key: f"{key[1]}/{key[2]}" for key in whole}
     portraits = [Portrait(names[key], key[0], dict.fromkeys(rows, "")) for key, rows in whole.items()]
@@ -114,70 +99,31 @@ def load(
     )  # fmt: skip
 
 
+def _whole_sets(files: Sequence[Path], attribute: str) -> dict[tuple[str, str, str], dict[str, _Row]]:
+    """Occupation, counterfactual set and other attribute -> group -> row, of at least two groups."""
+    found: dict[tuple[str, str, str], dict[str, _Row]] = defaultdict(dict)
+    strange = 0
+    for file in files:
+        for number, row in enumerate(read_table(file, COLUMNS, "image")):
+            occupation = _occupation(row)
+            if attribute not in (row["a1_type"], row["a2_type"]):
+                continue
+            strange += occupation is None
+            if occupation is not None:
+                group, other = (row["a1"], row["a2"])[:: 1 if row["a1_type"] == attribute else -1]
+                found[occupation, row["counterfactual_set"], other][group] = _Row(file, number)
+    whole = {key: rows for key, rows in found.items() if len(rows) > 1}
+    if strange or len(whole) < len(found):
+        _log.info(
+            "socialcounterfactuals: left out %d pictures (no attributes in the caption) and %d sets of one group",
+            strange, len(found) - len(whole),
+        )  # fmt: skip
+    return whole
+
+
 def _occupation(row: dict[str, Any]) -> str | None:
     before, found, after = (row["caption"] or "").lower().partition((row["a1a2"] or "").lower())
     return after.strip(" .") or None if found else None
-
-
-def parquet_files(name: str, path: str | Path, revision: str | None, most: int | None) -> list[Path]:
-    """The parquet files of a folder or of a Hub data set, in order.
-
-    Raises:
-        DecisionError: if there are none.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        files = sorted(folder.rglob("*.parquet"))
-        if not files:
-            raise DecisionError(f"{name}: no parquet file in {folder}")
-        return files[:most]
-    if str(path).count("/") != 1 or str(path).startswith((".", "/", "~")):
-        raise DecisionError(
-            f"{name}: there is no folder {str(path)!r}; give one with the parquet files, or a Hub id (owner/name)"
-        )
-    from huggingface_hub import HfApi, hf_hub_download
-
-    kind = "dataset"
-    try:
-        listed = HfApi().list_repo_files(str(path), repo_type=kind, revision=revision)
-        names = sorted(file for file in listed if file.endswith(".parquet"))
-        files = [Path(hf_hub_download(str(path), file, repo_type=kind, revision=revision)) for file in names[:most]]
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DecisionError(
-            f"{name}: there is no folder {str(path)!r}, and the Hub does not give it: {reason}"
-        ) from error
-    if not files:
-        raise DecisionError(f"{name}: the Hub's {path} has no parquet file")
-    return files
-
-
-def read_table(file: Path, columns: Sequence[str], *others: str) -> list[dict[str, Any]]:
-    """The rows of a parquet file, of these columns only.
-
-    Raises:
-        DecisionError: if it cannot be read, lacks one of the columns or of the ``others``, or pyarrow is not installed.
-    """
-    parquet = _parquet()
-    try:
-        opened = parquet.ParquetFile(file)
-        if missing := [column for column in (*columns, *others) if column not in opened.schema_arrow.names]:
-            raise DecisionError(f"{file}: has no column {missing[0]!r}; it has {', '.join(opened.schema_arrow.names)}")
-        return opened.read(columns=list(columns)).to_pylist()
-    except DecisionError:
-        raise
-    except (OSError, ValueError) as error:  # pyarrow's errors are of these two
-        raise DecisionError(f"{file}: cannot be read as parquet: {str(error).splitlines()[0]}") from error
-
-
-def _parquet() -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DecisionError(
-            "parquet files need pyarrow, which is not installed; install it with: pip install 'dso[vision]'"
-        ) from error
-    return pyarrow.parquet
 
 
 def _write(rows: Sequence[_Row], folder: Path) -> dict[_Row, str]:
@@ -187,7 +133,7 @@ def _write(rows: Sequence[_Row], folder: Path) -> dict[_Row, str]:
         wanted[row.file].append(row)
     written = {}
     for file, members in wanted.items():
-        opened = _parquet().ParquetFile(file)
+        opened = pyarrow_parquet().ParquetFile(file)
         start = 0
         for number in range(opened.num_row_groups):
             end = start + opened.metadata.row_group(number).num_rows
