@@ -1,8 +1,9 @@
-"""Image files: what may be read, how it is read, and the bounded memory of what was made of them.
+"""Image files: which ones are accepted, how they are read, and a bounded cache of what was made of them.
 
-An image is read as transformers' own loaders read it: turned upright by its EXIF orientation, then RGB. Its sides are
-at least :data:`MIN_SIDE` pixels and it has at most :data:`MAX_PIXELS`: fewer show nothing, more are a mistake that
-would take gigabytes before a processor shrinks them. Both are checked in the file's header, before pixels are decoded.
+An image is read as transformers' own loaders read it: turned upright by its EXIF orientation, then converted to RGB.
+Each side has at least :data:`MIN_SIDE` pixels, because fewer show nothing; the whole has at most :data:`MAX_PIXELS`,
+because more are a mistake that would take gigabytes before a processor shrinks them. The file's header is checked for
+both before any pixel is decoded.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ImageError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """A file at one state of its contents: what is remembered of it ends when it changes.
+    """A file as it was at one moment: once it changes, what is cached for it no longer counts.
 
     Attributes:
         path: as it was given.
@@ -90,10 +91,10 @@ def _check_size(path: str, width: int, height: int) -> None:
 
 
 class ImageMemory:
-    """What was made of images, by the files of one prompt in their order; the least recently used goes first.
+    """A cache of what was made of images, by the files of one prompt in order; the least recently used goes first.
 
     Args:
-        limit: bytes of tensors that are kept; a single larger entry is not kept at all.
+        limit: bytes of tensors to keep; an entry that is larger by itself is not kept.
     """
 
     def __init__(self, limit: int):
@@ -102,14 +103,14 @@ class ImageMemory:
         self._entries: OrderedDict[tuple[ImageFile, ...], tuple[dict[str, Any], int]] = OrderedDict()
 
     def get(self, files: tuple[ImageFile, ...]) -> dict[str, Any] | None:
-        """What is remembered of these files, or None."""
+        """What is kept for these files, or None."""
         if files not in self._entries:
             return None
         self._entries.move_to_end(files)
         return self._entries[files][0]
 
     def put(self, files: tuple[ImageFile, ...], values: dict[str, Any], size: int) -> None:
-        """Remember what takes ``size`` bytes, and forget the oldest entries beyond the limit."""
+        """Keep what takes ``size`` bytes, and drop the oldest entries beyond the limit."""
         if files in self._entries:
             self.held -= self._entries.pop(files)[1]
         if size > self.limit:

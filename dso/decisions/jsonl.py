@@ -103,7 +103,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise DecisionError(f"the key {_short(twice)} stands there twice")
+        raise DecisionError(f"the key {_short(twice)} appears twice")
     return record
 
 

@@ -129,8 +129,8 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
         (b"[" * 100_000 + b"]" * 100_000, "lists and objects are nested too deeply"),
         (b'{"id": ' * 100_000 + b"1" + b"}" * 100_000, "lists and objects are nested too deeply"),
         (b'{"id": "d2", "answer": ' + b"1" * 5_000 + b"}", "a number has too many digits"),
-        (json.dumps(GOOD).encode()[:-1] + b', "kind": "unambiguous"}', "the key 'kind' stands there twice"),
-        (json.dumps(GOOD).encode().replace(b'"text"', b'"group"'), "the key 'group' stands there twice"),
+        (json.dumps(GOOD).encode()[:-1] + b', "kind": "unambiguous"}', "the key 'kind' appears twice"),
+        (json.dumps(GOOD).encode().replace(b'"text"', b'"group"'), "the key 'group' appears twice"),
         (
             json.dumps(GOOD | {"id": "a\ud83d"}).encode(),
             r"decision 'a\\ud83d': the id holds \\ud83d, half of a character",

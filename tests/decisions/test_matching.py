@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dso.decisions.decision import ABSTAIN, Candidate, Decision, DecisionError
 from dso.decisions.matching import ABSTENTIONS, Matcher
@@ -146,6 +150,18 @@ JOSE, DECOMPOSED = "Jos\u00e9", "Jose\u0301"
 def test_whole_words_of_every_script(answer: str, names: tuple[str, str], named: int | None) -> None:
     assert Matcher().match(answer, asked(*names)) == named
     assert Matcher(rule="only").match(answer, asked(*names)) == (None if answer == "- Ann\n- John" else named)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(alphabet="aeo\u0301\u0308é ñ'’-‑.प्रियां", max_size=12), st.sampled_from(("NFC", "NFD")))
+def test_how_an_answer_is_composed_changes_nothing(answer: str, form: str) -> None:
+    names = asked("é", "प्रिया", "o'a")
+    again = asked(*(unicodedata.normalize(form, c.text.strip()) for c in names.candidates))
+    for rule in ("first", "only", "start"):
+        found = Matcher(rule=rule).match(answer, names)
+        assert Matcher(rule=rule).match(unicodedata.normalize(form, answer), again) == found
+        typed = answer.replace("’", "'").replace("‑", "-")
+        assert Matcher(rule=rule).match(typed, names) == found
 
 
 def test_what_introduces_the_answer_and_what_declines_it_may_be_typed_in_any_way() -> None:
