@@ -26,7 +26,7 @@ class Lesson:
     """N decisions of all processes, with what was found of them when they were decided.
 
     Attributes:
-        handles: (N,) the decisions.
+        indices: (N,) the decisions.
         ambiguous: (N,) bool.
         actions: (N,) candidates that were chosen.
         returns: (N,) their rewards.
@@ -38,7 +38,7 @@ class Lesson:
             ``expected`` is the reward of.
     """
 
-    handles: np.ndarray
+    indices: np.ndarray
     ambiguous: Tensor
     actions: Tensor
     returns: Tensor

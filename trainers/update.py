@@ -70,10 +70,10 @@ class Updater:
         self.value_weight = value_weight
         self.anchors = anchors
 
-    def shares(self, handles: np.ndarray) -> list[Tensor]:
+    def shares(self, indices: np.ndarray) -> list[Tensor]:
         """The positions (n,) of this process's decisions in a batch, by the parts that they are learned from in."""
         world, parts = self.learner.world, self.learner.parts
-        blocks = self.task.blocks.cpu()[torch.as_tensor(handles)].tolist()
+        blocks = self.task.blocks.cpu()[torch.as_tensor(indices)].tolist()
         divided = divide(blocks, world.size * parts)
         # The largest pieces come first: neighbours go to different processes.
         return [torch.as_tensor(divided[part * world.size + world.rank]) for part in range(parts)]
@@ -84,9 +84,9 @@ class Updater:
             return []
         return [self.task.anchors[i] for i in torch.randperm(len(self.task.anchors))[: self.anchors]]
 
-    def pass_through(self, handles: np.ndarray, rows: Tensor, anchors: Sequence[str], part: int = 0) -> Passed:
+    def pass_through(self, indices: np.ndarray, rows: Tensor, anchors: Sequence[str], part: int = 0) -> Passed:
         """Pass the decisions at ``rows`` of a batch with gradient, and with the first part some of the anchor texts."""
-        own = handles[rows.numpy()]
+        own = indices[rows.numpy()]
         # Every process passes some text, as under ZeRO-3 all of them have to take part.
         mine = anchors[self.learner.world.rank :: self.learner.world.size]
         texts = list(mine or anchors[:1]) if part == 0 else []
@@ -110,11 +110,11 @@ class Updater:
 
         def log_probs() -> Iterator[tuple[Tensor, Share] | Tensor]:
             for _ in range(batches):
-                handles = sampler.draw()
-                rows = torch.cat(self.shares(handles)).sort().values
-                own = handles[rows.numpy()]
+                indices = sampler.draw()
+                rows = torch.cat(self.shares(indices)).sort().values
+                own = indices[rows.numpy()]
                 table = self.learner.pass_through(lambda own=own: self.policy.decide(own, next_token=True).next_token)
-                share = Share(rows.to(table.device), len(handles), world.all_sum)
+                share = Share(rows.to(table.device), len(indices), world.all_sum)
                 yield table if world.size == 1 else (table, share)
 
         return fisher_diagonal(log_probs, list(self.policy.steering.parameters()))
@@ -135,10 +135,10 @@ class Updater:
             what was measured over the whole batch, and whether the step was taken: it is not, in any process, where
             the loss or the gradient is not finite.
         """
-        shares = [kept.rows] if kept else self.shares(lesson.handles)
+        shares = [kept.rows] if kept else self.shares(lesson.indices)
         totals = torch.zeros(7, dtype=torch.float64)
         for part, rows in enumerate(shares):
-            passed = kept or self.pass_through(lesson.handles, rows, lesson.anchors, part)
+            passed = kept or self.pass_through(lesson.indices, rows, lesson.anchors, part)
             loss, seen = self._loss(lesson, passed, price, clip, mass_price)
             self.learner.backward(loss, first=part == 0, last=part == len(shares) - 1)
             totals += seen.double().cpu()
@@ -152,7 +152,7 @@ class Updater:
         self, lesson: Lesson, passed: Passed, price: float, clip: float, mass_price: float
     ) -> tuple[Tensor, Tensor]:
         """A part's share of the batch's loss; and of loss, objective, KL, answer masses and clip fraction, (7,)."""
-        outcome, rows, count = passed.outcome, passed.rows, len(lesson.handles)
+        outcome, rows, count = passed.outcome, passed.rows, len(lesson.indices)
         gain = lesson.gain(self.estimator, rows, outcome.log_policy, clip)
         objective = lesson.objective(gain, rows, self.unambiguous_weight)
         divergence = torch.cat([kl_divergence(outcome.next_token, passed.reference), passed.anchored])

@@ -146,8 +146,8 @@ def batch(config: TrainConfig, architecture: Architecture, training: DecisionSet
         seen = sight(architecture, _published_images(config))
         encoded = [_stand_in(number, TEXT_TOKENS + seen.tokens, (1, 1)) for number in range(size)]
         return Batch(size, encoded, seen, f"assumed: {TEXT_TOKENS} tokens of text a decision, answers of one token")
-    handles = BlockSampler(training, config.train.ambiguous, config.train.unambiguous, config.train.seed).draw()
-    drawn = [training[int(handle)] for handle in handles]
+    indices = BlockSampler(training, config.train.ambiguous, config.train.unambiguous, config.train.seed).draw()
+    drawn = [training[int(index)] for index in indices]
     blocks: dict[tuple[str, ...], int] = {}  # as envs.task has them: a process gets whole ones
     numbers = [blocks.setdefault((d.template, d.unit) if d.unit else (d.id,), len(blocks)) for d in drawn]
     decisions = [drawn[place] for place in max(divide(numbers, shares), key=len)]

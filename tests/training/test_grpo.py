@@ -356,7 +356,7 @@ def test_prompts_are_those_of_the_backbone() -> None:
     task, steering = answer_task()
     trainer = answer_trainer(SteeringGRPO, task, steering)
     row = trainer.train_dataset[0]
-    decision = task.decisions[row["handle"]]
+    decision = task.decisions[row["index"]]
     assert row["prompt"] == task.backbone.prompt_text(decision)
     assert trainer._tokenize_prompts([row["prompt"]])[0] == [list(task.backbone.encode(decision).prompt)]
 

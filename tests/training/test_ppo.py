@@ -582,7 +582,7 @@ def test_a_callback_can_stop_and_training_goes_on_with_the_next_batch() -> None:
     learn(trainer, 5, Spy(stop_after=3))
     assert trainer.steps_done == 3
     assert trainer._n_updates == 2
-    assert trainer._last_obs.tolist() == trainer.env.inner.handles.tolist()
+    assert trainer._last_obs.tolist() == trainer.env.inner.indices.tolist()
     learn(trainer, 2)
     assert (trainer.steps_done, trainer._n_updates) == (5, 4)
 

@@ -68,7 +68,7 @@ def everything(trainer: SteeringPPO) -> dict[str, Any]:
         "moments": {f"{i}/{k}": value.clone() for i, entry in optimizer.items() for k, value in entry.items()},
         "task": trainer.task.state_dict(),
         "sampler": trainer.env.inner.sampler.state_dict(),
-        "handles": trainer.env.inner.handles.tolist(),
+        "indices": trainer.env.inner.indices.tolist(),
         "kl": trainer.kl.state_dict(),
         "mass_floor": str(trainer.mass_floor.state_dict()),
         "counters": (trainer.num_timesteps, trainer._n_updates),

@@ -113,7 +113,7 @@ def test_images_are_observed_as_the_files_show_them(tmp_path: Path, backbone: Ba
     check_env(env, skip_render_check=True)
     assert env.observation_space["images"].shape == (1, 40, 24, 3)  # the files are 16 to 24 wide and 16 to 40 high
     for index in (0, len(decisions) - 1):
-        seen, _ = env.reset(options={"handle": index})
+        seen, _ = env.reset(options={"index": index})
         decision, pixels = decisions[index], np.asarray(Image.open(decisions[index].images[0]))
         assert tuple(seen["tokens"][seen["tokens"] >= 0]) == sees.encode(decision).prompt
         np.testing.assert_array_equal(seen["images"][0, : pixels.shape[0], : pixels.shape[1]], pixels)

@@ -44,7 +44,7 @@ def step(arguments: argparse.Namespace) -> None:
             seconds = _timed(lambda s=session: _bare_pass(s))
             with session.steering.on(session.backbone.model) as handle:
                 session.trainer.task.handle = handle
-                session.trainer.task.reference(session.trainer.env.inner.handles)  # computed once a run, not a step
+                session.trainer.task.reference(session.trainer.env.inner.indices)  # computed once a run, not a step
                 stepped = _timed(lambda s=session, c=callbacks[estimator]: _one_step(s.trainer, c))
             if number:  # the first round warms caches up
                 bare[estimator].append(seconds)
@@ -88,7 +88,7 @@ def _timed(work: Callable[[], None]) -> float:
 
 
 def _bare_pass(session: Session) -> None:
-    decisions = session.trainer.task.pick(session.trainer.env.inner.handles)
+    decisions = session.trainer.task.pick(session.trainer.env.inner.indices)
     embeddings = session.backbone.model.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda _, args, output: output.requires_grad_())
     try:
