@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dso.decisions.decision import DecisionSet
 from dso.models.backbone import Backbone
-from dso.models.scoring import Encoded, token_logits
+from dso.models.encoded import Encoded
+from dso.models.scoring import token_logits
 from dso.rewards import group_shares
 from dso.steering.model import Steering
 from envs.task import DecisionTask
@@ -142,7 +143,7 @@ def _group_probabilities(backbone: Backbone, decisions: DecisionSet) -> Tensor:
     """(N, G) float64 probabilities of choosing each group."""
     task = DecisionTask(backbone, decisions)
     policy = backbone.score(list(decisions)).policy().exp()
-    return group_shares(policy, task.groups, len(decisions.groups)).double().cpu()
+    return group_shares(policy, task.groups, len(decisions.groups)).cpu().double()
 
 
 @torch.no_grad()
@@ -190,7 +191,7 @@ def _answer_outputs(
 def _forward(backbone: Backbone, encoded: Sequence[Encoded]) -> None:
     """One pass over right-padded prompts, or over one prompt with images."""
     if encoded[0].images is not None:
-        token_logits(backbone.model, [replace(encoded[0], candidates=((0,),))], packed=False)  # any one token
+        token_logits(backbone.model, [replace(encoded[0], candidates=((0,),))], layout="padded")  # any one token
         return
     longest = max(len(e.prompt) for e in encoded)
     ids = torch.tensor([[*e.prompt, *[0] * (longest - len(e.prompt))] for e in encoded])

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dso.decisions.decision import DecisionSet
 from dso.models.backbone import Backbone
-from dso.models.scoring import kl_divergence
 from dso.rewards import group_preference
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
@@ -177,8 +176,7 @@ class SteeringSearchEnv(SharedSpec, gym.Env[np.ndarray, np.ndarray]):
         self.set_coefficients(coefficients)
         with self._steered():
             scores = task.backbone.score(task.pick(self._indices), next_token=True)
-        assert scores.next_token is not None  # asked for
-        kl = float(kl_divergence(scores.next_token, reference).mean())
+        kl = float(scores.kl(reference).mean())
         policy = scores.policy().exp()
         index = torch.as_tensor(self._indices, device=task.groups.device)
         groups, contexts, answers = task.groups[index][:, : policy.shape[1]], task.contexts[index], task.answers[index]

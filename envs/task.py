@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dso.decisions.decision import Decision, DecisionSet, check_target
 from dso.models.backbone import Backbone
+from dso.models.encoded import Positions, join_positions
 from dso.rewards import ABSENT, candidate_rewards
-from dso.steering.handle import Handle
+from dso.steering.handle import Handle, unsteered
 from envs.estimate import PreferenceEstimate
 from envs.layout import Indices, Layout
 from envs.reward import RewardConfig
@@ -83,8 +84,13 @@ class DecisionTask:
         """The decisions at these indices."""
         return [self.decisions[int(index)] for index in indices]
 
+    def positions(self, indices: Indices) -> Positions:
+        """The answer positions of decisions, as the rows of their distributions stand."""
+        return self.backbone.positions(self.pick(indices))
+
     def reference(self, indices: Indices) -> Tensor:
-        """(N, V) log-probabilities of the base model (scale 0) after the prompts, computed once and cached.
+        """(M, V) log-probabilities of the base model (scale 0) at the answer positions (:meth:`positions`), computed
+        once and cached.
 
         They are computed in fixed portions of the set: which decisions share a forward pass decides how they round,
         and a resumed run, which asks in another order, has to continue bit for bit.
@@ -124,27 +130,30 @@ class DecisionTask:
         table = torch.stack([self._own_policy[index] if index in mine else nothing for index in members])
         return dict(zip(members, table if self.world is None else self.world.all_sum(table), strict=True))
 
-    def _score_base(self, indices: list[int]) -> Tensor:
+    def _score_base(self, indices: list[int]) -> list[Tensor]:
         scores = self.backbone.score(self.pick(indices), next_token=True)
         policy = scores.policy().exp().cpu()
         policy = torch.nn.functional.pad(policy, (0, self.n_candidates - policy.shape[1]))
         self._own_policy.update(zip(indices, policy, strict=True))
         self._own_mass.update(zip(indices, scores.answer_mass().cpu(), strict=True))
-        assert scores.next_token is not None  # asked for
-        return scores.next_token
+        return scores.next_token_by_decision("cpu")
 
     def anchor_reference(self, texts: Sequence[str]) -> Tensor:
         """(N, V) the same after anchor texts."""
-        return self._cached(list(texts), self.backbone.next_token)
+        return self._cached(list(texts), lambda own: list(self.backbone.next_token(own).cpu().split(1)))
 
     @torch.no_grad()
-    def _cached(self, keys: list[Any], compute: Callable[[list[Any]], Tensor]) -> Tensor:
+    def _cached(self, keys: list[Any], compute: Callable[[list[Any]], list[Tensor]]) -> Tensor:
+        device = self.backbone.device
         for key in keys:
             if key not in self._reference:
                 together = self._together.get(key, [key])
                 with self.unsteered():
-                    self._reference.update(zip(together, compute(together).cpu(), strict=True))
-        return torch.stack([self._reference[key] for key in keys]).to(self.backbone.device)
+                    rows = compute(together)
+                # They come back to the device at every step: from pinned memory without waiting.
+                kept = [row.pin_memory() for row in rows] if device.type == "cuda" else rows
+                self._reference.update(zip(together, kept, strict=True))
+        return join_positions([self._reference[key].to(device, non_blocking=True) for key in keys])
 
     def _portions(self, size: int = 24) -> Iterator[list[Any]]:
         """Whole blocks, as they are drawn together, up to ``size`` decisions; then ``size`` anchors at a time."""
@@ -161,18 +170,9 @@ class DecisionTask:
         anchors = list(dict.fromkeys(self.anchors))
         yield from (anchors[start : start + size] for start in range(0, len(anchors), size))
 
-    @contextmanager
-    def unsteered(self) -> Iterator[None]:
-        """The base model within the block: the attached steering, if any, at scale 0."""
-        if self.handle is None:
-            yield
-            return
-        scale = self.handle.scale
-        self.handle.scale = 0.0
-        try:
-            yield
-        finally:
-            self.handle.scale = scale
+    def unsteered(self) -> AbstractContextManager[None]:
+        """The base model within the block: every steering on it at scale 0."""
+        return unsteered(self.backbone.model)
 
     @property
     def preference(self) -> Tensor:

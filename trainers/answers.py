@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dso.errors import UserError
 from dso.models.backbone import Backbone
-from dso.models.scoring import Encoded, token_logits
+from dso.models.encoded import Encoded
+from dso.models.scoring import token_logits
 
 
 def divide(decisions: int, num_generations: int, ranks: int, micro_batch: int | None) -> tuple[int, int]:
@@ -60,8 +61,8 @@ def answer_log_probs(
     encoded = [Encoded(prompt, tuple(answers[row] for row in group)) for prompt, group in rows.items()]
     log_probs = torch.zeros(len(answers), width, device=input_ids.device)
     entropies = torch.zeros_like(log_probs)
-    for numbers, packed in backbone.passes(encoded):
-        reads, logits = token_logits(model, [encoded[number] for number in numbers], packed)
+    for numbers, layout in backbone.passes(encoded):
+        reads, logits = token_logits(model, [encoded[number] for number in numbers], layout)
         table = (logits.float() / temperature).log_softmax(-1)
         at = [(row, place) for number in numbers for row in members[number] for place in range(len(answers[row]))]
         where = tuple(torch.tensor(at, device=table.device).unbind(1))

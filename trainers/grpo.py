@@ -194,7 +194,9 @@ class SteeredAnswers:
 
         def log_probs() -> Iterator[Tensor]:
             for _ in range(batches):
-                yield self.task.backbone.score(self.task.pick(sampler.draw()), next_token=True).next_token
+                chosen = sampler.draw()
+                table = self.task.backbone.score(self.task.pick(chosen), next_token=True).next_token
+                yield table[: len(chosen)]  # behind the prompts
 
         parameters = list(self.steering.parameters())
         torch.manual_seed(self._seed)

@@ -26,7 +26,8 @@ class Outcome:
 
     Attributes:
         log_policy: (N, K) log pi, -inf where there is no candidate.
-        next_token: (N, V) log-probabilities after the prompt, or None if not asked for.
+        next_token: (M, V) log-probabilities at the answer positions, the N after the prompts first, or None if not
+            asked for.
         values: (N,) baseline of each decision's reward.
         answer_mass: (N,) probability of all candidates together.
     """
@@ -45,7 +46,6 @@ class SteeringPolicy(ActorCriticPolicy):
         steering: the operators, attached to the backbone by the caller.
         baseline: ``context`` (running mean reward of the decision's context), ``value`` (a linear head on the output
             layer's input) or ``none``.
-        length_normalised: divide candidates' log-probabilities by their token counts.
         optimizer_class, optimizer_kwargs: a :class:`trainers.optimizer.Whitened` optimiser and what it takes; Adam with
             SB3's epsilon, 1e-5, by default.
     """
@@ -59,7 +59,6 @@ class SteeringPolicy(ActorCriticPolicy):
         task: DecisionTask,
         steering: Steering,
         baseline: str = "context",
-        length_normalised: bool = False,
         use_sde: bool = False,
         optimizer_class: type[Whitened] = SteeringAdam,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -70,7 +69,6 @@ class SteeringPolicy(ActorCriticPolicy):
         if not issubclass(optimizer_class, Whitened):
             raise ValueError(f"optimizer_class is {optimizer_class}, expected one with trainers.optimizer.Whitened")
         self._wiring = (task, steering, baseline)  # read by _build, before nn.Module accepts submodules
-        self.length_normalised = length_normalised
         kwargs |= {"optimizer_class": optimizer_class, "optimizer_kwargs": optimizer_kwargs or {"eps": 1e-5}}
         super().__init__(observation_space, action_space, lr_schedule, net_arch=[], use_sde=use_sde, **kwargs)
 
@@ -106,7 +104,7 @@ class SteeringPolicy(ActorCriticPolicy):
             self.task.pick(index), next_token=next_token, hidden=self.value_head is not None
         )
         return Outcome(
-            scores.policy(self.length_normalised),
+            scores.policy(),
             scores.next_token,
             self._values(index, scores.hidden),
             scores.answer_mass(),

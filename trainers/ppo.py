@@ -54,7 +54,7 @@ class SteeringPPO(PPO):
 
     Args:
         env: a :class:`trainers.vec.DecisionVecEnv`.
-        policy_kwargs: of :class:`trainers.policy.SteeringPolicy`: ``steering``, ``baseline``, ``length_normalised``;
+        policy_kwargs: of :class:`trainers.policy.SteeringPolicy`: ``steering``, ``baseline``;
             the task is the environment's.
         estimator: ``expected``, ``reinforce`` or ``ppo``.
         kl: the constraint, a :class:`trainers.constraints.KLBudget` or :class:`FixedKL`.

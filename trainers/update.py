@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dso.models.scoring import kl_divergence
+from dso.models.encoded import Positions
+from dso.models.scores import kl_divergence
 from envs.sampler import BlockSampler, divide
 from trainers.constraints import step_unit
 from trainers.fisher import Share, fisher_diagonal
@@ -29,13 +30,15 @@ class Passed:
     Attributes:
         rows: (n,) positions in the batch.
         outcome: of these n decisions.
-        reference: (n, V) log-probabilities of the base model.
+        positions: the m answer positions of these decisions.
+        reference: (m, V) log-probabilities of the base model there.
         base_mass: (n,) probability that the base model gives to all candidates together.
         anchored: (a,) KL to the base model of those that were passed here.
     """
 
     rows: Tensor
     outcome: Outcome
+    positions: Positions
     reference: Tensor
     base_mass: Tensor
     anchored: Tensor
@@ -102,7 +105,8 @@ class Updater:
         *parts, last = self.learner.forward(work)
         outcome = Outcome(*parts) if texts else Outcome(*parts, last)
         anchored = kl_divergence(last, base) * bool(mine) if texts else outcome.log_policy.new_zeros(0)
-        return Passed(rows.to(reference.device), outcome, reference, base_mass, anchored)
+        positions = self.task.positions(own)
+        return Passed(rows.to(reference.device), outcome, positions, reference, base_mass, anchored)
 
     def fisher(self, sampler: BlockSampler, batches: int) -> list[Tensor]:
         """The diagonal Fisher information of the steering's tensors over a few batches (:mod:`trainers.fisher`)."""
@@ -114,6 +118,7 @@ class Updater:
                 rows = torch.cat(self.shares(indices)).sort().values
                 own = indices[rows.numpy()]
                 table = self.learner.pass_through(lambda own=own: self.policy.decide(own, next_token=True).next_token)
+                table = table[: len(own)]  # behind the prompts
                 share = Share(rows.to(table.device), len(indices), world.all_sum)
                 yield table if world.size == 1 else (table, share)
 
@@ -155,7 +160,8 @@ class Updater:
         outcome, rows, count = passed.outcome, passed.rows, len(lesson.indices)
         gain = lesson.gain(self.estimator, rows, outcome.log_policy, clip)
         objective = lesson.objective(gain, rows, self.unambiguous_weight)
-        divergence = torch.cat([kl_divergence(outcome.next_token, passed.reference), passed.anchored])
+        own = passed.positions.mean(kl_divergence(outcome.next_token, passed.reference))
+        divergence = torch.cat([own, passed.anchored])
         kl = divergence.sum() / (count + len(lesson.anchors))
         masses = torch.stack(
             [outcome.answer_mass, passed.base_mass, (passed.base_mass - outcome.answer_mass).clamp(min=0)]

@@ -25,7 +25,7 @@ from dso.evaluation.bias import Estimate, accuracy
 from dso.evaluation.evaluator import Measurement
 from dso.models.backbone import Backbone
 from dso.models.sampling import sample, token_kl
-from dso.steering.handle import Handle
+from dso.steering.handle import Handle, unsteered
 
 NOBODY = "(none of them)"
 KL_SAMPLES = 2  # answers of a decision whose KL is measured: each compares whole distributions at every token
@@ -106,15 +106,14 @@ class AnswerEvaluator:
         self._order = sorted(range(len(decisions)), key=lambda index: self._prompts[index])
 
     def measure(self, scale: float = 1.0) -> Answers:
-        """The set at one scale; the handle has the scale afterwards that it had before."""
+        """The set at one scale; every steering on the model has the scale afterwards that it had before."""
         if self.handle is None and scale:
             raise ValueError(f"scale {scale} needs a steering; without one there is only scale 0")
         # Tokens of the answers plus one, so that 0 is none.
         written = torch.zeros(len(self._prompts), self.samples, self.max_new_tokens, dtype=torch.long)
         kl = torch.zeros(len(self._prompts), dtype=torch.float64)
-        before = None if self.handle is None else self.handle.scale
         starts = list(range(0, len(self._order), self.PORTION))
-        try:
+        with unsteered(self.backbone.model):
             if self.handle is not None:
                 self.handle.scale = scale
             with torch.random.fork_rng(devices=_generators(self.backbone.device)):
@@ -122,9 +121,6 @@ class AnswerEvaluator:
                     if number % self.size == self.rank:
                         torch.manual_seed(self.seed + number)
                         self._answer(self._order[start : start + self.PORTION], written, kl)
-        finally:
-            if self.handle is not None:
-                self.handle.scale = before
         return self._read(self.add(written).tolist(), self.add(kl).numpy())
 
     def _answer(self, rows: list[int], written: Tensor, kl: Tensor) -> None:

@@ -7,16 +7,17 @@ kept; where a set is measured again and again (validation during training) they 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dso.decisions.decision import DecisionSet
+from dso.errors import UserError
 from dso.models.backbone import Backbone
-from dso.models.scoring import Scores, kl_divergence
-from dso.steering.handle import Handle
+from dso.models.scores import Scores
+from dso.steering.handle import Handle, unsteered
 
 CHUNK = 240
 
@@ -28,7 +29,8 @@ class Measurement:
     Attributes:
         policy: (N, K) probabilities over the candidates, 0 where there is none.
         answer_mass: (N,) probability that the candidates hold together.
-        kl: (N,) KL(pi_s || pi_0) in nats of the next-token distribution after the prompt.
+        kl: (N,) KL(pi_s || pi_0) in nats of the next-token distribution, mean over the answer positions
+            (:mod:`dso.models.scores`).
     """
 
     policy: np.ndarray
@@ -36,16 +38,35 @@ class Measurement:
     kl: np.ndarray
 
 
+def check_scoring(backbone: Backbone, handle: Handle | None) -> None:
+    """Make sure that a steering is measured by the rule of scoring that it was trained with.
+
+    Raises:
+        UserError: if the backbone has another one.
+    """
+    if handle is None:
+        return
+    if reason := handle.steering.config.scoring.difference(backbone.scoring):
+        raise UserError(
+            f"the steering was trained with another scoring: {reason} at the model; "
+            "load the model with Backbone.load(..., scoring=steering.config.scoring)"
+        )
+
+
 class Evaluator:
     """Measures one decision set under a steering at any scale.
+
+    While it measures, every other steering on the model is at scale 0, so that the base is the base.
 
     Args:
         backbone: the model that ``handle`` is attached to.
         decisions: what to decide.
         handle: the steering; None measures the base model only.
         keep_reference: keep the base's distributions in memory (4 bytes x vocabulary a decision).
-        length_normalised: see :meth:`dso.models.scoring.Scores.policy`.
         progress: called with the number of forward-passed decisions after each chunk.
+
+    Raises:
+        UserError: if the steering was trained with another rule of scoring than the backbone's.
     """
 
     def __init__(
@@ -55,13 +76,12 @@ class Evaluator:
         handle: Handle | None = None,
         *,
         keep_reference: bool = False,
-        length_normalised: bool = False,
         progress: Callable[[int], None] | None = None,
     ):
+        check_scoring(backbone, handle)
         self.backbone = backbone
         self.decisions = decisions
         self.handle = handle
-        self.length_normalised = length_normalised
         self.progress = progress
         order = sorted(range(len(decisions)), key=lambda i: backbone.encode(decisions[i]).prompt)
         self._chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
@@ -82,23 +102,17 @@ class Evaluator:
     def settings(self, settings: Sequence[tuple[Handle | None, float]]) -> list[Measurement]:
         """The set under each of several handles and scales, one at a time, over one pass of the base model.
 
-        All handles that take part have the scale afterwards that they had before.
+        All steerings on the model have the scale afterwards that they had before.
         """
-        before = {handle: handle.scale for handle in (self.handle, *(h for h, _ in settings)) if handle is not None}
+        for handle, _ in settings:
+            check_scoring(self.backbone, handle)
         collected: list[list[tuple[Tensor, ...]]] = [[] for _ in settings]
-        try:
-            for handle in before:
-                handle.scale = 0.0
+        with unsteered(self.backbone.model):
             for number, chunk in enumerate(self._chunks):
                 base = self._base(number, chunk)
                 for place, (handle, scale) in enumerate(settings):
                     scores = base if handle is None or scale == 0 else self._scores(chunk, handle, scale)
-                    policy = scores.policy(self.length_normalised).exp()
-                    kl = kl_divergence(scores.next_token, base.next_token)
-                    collected[place].append((policy, scores.answer_mass(), kl))
-        finally:
-            for handle, scale in before.items():
-                handle.scale = scale
+                    collected[place].append((scores.policy().exp(), scores.answer_mass(), scores.kl(base.next_token)))
         back = np.argsort([index for chunk in self._chunks for index in chunk])
         return [
             Measurement(*(torch.cat(parts).cpu().numpy()[back] for parts in zip(*rows, strict=True)))
@@ -122,7 +136,7 @@ class Evaluator:
         if missing := self._columns - scores.log_probs.shape[1]:
             log_probs = torch.nn.functional.pad(scores.log_probs, (0, missing), value=-torch.inf)
             lengths = torch.nn.functional.pad(scores.lengths, (0, missing), value=1)
-            scores = Scores(log_probs, lengths, scores.next_token)
+            scores = replace(scores, log_probs=log_probs, lengths=lengths)
         if self.progress is not None:
             self.progress(len(chunk))
         return scores

@@ -1,9 +1,7 @@
 """The frozen model behind every decision: tokenising, scoring, generating.
 
-Whether an architecture takes packed prefix trees (:mod:`dso.models.packing`) is not looked up but measured when the
-model is loaded: both layouts must give the same log-probabilities, else padded rows are used. Packed rows are never
-longer than a sliding window or a position table, so that what was measured holds for every row. Prompts with images
-(:mod:`dso.models.vision`) are padded rows always.
+How decisions share a forward pass is measured when the model is taken in (:mod:`dso.models.layout`). Prompts with
+images (:mod:`dso.models.vision`) are padded rows.
 """
 
 from __future__ import annotations
@@ -19,13 +17,14 @@ from torch import Tensor
 from dso.decisions.decision import IMAGE_SLOT, Decision, DecisionError
 from dso.decisions.images import ImageFile, find_images
 from dso.errors import UserError
-from dso.models.loading import DTYPES, load_parts
-from dso.models.prompts import Prompt, render_text
-from dso.models.scoring import Encoded, Scores, passes, score
+from dso.models.encoded import Encoded, Positions, answer_positions
+from dso.models.layout import find_layout, positive, row_limit
+from dso.models.loading import load_parts
+from dso.models.prompts import Prompt, chat_template, render_text, template_digest
+from dso.models.scores import Scores, Scoring
+from dso.models.scoring import Layout, passes, score
+from dso.models.tokens import tokenise, tokenise_answers, tokenise_behind
 from dso.models.vision import IMAGE_MEMORY, ImageInputs, Vision
-
-# A packed row's mask replaces the one that the model would have cut off at these distances.
-WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size", "window_size", "local_attention")
 
 
 class Backbone:
@@ -37,9 +36,17 @@ class Backbone:
         name: what checkpoints and tables call it.
         revision: the Hub revision it was loaded at, if any.
         max_tokens: tokens of one packed row, or of one padded batch.
-        packing: whether to pack; None asks the model by comparing both layouts.
+        layout: how decisions share a forward pass: ``packed``, ``padded`` or ``single``; None finds the best one.
         processor: of a vision-language model; None for a text model, which takes no images.
         image_memory: bytes of processed images that are kept.
+        scoring: the rule by which decisions are scored, such as a steering's ``config.scoring``.
+
+    Attributes:
+        layout: in use.
+        layout_reason: why it is no better one; "" where it is the best, or was chosen.
+
+    Raises:
+        UserError: if the model cannot be run, or ``layout`` is none.
     """
 
     def __init__(
@@ -49,9 +56,10 @@ class Backbone:
         name: str = "model",
         revision: str | None = None,
         max_tokens: int = 512,
-        packing: bool | None = None,
+        layout: Layout | None = None,
         processor: Any = None,
         image_memory: int = IMAGE_MEMORY,
+        scoring: Scoring | None = None,
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -60,13 +68,16 @@ class Backbone:
         self.max_tokens = max_tokens
         self.vision = Vision(processor, model, name, image_memory) if processor is not None else None
         self._encoded: dict[str, Encoded] = {}
+        self._stated = scoring or Scoring()
         config = model.config.get_text_config()
-        self._context = _positive(config, "max_position_embeddings")
-        limits = [_positive(config, name) for name in (*WINDOWS, "max_position_embeddings")]
-        self._row_limit = min((limit for limit in limits if limit), default=None)
-        if packing is None:
-            packing = (self.vision is None or self.vision.takes_text) and self._packing_is_exact()
-        self.packing = packing
+        self._context = positive(config, "max_position_embeddings")
+        self._row_limit = row_limit(config)
+        self.layout_reason = ""
+        if layout is None and (self.vision is None or self.vision.takes_text):
+            layout, self.layout_reason = find_layout(model, self._row_limit)
+        self.layout: Layout = layout or "padded"
+        if self.layout not in ("packed", "padded", "single"):
+            raise UserError(f"layout is {layout!r}, expected packed, padded or single")
 
     @classmethod
     def load(
@@ -76,29 +87,62 @@ class Backbone:
         revision: str | None = None,
         dtype: str = "float32",
         device: str | None = None,
+        attn_implementation: str | None = None,
+        device_map: Any = None,
+        quantization_config: Any = None,
         **options: Any,
     ) -> Backbone:
         """Load the embedded ``smollm2-135m``, a local folder or a Hub id.
 
+        Args:
+            dtype: ``float32``, ``bfloat16`` or ``float16``.
+            device: where the model goes; the first GPU, else the CPU, by default.
+            attn_implementation, device_map, quantization_config: of transformers' ``from_pretrained``. With the last
+                two the loader places the model.
+            options: further arguments of the class.
+
         Raises:
             ModelNotFound: if there is no such model, or it is damaged; the message says what was looked for.
+            UserError: if an option cannot be used.
         """
-        if dtype not in DTYPES:
-            raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-        model, tokenizer, processor = load_parts(name, revision, DTYPES[dtype])
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return cls(model.to(device), tokenizer, name, revision, processor=processor, **options)
+        placed = device_map is not None or quantization_config is not None
+        if device is not None and placed:
+            raise UserError(f"device {device!r} and a device_map or quantization_config: the loader places the model")
+        loaders = {
+            "attn_implementation": attn_implementation,
+            "device_map": device_map,
+            "quantization_config": quantization_config,
+        }
+        wanted = {key: value for key, value in loaders.items() if value is not None}
+        model, tokenizer, processor = load_parts(name, revision, dtype, **wanted)
+        if not placed:
+            model = model.to(usable_device(device))
+        return cls(model, tokenizer, name, revision, processor=processor, **options)
+
+    @property
+    def scoring(self) -> Scoring:
+        """The rule in use, with the digest of the model's own chat template where none was stated."""
+        return self._stated if self._stated.template else replace(self._stated, template=self._template())
 
     @property
     def device(self) -> torch.device:
+        """Where token ids go."""
         return next(self.model.get_input_embeddings().parameters()).device
 
+    def layout_line(self) -> str | None:
+        """What is to be said of a layout that is slower than the best one; None where it is the best."""
+        rows = {"padded": "padded rows", "single": "rows of their own"}
+        if not self.layout_reason:
+            return None
+        return f"{self.name}: prompts are scored in {rows[self.layout]}, not packed: {self.layout_reason}"
+
     def encode(self, decision: Decision) -> Encoded:
-        """Token ids of the decision; the candidates are tokenised in their place behind the prompt.
+        """Token ids of the decision; what they say is prompt + candidate, letter for letter.
 
         Raises:
-            DecisionError: if two candidates have the same tokens, chat messages meet a tokenizer or processor without a
-                chat template, the decision is longer than the model's context, or its images cannot be used.
+            DecisionError: if two candidates have the same tokens, the tokenizer drops blanks between prompt and
+                candidate, a chat template is missing or drops a message, the decision is longer than the model's
+                context, or its images cannot be used.
         """
         try:
             files = self._files(decision.images)
@@ -114,14 +158,15 @@ class Backbone:
 
     def _encode(self, decision: Decision, files: tuple[ImageFile, ...]) -> Encoded:
         text, special = self._render(decision.prompt)
-        prompt = self._tokens(text, special)
-        candidates = tuple(self._continuation(text, special, prompt, c.text) for c in decision.candidates)
+        texts = [c.text for c in decision.candidates]
+        prompt, candidates, back = tokenise_answers(self.tokenizer, text, special, texts)
         images = None
         if self.vision is not None and files:
             answer = max(map(len, candidates)) - 1
-            whole, images = self.vision.read(text, special, files, answer)
-            if whole[-1] != prompt[-1]:  # the processor ends prompts in its own way (PaliGemma's line feed)
-                candidates = tuple(self._alone(c.text) for c in decision.candidates)
+            whole, images = self.vision.read(text, special, files, answer, back)
+            if whole[-1:] != prompt[-1:]:  # the processor ends prompts in its own way (PaliGemma's line feed)
+                whole, _ = self.vision.read(text, special, files, 0)
+                candidates = tuple(tokenise_behind(self.tokenizer, whole[-1], words) for words in texts)
                 images = self.vision.read(text, special, files, max(map(len, candidates)) - 1)[1]
             prompt, images = whole, replace(images, load=_for_decision(decision.id, images))
         if fault := self._fault(prompt, candidates):
@@ -152,41 +197,42 @@ class Backbone:
         except UserError as error:
             raise DecisionError(f"decision {decision.id!r}: {error}") from error
 
+    def _template(self) -> str:
+        return template_digest(self.vision.template if self.vision else chat_template(self.tokenizer))
+
     def _render(self, prompt: Prompt) -> tuple[str, bool]:
         """The prompt's text, and whether the tokenizer has to add its special tokens."""
-        return self.vision.render(prompt) if self.vision else render_text(prompt, self.tokenizer, self.name)
-
-    def _tokens(self, text: str, special: bool) -> tuple[int, ...]:
-        ids = tuple(self.tokenizer(text, add_special_tokens=special).input_ids)
-        # Some tokenizers close a text with the end token; here it goes on.
-        closed = special and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id
-        return ids[:-1] if closed and not text.endswith(self.tokenizer.eos_token) else ids
-
-    def _continuation(self, text: str, special: bool, prompt: tuple[int, ...], candidate: str) -> tuple[int, ...]:
-        whole = self._tokens(text + candidate, special)
-        if whole[: len(prompt)] == prompt and len(whole) > len(prompt):
-            return whole[len(prompt) :]
-        # The tokenizer merges across the boundary: the candidate alone is the only split that keeps the prompt.
-        return self._alone(candidate)
-
-    def _alone(self, candidate: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer(candidate, add_special_tokens=False).input_ids)
+        date, template = self._stated.date, self._stated.template
+        if not isinstance(prompt, str) and template and self._template() not in ("", template):
+            raise UserError(
+                f"the prompt is a chat, and the chat template of {self.name!r} is not the one that the scoring states; "
+                "use the tokenizer that the steering was trained with"
+            )
+        return self.vision.render(prompt, date) if self.vision else render_text(prompt, self.tokenizer, self.name, date)
 
     def score(self, decisions: Sequence[Decision], *, next_token: bool = False, hidden: bool = False) -> Scores:
         """Score N decisions with the model as it is now, steered or not (see :func:`dso.models.scoring.score`)."""
+        return self._score([self.encode(decision) for decision in decisions], next_token, hidden)
+
+    def _score(self, encoded: Sequence[Encoded], next_token: bool, hidden: bool = False) -> Scores:
         return score(
             self.model,
-            [self.encode(decision) for decision in decisions],
-            packing=self.packing,
+            encoded,
+            layout=self.layout,
             max_tokens=self.max_tokens,
             row_limit=self._row_limit,
             next_token=next_token,
             hidden=hidden,
+            scoring=self.scoring,
         )
 
-    def passes(self, encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], bool]]:
+    def positions(self, decisions: Sequence[Decision]) -> Positions:
+        """The answer positions of N decisions, as the rows of their next-token distributions stand."""
+        return answer_positions([self.encode(decision) for decision in decisions])
+
+    def passes(self, encoded: Sequence[Encoded]) -> Iterator[tuple[list[int], Layout]]:
         """How encoded decisions are divided into forward passes (see :func:`dso.models.scoring.passes`)."""
-        return passes(encoded, self.packing, self.max_tokens, self._row_limit)
+        return passes(encoded, self.layout, self.max_tokens, self._row_limit)
 
     def fits(self, tokens: int) -> bool:
         """Whether a packed row may have so many tokens."""
@@ -198,26 +244,28 @@ class Backbone:
         self._files(())
         encoded = []
         for text in texts:
-            prompt = self._tokens(text, True)
+            prompt = tokenise(self.tokenizer, text, True)
             if fault := self._fault(prompt, candidates):
                 raise UserError(f"text {text[:40]!r}: {fault}")
             encoded.append(Encoded(prompt, candidates))
-        return score(
-            self.model,
-            encoded,
-            packing=self.packing,
-            max_tokens=self.max_tokens,
-            row_limit=self._row_limit,
-            next_token=True,
-        ).next_token
+        table = self._score(encoded, True).next_token
+        assert table is not None  # it was asked for
+        return table
 
     @torch.no_grad()
-    def generate(self, prompt: Prompt, *, images: Sequence[str] = (), max_new_tokens: int = 64, **options: Any) -> str:
+    def generate(
+        self, prompt: Prompt, *, images: Sequence[str] = (), max_new_tokens: int = 64, **options: Any
+    ) -> str | list[str]:
         """Continue a text or answer a chat, with the model as it is now; options go to transformers' generate.
 
         Args:
             images: paths, one for each ``<image>`` in the prompt. Image tokens are never generated.
+
+        Returns:
+            what was generated; with ``num_return_sequences`` above 1 a list of so many.
         """
+        if options.get("return_dict_in_generate"):
+            raise UserError("generate returns text; for anything else call the model's own generate (backbone.model)")
         words = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
         if (slots := words.count(IMAGE_SLOT)) != len(images):
             raise UserError(f"the prompt has {slots} slot(s) {IMAGE_SLOT} for {len(images)} image(s)")
@@ -227,7 +275,7 @@ class Backbone:
             tokens, seen = self.vision.read(text, special, files, 0)
             inputs = seen.tokens | seen.load()
         else:
-            tokens = self._tokens(text, special)
+            tokens = tokenise(self.tokenizer, text, special)
         if not tokens:
             raise UserError("the prompt is empty")
         if self.vision is not None:
@@ -240,46 +288,23 @@ class Backbone:
             **{k: v.to(self.device, self.model.dtype if v.is_floating_point() else None) for k, v in inputs.items()},
             **{"do_sample": False, **options},
         )
-        return self.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-
-    @torch.no_grad()
-    def _packing_is_exact(self) -> bool:
-        """Whether a packed row of branching prompts gives the log-probabilities of padded rows.
-
-        All prompts end in the same token, so that what separates them came through attention: a wrong mask or
-        position is of that size, rounding is far below it.
-        """
-        if self.model.config.get_text_config()._attn_implementation not in ("eager", "sdpa"):
-            return False
-        probes = _probes(self.model.get_input_embeddings().num_embeddings, self._row_limit or 512)
-        try:
-            packed, padded = (
-                score(self.model, probes, packing=packing, max_tokens=512, next_token=True).next_token
-                for packing in (True, False)
-            )
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            return False  # the architecture refuses a token-to-token mask
-        error = (packed - padded).square().mean().sqrt()
-        spread = (padded - padded.mean(0)).square().mean().sqrt()
-        return bool(error < spread * (1e-3 if self.model.dtype == torch.float32 else 5e-2))
+        made = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        return made if options.get("num_return_sequences", 1) > 1 else made[0]
 
 
-def _probes(vocabulary: int, row_limit: int) -> list[Encoded]:
-    """Up to 16 prompts of 6 tokens that differ in the fourth and fifth, together at most ``row_limit`` tokens.
+def usable_device(device: str | None) -> str:
+    """A device by its name, or the first GPU, else the CPU.
 
-    The more there are, the farther a token's place in the row is from its position in the prompt.
+    Raises:
+        UserError: if torch knows no such device, or it is not there.
     """
-    probes = []
-    for number in range(max(2, min(16, (row_limit - 3) // 4))):
-        ids = [(7 * number + 5 * place + 11) % vocabulary for place in range(5)]
-        prompt = (1 % vocabulary, 2 % vocabulary, 3 % vocabulary, *ids[:2], 4 % vocabulary)
-        probes.append(Encoded(prompt, ((ids[2],), (ids[3], ids[4]))))
-    return probes
-
-
-def _positive(config: Any, name: str) -> int | None:
-    value = getattr(config, name, None)
-    return value if isinstance(value, int) and value > 0 else None
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with the device
+        raise UserError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _for_decision(name: str, images: ImageInputs) -> Callable[[], dict[str, Tensor]]:

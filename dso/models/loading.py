@@ -18,12 +18,19 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 LOADER_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
 
 
-def load_parts(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def load_parts(name: str, revision: str | None, dtype: str, **options: Any) -> tuple[Any, Any, Any]:
     """The model, its tokenizer, and the processor of a vision-language model (None for a text model).
+
+    Args:
+        dtype: one of :data:`DTYPES`.
+        options: of the model's ``from_pretrained``.
 
     Raises:
         ModelNotFound: if there is no such model, or it is damaged; the message says what was looked for.
+        UserError: if the dtype is unknown.
     """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     source, processor = _source(name, revision), None
@@ -35,7 +42,7 @@ def load_parts(name: str, revision: str | None, dtype: torch.dtype) -> tuple[Any
             tokenizer, kind = processor.tokenizer, AutoModelForImageTextToText
         else:
             tokenizer, kind = AutoTokenizer.from_pretrained(source, **where), AutoModelForCausalLM
-        model, info = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **where)
+        model, info = kind.from_pretrained(source, dtype=DTYPES[dtype], output_loading_info=True, **where, **options)
     except LOADER_ERRORS as error:
         raise ModelNotFound(f"model {name!r} could not be loaded: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dso.models.tokens import common_prefix
+
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
@@ -101,13 +103,6 @@ def _new_nodes(previous: Sequence[int], sequences: Sequence[Sequence[int]]) -> i
     """How many nodes an item adds behind ``previous``: an upper bound, for a prefix may be shared with another one."""
     added = 0
     for sequence in sequences:
-        added += len(sequence) - _common_prefix(previous, sequence)
+        added += len(sequence) - common_prefix(previous, sequence)
         previous = sequence
     return added
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    for length, (left, right) in enumerate(zip(first, second, strict=False)):
-        if left != right:
-            return length
-    return min(len(first), len(second))

@@ -5,13 +5,17 @@ A decision's prompt marks each image's place with ``<image>``. A vision-language
 ``{"type": "image"}``. Templates differ in what they take: some want every message as a list of items, some a system
 message as a string, some write all images before the words, wherever they stood. So the rendered text is checked: every
 word and every image in the order of the prompt. The first form of the messages that passes is used; the last ones write
-the slots into the words themselves.
+the slots into the words themselves. A text model's template is asked first what it does with each role, and a message
+that it drops is refused. Today's date, which some templates print, is the scoring's
+(:class:`dso.models.scores.Scoring`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
 from dso.decisions.decision import IMAGE_SLOT, Message
@@ -22,21 +26,63 @@ _LIST = re.compile(r"""["']type["']: *["'](text|image)["']""")
 NO_TEMPLATE = "the prompt is a chat, but the {part} of {name!r} has no chat template; give the prompt as a string"
 
 
-def render_text(prompt: Prompt, tokenizer: Any, name: str) -> tuple[str, bool]:
+def template_digest(template: str | None) -> str:
+    """What tells a chat template from others; "" where there is none."""
+    return hashlib.sha256(template.encode()).hexdigest()[:16] if template else ""
+
+
+def chat_template(owner: Any) -> str | None:
+    """The chat template of a tokenizer or processor; of several by name the default one."""
+    template = getattr(owner, "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def render_text(prompt: Prompt, tokenizer: Any, name: str, date: str) -> tuple[str, bool]:
     """The prompt's text for a language model, and whether the tokenizer has to add its special tokens.
 
+    Args:
+        date: what the template takes for today, as YYYY-MM-DD.
+
     Raises:
-        UserError: if chat messages meet a tokenizer without a chat template, or one that refuses them.
+        UserError: if chat messages meet a tokenizer without a chat template, or one that refuses them, drops one, or
+            changes the words of one.
     """
     if isinstance(prompt, str):
         return prompt, True
-    if not getattr(tokenizer, "chat_template", None):
+    if not chat_template(tokenizer):
         raise UserError(NO_TEMPLATE.format(part="tokenizer", name=name))
-    return _apply(tokenizer, None, prompt, name), False  # the template writes the special tokens itself
+    # Words that stand in no prompt, as a message's own may also stand in another one.
+    marked = [message | {"content": f"dso{number}message"} for number, message in enumerate(prompt)]
+    kept = _apply(tokenizer, None, marked, name, date)
+    text = _continued(_apply(tokenizer, None, prompt, name, date), prompt, name)
+    for message, mark in zip(prompt, marked, strict=True):
+        if mark["content"] not in kept or message["content"].strip() not in text:
+            raise UserError(
+                f"the chat template of {name!r} drops or changes the {message['role']} message "
+                f"{message['content'][:40]!r}; put its words into the user's message"
+            )
+    return text, False  # the template writes the special tokens itself
+
+
+def _continued(text: str, prompt: Sequence[Message], name: str) -> str:
+    """A rendered prompt with the blanks that a template took off the end of the answer that is to be continued.
+
+    Raises:
+        UserError: if the text does not end in that answer.
+    """
+    last = prompt[-1]["content"]
+    if prompt[-1]["role"] != "assistant" or text.endswith(last):
+        return text
+    kept = last.rstrip()
+    if not text.endswith(kept):
+        raise UserError(
+            f"the chat template of {name!r} turns the answer to be continued, {last[-40:]!r} into {text[-40:]!r}"
+        )
+    return text + last[len(kept) :]
 
 
 def render_images(
-    prompt: Prompt, tokenizer: Any, template: str | None, token: str, slot: str, name: str
+    prompt: Prompt, tokenizer: Any, template: str | None, token: str, slot: str, name: str, date: str
 ) -> tuple[str, bool]:
     """The same for a vision-language model, whose template may leave the special tokens to the tokenizer.
 
@@ -44,6 +90,7 @@ def render_images(
         template: the processor's chat template.
         token: what the processor takes for an image, once for each.
         slot: the token with what stands around it in this model's prompts.
+        date: what the template takes for today.
 
     Raises:
         UserError: as :func:`render_text`, or if no form of the messages keeps every word and image in its place.
@@ -55,7 +102,8 @@ def render_images(
     refusal: UserError | None = None
     for form in (_items, _items_where_needed, _words_as_items, _words):
         try:
-            text = _apply(tokenizer, template, [form(message, slot) for message in prompt], name)
+            text = _apply(tokenizer, template, [form(message, slot) for message in prompt], name, date)
+            text = _continued(text, [_words(message, slot) for message in prompt], name)
         except UserError as error:
             refusal = refusal or error
             continue
@@ -65,7 +113,7 @@ def render_images(
     raise refusal or UserError(f"the chat template of {name!r} leaves out or moves words or images of the prompt")
 
 
-def _apply(tokenizer: Any, template: str | None, messages: Sequence[dict[str, Any]], name: str) -> str:
+def _apply(tokenizer: Any, template: str | None, messages: Sequence[Any], name: str, date: str) -> str:
     from jinja2 import TemplateError
 
     prefilled = messages[-1]["role"] == "assistant"
@@ -76,6 +124,7 @@ def _apply(tokenizer: Any, template: str | None, messages: Sequence[dict[str, An
             tokenize=False,
             add_generation_prompt=not prefilled,
             continue_final_message=prefilled,
+            strftime_now=datetime.fromisoformat(date).strftime,
         )
     except (TemplateError, ValueError, TypeError) as error:  # a template may fail at a form it does not expect
         reason = (str(error).splitlines() or [type(error).__name__])[0]

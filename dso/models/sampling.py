@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from dso.models.backbone import Backbone
+from dso.models.encoded import Encoded
 from dso.models.packing import pack
-from dso.models.scoring import Encoded, kl_divergence, token_logits
+from dso.models.scores import kl_divergence
+from dso.models.scoring import token_logits
 from dso.steering.handle import Handle
 
 Tokens = Sequence[int]
@@ -87,7 +89,7 @@ def _prefill(backbone: Backbone, prompts: Sequence[tuple[int, ...]], ids: Tensor
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    if not backbone.packing or ids.shape[1] < 2:
+    if backbone.layout != "packed" or ids.shape[1] < 2:
         return None
     model, row = backbone.model, pack([prompt[:-1] for prompt in prompts])
     # A layer that keeps a window only has no room for the nodes of a tree.
@@ -134,12 +136,12 @@ def token_kl(backbone: Backbone, handle: Handle, prompts: Sequence[Tokens], answ
     encoded = [Encoded(tuple(prompt), (tuple(answer),)) for prompt, answer in zip(prompts, answers, strict=True)]
     found = [0.0] * len(encoded)
     scale = handle.scale
-    for rows, packed in backbone.passes(encoded):
+    for rows, layout in backbone.passes(encoded):
         chosen = [encoded[row] for row in rows]
-        reads, steered = token_logits(backbone.model, chosen, packed)
+        reads, steered = token_logits(backbone.model, chosen, layout)
         handle.scale = 0.0
         try:
-            _, base = token_logits(backbone.model, chosen, packed)
+            _, base = token_logits(backbone.model, chosen, layout)
         finally:
             handle.scale = scale
         divergence = kl_divergence(steered.float().log_softmax(-1), base.float().log_softmax(-1))

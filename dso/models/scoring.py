@@ -1,97 +1,48 @@
 """Candidate log-probabilities and next-token distributions of encoded decisions, in few forward passes.
 
-``log p(candidate | prompt)`` is the sum over the candidate's tokens. The policy over the K candidates is
-
-    pi(k | x) = softmax_k log p(candidate_k | prompt)
-
-and the answer mass is ``sum_k p(candidate_k | prompt)``. Two layouts give the same numbers: packed prefix
-trees (:mod:`dso.models.packing`), and right-padded rows for architectures that take no token-to-token attention mask
-and for decisions that are longer than a sliding window, which that mask does not know of.
+What is scored, and by which rule, is in :mod:`dso.models.scores`. Three layouts give the same numbers: packed prefix
+trees (:mod:`dso.models.packing`), right-padded rows for architectures that take no token-to-token attention mask and
+for decisions that are longer than a sliding window, which that mask does not know of, and single rows for architectures
+whose answers change with what stands beside them (:mod:`dso.models.layout` tells which).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dso.models.forward import distinct_rows, run_packed, run_padded, run_with_images
+from dso.models.encoded import Encoded, answer_positions
+from dso.models.forward import Run, run_packed, run_padded, run_single, run_with_images
 from dso.models.packing import fill_rows, tree_size
+from dso.models.scores import Scores, Scoring, log_stop
 
-if TYPE_CHECKING:
-    from dso.models.vision import ImageInputs
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What the model says of N decisions with at most K candidates.
-
-    Attributes:
-        log_probs: (N, K) float32, log p(candidate | prompt); -inf where a decision has fewer candidates.
-        lengths: (N, K) int64, tokens of each candidate (1 where there is none).
-        next_token: (N, V) float32 log-probabilities of the token after the prompt, or None.
-        hidden: (N, d) float32 input of the output layer at that token, without gradient, or None.
-    """
-
-    log_probs: Tensor
-    lengths: Tensor
-    next_token: Tensor | None = None
-    hidden: Tensor | None = None
-
-    def policy(self, length_normalised: bool = False) -> Tensor:
-        """log pi of shape (N, K): log-softmax over the candidates (of the mean per token if normalised)."""
-        scores = self.log_probs / self.lengths if length_normalised else self.log_probs
-        return torch.log_softmax(scores, dim=-1)
-
-    def answer_mass(self) -> Tensor:
-        """(N,) probability that all candidates hold together."""
-        return self.log_probs.exp().sum(-1)
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """(N,) KL(p || q) in nats of rows of log-probabilities (N, V); what p rules out (-inf) adds nothing."""
-    difference = (log_p - log_q).masked_fill(
-        log_p == -torch.inf, 0.0
-    )  # -inf less -inf is no number, nor is its gradient
-    return (log_p.exp() * difference).sum(-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of a prompt and of its candidates, and what its images bring
-    (:class:`dso.models.vision.ImageInputs`)."""
-
-    prompt: tuple[int, ...]
-    candidates: tuple[tuple[int, ...], ...]
-    images: ImageInputs | None = field(default=None, compare=False)
-
-    def sequences(self) -> list[tuple[int, ...]]:
-        """What has to be run: the prompt with every candidate but its last token, which predicts nothing."""
-        return [self.prompt + candidate[:-1] for candidate in self.candidates]
+Layout = Literal["packed", "padded", "single"]
 
 
 def score(
     model,
     encoded: Sequence[Encoded],
     *,
-    packing: bool,
+    layout: Layout,
     max_tokens: int,
     row_limit: int | None = None,
     next_token: bool = False,
     hidden: bool = False,
+    scoring: Scoring | None = None,
 ) -> Scores:
     """Score N encoded decisions with a causal LM; gradients flow if the caller enables them.
 
     Args:
-        packing: prefix-tree rows (True) or padded rows (False).
+        layout: how decisions share a forward pass.
         max_tokens: tokens of one forward pass; a single larger decision still runs.
         row_limit: tokens that a packed row may have at most, such as the model's sliding window; a decision with more
             goes in padded rows.
-        next_token: also return the log-probabilities of the whole vocabulary after the prompt.
-        hidden: also return the output layer's input there.
+        next_token: also return the log-probabilities of the whole vocabulary at the answer positions.
+        hidden: also return the output layer's input behind the prompts.
+        scoring: the rule of the policy.
 
     Raises:
         ValueError: if there are no decisions.
@@ -99,20 +50,39 @@ def score(
     if not encoded:
         raise ValueError("no decisions to score")
     width = max(len(e.candidates) for e in encoded)
-    parts: list[Scores] = []
+    parts: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     seen: list[int] = []
-    for batch, packed in passes(encoded, packing, max_tokens, row_limit):
+    for batch, how in passes(encoded, layout, max_tokens, row_limit):
         seen += batch
-        parts.append(_score_batch(model, [encoded[index] for index in batch], width, packed, next_token, hidden))
-    order = torch.tensor(seen, device=parts[0].log_probs.device).argsort()
-    joined = {}
-    for name in (f.name for f in fields(Scores)):
-        values = [getattr(part, name) for part in parts]
-        joined[name] = None if values[0] is None else torch.cat(values)[order]
-    return Scores(**joined)
+        parts.append(_score_batch(model, [encoded[index] for index in batch], width, how, next_token, hidden))
+    device = parts[0][0].device
+    order = torch.tensor(seen).argsort().to(device)
+    lengths = torch.tensor([[*map(len, e.candidates), *[1] * (width - len(e.candidates))] for e in encoded])
+    states = [part[2] for part in parts if part[2] is not None]
+    return Scores(
+        log_probs=torch.cat([part[0] for part in parts])[order],
+        lengths=lengths.to(device),
+        next_token=_in_order([part[1] for part in parts if part[1] is not None], encoded, seen),
+        hidden=torch.cat(states)[order] if states else None,
+        positions=answer_positions(encoded) if next_token else None,
+        scoring=scoring or Scoring(),
+    )
 
 
-def token_logits(model, encoded: Sequence[Encoded], packed: bool) -> tuple[list[list[int]], Tensor]:
+def _in_order(tables: Sequence[Tensor], encoded: Sequence[Encoded], seen: Sequence[int]) -> Tensor | None:
+    """The passes' rows, which come decision by decision, in the order of :class:`dso.models.encoded.Positions`."""
+    if not tables:
+        return None
+    starts, row = [0] * len(encoded), 0
+    counts = [len(e.answer_positions()) for e in encoded]
+    for index in seen:
+        starts[index] = row
+        row += counts[index]
+    later = [start + place for start, count in zip(starts, counts, strict=True) for place in range(1, count)]
+    return torch.cat(list(tables))[torch.tensor([*starts, *later]).to(tables[0].device)]
+
+
+def token_logits(model, encoded: Sequence[Encoded], layout: Layout) -> tuple[list[list[int]], Tensor]:
     """One forward pass of :func:`passes`, for what has to be read token by token.
 
     Args:
@@ -121,32 +91,36 @@ def token_logits(model, encoded: Sequence[Encoded], packed: bool) -> tuple[list[
     Returns:
         for each candidate of each decision the rows of the logits that predict its tokens, and the logits (M, V).
     """
-    reads, logits, _ = _run(model, encoded, packed)
-    return reads, logits
+    run = _run(model, encoded, layout, False)
+    return run.reads, run.logits
 
 
 def passes(
-    encoded: Sequence[Encoded], packing: bool, max_tokens: int, row_limit: int | None
-) -> Iterator[tuple[list[int], bool]]:
-    """The indices of each forward pass, and whether they are packed in it; images have passes of their own."""
+    encoded: Sequence[Encoded], layout: Layout, max_tokens: int, row_limit: int | None
+) -> Iterator[tuple[list[int], Layout]]:
+    """The indices of each forward pass, and its layout; images have passes of their own."""
     sequences = [e.sequences() for e in encoded]
     with_images: dict[int, list[tuple[int, ...]]] = {}
     alike: dict[object, dict[int, list[tuple[int, ...]]]] = {}
     for index, e in enumerate(encoded):
         if e.images is not None:
-            with_images[index] = alike.setdefault(e.images.shapes, {})[index] = distinct_rows(e)
+            with_images[index] = alike.setdefault(e.images.shapes, {})[index] = e.distinct_sequences()
+    if layout == "single":
+        for index in range(len(encoded)):
+            yield [index], "single"
+        return
     fits = [
-        packing and index not in with_images and (row_limit is None or tree_size(s) <= row_limit)
+        layout == "packed" and index not in with_images and (row_limit is None or tree_size(s) <= row_limit)
         for index, s in enumerate(sequences)
     ]
     packed = [index for index, fit in enumerate(fits) if fit]
     size = max_tokens if row_limit is None else min(max_tokens, row_limit)
     for row in fill_rows([sequences[index] for index in packed], size):
-        yield [packed[number] for number in row], True
+        yield [packed[number] for number in row], "packed"
     padded = {index: sequences[index] for index, fit in enumerate(fits) if not fit and index not in with_images}
     for items in (padded, *alike.values()):
         for batch in _padded_batches(items, max_tokens):
-            yield batch, False
+            yield batch, "padded"
 
 
 def _padded_batches(items: Mapping[int, Sequence[Sequence[int]]], max_tokens: int) -> Iterator[list[int]]:
@@ -165,39 +139,53 @@ def _padded_batches(items: Mapping[int, Sequence[Sequence[int]]], max_tokens: in
 
 
 def _score_batch(
-    model, encoded: Sequence[Encoded], width: int, packing: bool, next_token: bool, hidden: bool
-) -> Scores:
-    reads, logits, states = _run(model, encoded, packing)
-    log_probs = torch.log_softmax(logits.float(), dim=-1)
-    answers, cells, rows, targets = [], [], [], []
-    lengths = torch.ones(len(encoded), width, dtype=torch.long)
-    reads_of = iter(reads)
+    model, encoded: Sequence[Encoded], width: int, layout: Layout, next_token: bool, hidden: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probabilities (n, width) of one pass, the distributions decision by decision, the states behind prompts."""
+    run = _run(model, encoded, layout, hidden)
+    log_probs = torch.log_softmax(run.logits.float(), dim=-1)
+    cells, rows, targets, firsts, answers = [], [], [], [], []
+    stops: dict[int, Tensor] = {}
+    reads_of = iter(run.reads)
     for number, e in enumerate(encoded):
+        behind: dict[tuple[int, ...], int] = {}
         for column, candidate in enumerate(e.candidates):
             read = next(reads_of)
-            if column == 0:
-                answers.append(read[0])
-            lengths[number, column] = len(candidate)
+            behind |= {candidate[:place]: row for place, row in enumerate(read)}
             cells += [number * width + column] * len(candidate)
             rows += read
             targets += candidate
+        firsts.append(behind[()])
+        answers += [behind[beginning] for beginning in e.answer_positions()]
+        for column, longer in _longer(e.candidates).items():
+            stops[number * width + column] = log_stop(log_probs, behind, longer, e.candidates[column])
     device = log_probs.device
-    at = torch.tensor(cells, device=device)
-    total = log_probs.new_zeros(len(encoded) * width).index_add(0, at, log_probs[rows, targets])
+    at, row, target = torch.tensor([cells, rows, targets]).to(device)
+    total = log_probs.new_zeros(len(encoded) * width).index_add(0, at, log_probs[row, target])
     absent = torch.ones_like(total, dtype=torch.bool).index_fill(0, at, False)
-    return Scores(
-        log_probs=total.masked_fill(absent, -torch.inf).view(len(encoded), width),
-        lengths=lengths.to(device),
-        next_token=log_probs[answers] if next_token else None,
-        hidden=states[answers].detach().float() if hidden else None,
+    if stops:
+        total = total.index_add(0, torch.tensor(list(stops)).to(device), torch.stack(list(stops.values())))
+    return (
+        total.masked_fill(absent, -torch.inf).view(len(encoded), width),
+        log_probs[torch.tensor(answers).to(device)] if next_token else None,
+        run.states[torch.tensor(firsts).to(device)].detach().float() if run.states is not None else None,
     )
 
 
-def _run(model, encoded: Sequence[Encoded], packed: bool) -> tuple[list[list[int]], Tensor, Tensor]:
-    """One forward pass over decisions that :func:`passes` put together; returns as
-    :func:`dso.models.forward.run_packed`."""
+def _longer(candidates: Sequence[tuple[int, ...]]) -> dict[int, list[tuple[int, ...]]]:
+    """For each candidate that begins others, what these go on with."""
+    found = {
+        column: [other[len(own) :] for other in candidates if len(other) > len(own) and other[: len(own)] == own]
+        for column, own in enumerate(candidates)
+    }
+    return {column: tails for column, tails in found.items() if tails}
+
+
+def _run(model, encoded: Sequence[Encoded], layout: Layout, hidden: bool) -> Run:
+    """One forward pass over decisions that :func:`passes` put together."""
     if encoded[0].images is not None:
-        return run_with_images(model, encoded)
+        return run_with_images(model, encoded, hidden)
     sequences = [sequence for e in encoded for sequence in e.sequences()]
     starts = [len(e.prompt) - 1 for e in encoded for _ in e.candidates]
-    return (run_packed if packed else run_padded)(model, sequences, starts)
+    runs = {"packed": run_packed, "padded": run_padded, "single": run_single}
+    return runs[layout](model, sequences, starts, hidden)

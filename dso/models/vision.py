@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dso.decisions.images import ImageFile, ImageMemory, open_image
 from dso.errors import UserError
-from dso.models.prompts import Prompt, render_images
+from dso.models.prompts import Prompt, chat_template, render_images
 
 IMAGE_MEMORY = 512 * 2**20
 _KINDS = (
@@ -88,8 +88,7 @@ class Vision:
         self._name = name
         self.memory = ImageMemory(memory)
         self.tokenizer = processor.tokenizer
-        template = getattr(processor, "chat_template", None) or getattr(self.tokenizer, "chat_template", None)
-        self._template = template.get("default") if isinstance(template, dict) else template
+        self.template = chat_template(processor) or chat_template(self.tokenizer)
         self._token = getattr(processor, "image_token", None) or getattr(self.tokenizer, "image_token", None)
         if not self._token:
             raise UserError(f"the processor of {name!r} has no token for an image; this model is not supported")
@@ -126,17 +125,18 @@ class Vision:
             return False
         return True
 
-    def render(self, prompt: Prompt) -> tuple[str, bool]:
+    def render(self, prompt: Prompt, date: str) -> tuple[str, bool]:
         """The prompt's text with this model's image slots, and whether special tokens have to be added."""
-        return render_images(prompt, self.tokenizer, self._template, self._token, self._slot, self._name)
+        return render_images(prompt, self.tokenizer, self.template, self._token, self._slot, self._name, date)
 
     def read(
-        self, text: str, special: bool, files: tuple[ImageFile, ...], answer: int
+        self, text: str, special: bool, files: tuple[ImageFile, ...], answer: int, back: int = 0
     ) -> tuple[tuple[int, ...], ImageInputs]:
         """Token ids of a rendered prompt, and what its images bring.
 
         Args:
             answer: how many tokens of an answer will be run behind the prompt.
+            back: tokens at the prompt's end that are left out, as they are the answer's.
 
         Raises:
             ImageError: on an image that cannot be used.
@@ -148,6 +148,7 @@ class Vision:
         eos = self.tokenizer.eos_token
         if special and len(ids) > 1 and ids[-1] == self.tokenizer.eos_token_id and not text.endswith(eos):
             ids = ids[:-1]  # some tokenizers close a text with the end token; here it goes on
+        ids = ids[: len(ids) - back]
         tokens = {name: value[:, : len(ids)] for name, value in inputs.items()}
 
         def load() -> dict[str, Tensor]:

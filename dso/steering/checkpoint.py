@@ -31,6 +31,7 @@ CONFIG_FILE = "dso_config.json"
 TENSOR_FILE = "dso_model.safetensors"
 CARD_FILE = "README.md"
 FILES = (TENSOR_FILE, CONFIG_FILE, CARD_FILE)
+LATER = ("scoring",)  # what older checkpoints do not state
 
 
 def write_checkpoint(folder: str | Path, config: SteeringConfig, tensors: Mapping[str, Tensor], card: str = "") -> None:
@@ -86,7 +87,7 @@ def read_checkpoint(source: str | Path, revision: str | None = None) -> tuple[St
     if hashlib.sha256(data).hexdigest() != record["tensors_sha256"]:
         raise SteeringError(f"{path}: damaged (its SHA-256 is not the one in {CONFIG_FILE}); fetch it again")
     try:
-        config = SteeringConfig(**{f.name: record[f.name] for f in fields(SteeringConfig)})
+        config = SteeringConfig(**{f.name: record[f.name] for f in fields(SteeringConfig) if f.name in record})
     except SteeringError as error:
         raise SteeringError(f"{folder / CONFIG_FILE}: {error}") from error
     try:
@@ -150,7 +151,7 @@ def _read_config(path: Path) -> dict:
             f"{path}: format {version} is newer than {FORMAT_VERSION}, the one this dso reads; upgrade dso"
         )
     known = {"format_version", *(f.name for f in fields(SteeringConfig)), "tensors_sha256", "config_sha256"}
-    if different := sorted(known ^ set(record)):
+    if different := sorted(known ^ {*record, *LATER}):
         where = "lacks the" if different[0] in known else "has the unknown"
         raise SteeringError(f"{path}: damaged or edited: it {where} key {different[0]!r}")
     # Other bytes with the same meaning (1E-5 for 1e-5) are no accident of writing either.

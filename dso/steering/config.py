@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dso.errors import UserError
+from dso.models.scores import Scoring
 
 
 class SteeringError(UserError):
@@ -28,6 +29,7 @@ class SteeringConfig:
         groups, target: the groups that were made equiprobable, and their fair shares, equal unless given.
         scale_range: the scales that a user may set, 0 among them; evidence exists within it.
         scale_curve: measured rows, one a scale (:mod:`dso.evaluation.report`).
+        scoring: the rule by which decisions were scored, and by which whoever measures the steering scores them.
 
     Raises:
         SteeringError: if a field has the wrong type or cannot be used; the operator's kind and rank are checked where
@@ -44,6 +46,7 @@ class SteeringConfig:
     target: tuple[float, ...] = ()
     scale_range: tuple[float, float] = (0.0, 1.0)
     scale_curve: tuple[dict, ...] = field(default=())
+    scoring: Scoring = field(default_factory=Scoring)
 
     def __post_init__(self) -> None:
         for name in ("groups", "target", "scale_range", "scale_curve"):
@@ -52,6 +55,11 @@ class SteeringConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.groups and not self.target:
             object.__setattr__(self, "target", (1 / len(self.groups),) * len(self.groups))
+        if isinstance(self.scoring, dict):
+            try:
+                object.__setattr__(self, "scoring", Scoring(**self.scoring))
+            except (UserError, TypeError) as error:
+                raise SteeringError(f"scoring: {error}") from error
         for fault in _faults(self):
             raise SteeringError(fault)
 
@@ -77,6 +85,8 @@ def _faults(config: SteeringConfig) -> Iterator[str]:
             yield f"fingerprint names {odd[0]!r}, which is no site, or holds something else than a string there"
     elif not isinstance(known, str):
         yield f"fingerprint must be a string a site, found {known!r}"
+    if not isinstance(config.scoring, Scoring):
+        yield f"scoring must be a rule of scoring, found {config.scoring!r}"
     if not isinstance(config.revision, str | None):
         yield f"revision must be a string or null, found {config.revision!r}"
     for name in ("target", "scale_range"):

@@ -1,6 +1,7 @@
 """A steering on a model: the hooks, the scale that turns them, and who is attached.
 
     attached(model)      the handles on a model, in the order in which they were attached
+    unsteered(model)     the base model within a block, whoever is attached
     detach_all(model)    takes them all off
 
 The hooks know their handle, so one that was lost is found again. A copy or a pickle of a steered model is the base
@@ -10,7 +11,8 @@ model: a hook is not copied, something that does nothing stands in its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -136,6 +138,19 @@ def attached(model: nn.Module) -> list[Handle]:
     """The handles of the steerings on a model, or on what it wraps."""
     hooks = (hook for module in unwrapped(model).modules() for hook in module._forward_hooks.values())
     return list(dict.fromkeys(hook.handle for hook in hooks if isinstance(hook, SiteHook)))
+
+
+@contextmanager
+def unsteered(model: nn.Module) -> Iterator[None]:
+    """The base model within the block: every steering on it at scale 0, and at its own scale again afterwards."""
+    scales = {handle: handle.scale for handle in attached(model)}
+    try:
+        for handle in scales:
+            handle.scale = 0.0
+        yield
+    finally:
+        for handle, scale in scales.items():
+            handle.scale = scale
 
 
 def detach_all(model: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from pathlib import Path
 
 from dso.errors import UserError
@@ -24,17 +26,27 @@ def run_name(config: str) -> str:
     return Path(config).name.removesuffix(".yaml").removesuffix(".yml")
 
 
-def load_backbone(name: str | None, steering: Steering | None) -> Backbone:
-    """The base model that was named, or else the one that the steering states.
+def load_backbone(arguments: argparse.Namespace, steering: Steering | None = None) -> Backbone:
+    """The base model that ``--model`` names, or else the one that the steering states, scored as the steering was.
+
+    Args:
+        arguments: with those of :func:`launch.commands.parsers.add_model`.
 
     Raises:
-        UserError: if neither names one.
+        UserError: if neither names one, or it cannot be loaded.
     """
+    name: str | None = arguments.model
     stated = steering.config.base_model if steering else ""
     if not (name or stated):
         raise UserError("name the base model with --model; no steering states one")
     revision = steering.config.revision if steering and name in (None, stated) else None
-    return Backbone.load(name or stated, revision=revision)
+    scoring = steering.config.scoring if steering else None
+    backbone = Backbone.load(
+        name or stated, revision=revision, dtype=arguments.dtype, device=arguments.device, scoring=scoring
+    )
+    if line := backbone.layout_line():
+        print(f"dso: {line}", file=sys.stderr)
+    return backbone
 
 
 def pairs(items: list[str], option: str) -> dict:

@@ -8,8 +8,7 @@ import math
 from dso.decisions.decision import Decision, DecisionSet
 from dso.decisions.describe import describe, show
 from dso.decisions.sets import load_decisions
-from dso.models.backbone import Backbone
-from launch.commands.common import pairs, quieten
+from launch.commands.common import load_backbone, pairs, quieten
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -18,7 +17,7 @@ def run(arguments: argparse.Namespace) -> int:
     render = None
     if arguments.model:
         quieten()
-        render = Backbone.load(arguments.model).prompt_text
+        render = load_backbone(arguments).prompt_text
     print(describe(data))
     seen: dict[tuple[str, str], int] = {}
     for decision in _spread(data):

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     if shares is None and steering is not None and {*steering.config.groups} == {*data.groups}:
         shares = dict(zip(steering.config.groups, steering.config.target, strict=True))  # what it was trained towards
     target = dict(zip(data.groups, check_target(shares, data.groups), strict=True))
-    backbone = load_backbone(arguments.model, steering)
+    backbone = load_backbone(arguments, steering)
     handle = steering.to(backbone.device).attach(backbone.model) if steering else None
     hidden = arguments.quiet or not sys.stderr.isatty()
     with tqdm(total=len(data) * len(scales), unit="decision", disable=hidden) as bar:

@@ -13,7 +13,7 @@ def run(arguments: argparse.Namespace) -> int:
     """``dso generate``."""
     quieten()
     steering = Steering.from_pretrained(arguments.steering)
-    backbone = load_backbone(arguments.model, steering)
+    backbone = load_backbone(arguments, steering)
     if not arguments.prompt.strip():
         raise UserError("the prompt is empty")
     if arguments.chat and not backbone.tokenizer.chat_template:

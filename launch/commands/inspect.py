@@ -21,6 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"base model   {config.base_model}{revision}")
     print(f"fingerprint  {config.base_id}")
     print(f"fair shares  {shares}")
+    print(f"scoring      {'mean a token' if config.scoring.length_normalised else 'sum of tokens'}")
     print(f"scale        {config.scale_range[0]:g} to {config.scale_range[1]:g}")
     print(f"coefficients {total}, of which {zero} are exactly 0")
     norms = {

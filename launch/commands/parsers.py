@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("steering", help="folder or Hub id of a steering")
     generate.add_argument("prompt", help="the text to go on from")
     generate.add_argument("--scale", type=float, default=1.0, help="strength, 0 is the base model (default: 1)")
-    generate.add_argument("--model", help="base model (default: the one the steering states)")
+    add_model(generate)
     generate.add_argument("--chat", action="store_true", help="send the prompt as a user's chat message")
     generate.add_argument("--max-new-tokens", type=_positive, default=40, help="(default: 40)")
 
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     decisions.add_argument("set", help="name of a decision set or a .jsonl file")
     _add_option(decisions)
     decisions.add_argument("--examples", type=_count, default=3, help="of each split and kind (default: 3)")
-    decisions.add_argument("--model", help="show prompts as this model's template renders them")
+    add_model(decisions, "show prompts as this model's template renders them")
     return parser
 
 
@@ -59,7 +59,7 @@ def _add_freeform(commands: argparse._SubParsersAction) -> None:
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a steering, or a base model, on a decision set")
     evaluate.add_argument("steering", help="folder or Hub id of a steering; 'none' for the base model alone")
-    evaluate.add_argument("--model", help="base model (default: the one the steering states)")
+    add_model(evaluate)
     evaluate.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
     _add_option(evaluate)
     evaluate.add_argument("--split", default="test", help="split to measure (default: test)")
@@ -80,6 +80,17 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--json", metavar="FILE", help="also write the points to a file")
     evaluate.add_argument("--figure", metavar="FILE", help="also draw them into a PNG")
     evaluate.add_argument("--quiet", action="store_true", help="print only the table")
+
+
+STATED = "base model (default: the one the steering states)"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model(command: argparse.ArgumentParser, what: str = STATED) -> None:
+    """The arguments of a command that loads a model."""
+    command.add_argument("--model", help=what)
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
+    command.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU, else the CPU)")
 
 
 def _add_option(command: argparse.ArgumentParser) -> None:

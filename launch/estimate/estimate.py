@@ -19,7 +19,7 @@ from dso.decisions.decision import Decision, DecisionSet
 from dso.decisions.images import open_image
 from dso.evaluation.evaluator import CHUNK
 from dso.models.backbone import Backbone
-from dso.models.scoring import Encoded
+from dso.models.encoded import Encoded
 from dso.steering.operators import SteeringOperator, make_operator
 from dso.steering.sites import resolve_sites
 from envs.sampler import BlockSampler, divide
@@ -158,7 +158,7 @@ def batch(config: TrainConfig, architecture: Architecture, training: DecisionSet
     if tokenizer is None:
         encoded = [_by_length(number, decision, seen.tokens) for number, decision in enumerate(decisions)]
         return Batch(size, encoded, seen, f"a first batch, {CHARACTERS} characters a token: no tokenizer is at hand")
-    backbone = Backbone(architecture.model, tokenizer, config.model.name, packing=True)
+    backbone = Backbone(architecture.model, tokenizer, config.model.name, layout="packed")
     return Batch(size, [backbone.encode(decision) for decision in decisions], seen, "a first batch, tokenised")
 
 

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from dso.models.encoded import Encoded
 from dso.models.packing import tree_size
-from dso.models.scoring import Encoded, Scores, kl_divergence, score
+from dso.models.scores import Scores
+from dso.models.scoring import score
 from dso.steering.operators import SteeringOperator
 
 ENOUGH = 2048  # tokens: what is run at most, unless one forward pass takes more
@@ -112,7 +114,7 @@ def activations(
         if inputs:
             stack.callback(model.register_forward_pre_hook(_adding(inputs), with_kwargs=True).remove)
         stack.enter_context(FusedAttention())
-        scores = score(model, encoded[:count], packing=True, max_tokens=max_tokens, next_token=True)
+        scores = score(model, encoded[:count], layout="packed", max_tokens=max_tokens, next_token=True)
         _loss(scores)
     inside = [bytes_ for layer, bytes_ in counter.saved.items() if layer is not None]
     kept, outside, largest = sum(counter.saved.values()), counter.saved[None], max(inside, default=0)
@@ -133,7 +135,7 @@ def _adding(inputs: Callable[[Tensor], dict[str, Tensor]]) -> Callable:
 def _loss(scores: Scores) -> Tensor:
     """What training makes of the scores, as far as it saves anything."""
     reference = torch.empty_like(scores.next_token)
-    return scores.policy().exp().sum() + kl_divergence(scores.next_token, reference).mean()
+    return scores.policy().exp().sum() + scores.kl(reference).mean()
 
 
 class _Counter:

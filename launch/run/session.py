@@ -18,6 +18,7 @@ from dso.decisions.decision import DecisionSet, check_target
 from dso.decisions.sets import load_decisions
 from dso.evaluation.evaluator import Evaluator
 from dso.models.backbone import Backbone
+from dso.models.scores import Scoring
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from envs.reward import RewardConfig
@@ -53,7 +54,6 @@ class Session:
 
     def evaluator(self, decisions: DecisionSet, **options: Any) -> Evaluator | SharedEvaluator:
         """An evaluator of some decisions with the steering; with several processes, for all of them together."""
-        options = {"length_normalised": self.config.train.length_normalised, **options}
         if not self.trainer.learner.shared:
             return Evaluator(self.backbone, decisions, self.handle, **options)
         return SharedEvaluator(self.trainer.learner, self.backbone, decisions, self.handle, **options)
@@ -75,7 +75,8 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
     anchors = _anchors(config.constraints.anchors)
     divided = deepspeed is not None and deepspeed["zero_optimization"].get("stage") == 3
     # What no single accelerator may have room for is read into host memory, and divided from there.
-    backbone = load_backbone(config, "cpu" if divided else world.device)
+    scoring = Scoring(length_normalised=config.train.length_normalised)
+    backbone = load_backbone(config, "cpu" if divided else world.device, scoring)
     if config.train.gradient_checkpointing and not checkpoint_layers(backbone.model):
         raise ConfigError(f"{config.model.name} has no layers that can be checkpointed", "train.gradient_checkpointing")
     seed_everything(config.train.seed)
@@ -130,7 +131,9 @@ def open_decisions(config: TrainConfig) -> DecisionSet:
     return decisions
 
 
-def load_backbone(config: TrainConfig, device: str | torch.device | None = None) -> Backbone:
+def load_backbone(
+    config: TrainConfig, device: str | torch.device | None = None, scoring: Scoring | None = None
+) -> Backbone:
     """The backbone of a config, on the device that it names unless another one is given.
 
     Raises:
@@ -145,8 +148,9 @@ def load_backbone(config: TrainConfig, device: str | torch.device | None = None)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with the device
             raise ConfigError(f"{device!r} cannot be used: {str(error).splitlines()[0]}", "model.device") from error
     return Backbone.load(
-        model.name, revision=model.revision, dtype=model.dtype, device=device, max_tokens=model.max_tokens
-    )
+        model.name, revision=model.revision, dtype=model.dtype, device=device, max_tokens=model.max_tokens,
+        scoring=scoring,
+    )  # fmt: skip
 
 
 def open_steering(config: TrainConfig, backbone: Backbone, decisions: DecisionSet) -> Steering:
@@ -167,6 +171,7 @@ def open_steering(config: TrainConfig, backbone: Backbone, decisions: DecisionSe
             groups=decisions.groups,
             target=check_target(config.data.target, decisions.groups),
             scale_range=(0.0, max(1.0, *config.evaluation.scales)),  # what will be measured, and 1 to train
+            scoring=backbone.scoring,
         )
     except ValueError as error:  # patterns and rank can be held against the model only
         raise ConfigError(str(error), "steering") from error
@@ -206,7 +211,6 @@ def _trainer(
         policy_kwargs={
             "steering": steering,
             "baseline": train.baseline,
-            "length_normalised": train.length_normalised,
             "optimizer_kwargs": {"betas": tuple(train.betas), "eps": train.adam_eps},
         },
         estimator=train.estimator,

@@ -150,10 +150,7 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 def _samples(session: Session) -> list[list[Any]]:
     decisions = session.decisions.select(split=session.config.data.test_splits[0])
-    length_normalised = session.config.train.length_normalised
-    return session.trainer.learner.pass_through(
-        lambda: decision_samples(session.backbone, decisions, session.handle, length_normalised=length_normalised)
-    )
+    return session.trainer.learner.pass_through(lambda: decision_samples(session.backbone, decisions, session.handle))
 
 
 def _measure(session: Session, quiet: bool) -> list[ScalePoint]:

@@ -611,12 +611,12 @@ def test_the_reference_is_the_base_model_s_and_is_computed_once(
         reference = task.reference([5, 3, 5])
         assert handle.scale == 1.0
         once = len(counted.items)
-        assert torch.equal(task.reference([3]), reference[1:2])
+        assert torch.equal(task.reference([3])[0], reference[1])
         assert len(counted.items) == once
         every = task.reference(range(40))
         assert sorted(d.id for d in counted.items) == sorted(d.id for d in train)  # each exactly once
     assert not torch.allclose(base, changed, atol=0.1)
-    torch.testing.assert_close(reference, base[[5, 3, 5]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(reference[:3], base[[5, 3, 5]], rtol=0, atol=1e-5)
     torch.testing.assert_close(every, base, rtol=0, atol=1e-5)
     assert not reference.requires_grad
 

@@ -428,7 +428,7 @@ def test_plain_ppo_finds_a_fairer_model(train: DecisionSet) -> None:
         "MlpPolicy", episodes, n_steps=32, batch_size=32, gamma=0.0, learning_rate=0.01, seed=0, device="cpu",
         policy_kwargs={"log_std_init": -0.5},
     )  # fmt: skip
-    agent.learn(320)
+    agent.learn(640)
     rewards = np.array(episodes.get_episode_rewards()) / env.horizon
     assert rewards[-8:].mean() > rewards[:8].mean() + 0.1
     env.apply_best()

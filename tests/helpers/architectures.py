@@ -9,7 +9,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dso.models.scoring import Encoded, Scores
+from dso.models.encoded import Encoded, answer_positions
+from dso.models.scores import Scores
 
 LLAMA = {
     "vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -101,8 +102,9 @@ def alone(model, encoded: Sequence[Encoded]) -> Scores:
     width = max(len(e.candidates) for e in encoded)
     log_probs = torch.full((len(encoded), width), -torch.inf)
     lengths = torch.ones(len(encoded), width, dtype=torch.long)
-    next_token, hidden = [], []
+    next_token, later, hidden = [], [], []
     for row, e in enumerate(encoded):
+        behind: dict[tuple[int, ...], Tensor] = {}
         for column, candidate in enumerate(e.candidates):
             output = model(torch.tensor([[*e.prompt, *candidate]]), output_hidden_states=True)
             table = output.logits[0].float().log_softmax(-1)
@@ -110,9 +112,29 @@ def alone(model, encoded: Sequence[Encoded]) -> Scores:
             terms = [table[start + place, token] for place, token in enumerate(candidate)]
             log_probs[row, column] = torch.stack(terms).sum()
             lengths[row, column] = len(candidate)
-        next_token.append(table[start])
+            behind |= {candidate[:place]: table[start + place] for place in range(len(candidate))}
+        log_probs[row, : len(e.candidates)] = exclusive(log_probs[row, : len(e.candidates)], e.candidates)
+        first, *rest = behind.values()
+        next_token.append(first)
+        later += rest
         hidden.append(output.hidden_states[-1][0, start].detach().float())
-    return Scores(log_probs, lengths, torch.stack(next_token), torch.stack(hidden))
+    return Scores(
+        log_probs, lengths, torch.stack([*next_token, *later]), torch.stack(hidden), answer_positions(encoded)
+    )
+
+
+def exclusive(log_probs: Tensor, candidates: Sequence[Sequence[int]]) -> Tensor:
+    """What is left of each candidate's probability without that of the candidates which its tokens begin."""
+    probabilities, left = log_probs.double().exp(), []
+    for own, whole in zip(candidates, probabilities, strict=True):
+        longer = [k for k, other in enumerate(candidates) if len(other) > len(own) and other[: len(own)] == own]
+        nearest = [
+            k
+            for k in longer
+            if not any(k != j and candidates[k][: len(candidates[j])] == candidates[j] for j in longer)
+        ]
+        left.append(whole - probabilities[nearest].sum())
+    return torch.stack(left).log().to(log_probs)
 
 
 def assert_same(found: Scores, wanted: Scores, tolerance: float = 2e-5) -> None:

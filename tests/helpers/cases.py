@@ -17,7 +17,8 @@ from vision_reference import alone_with_images
 
 from dso.decisions.decision import Candidate, Decision
 from dso.models.backbone import Backbone
-from dso.models.scoring import Encoded, Scores
+from dso.models.encoded import Encoded
+from dso.models.scores import Scores
 
 TEXT = (
     "Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Qwen3-MoE", "Gemma2", "Gemma3", "Phi3", "GPT-2", "GPT-NeoX",

@@ -22,7 +22,7 @@ from vision_models import make_processor
 
 from dso.errors import UserError
 from dso.models.backbone import Backbone
-from dso.models.scoring import Scores
+from dso.models.scores import Scores
 from dso.steering.model import Steering
 from dso.steering.sites import resolve_sites
 
@@ -78,7 +78,7 @@ def identical(one: Scores, other: Scores) -> bool:
 
 def sites(case: Case) -> str:
     """The norms of the language backbone that were written down, each of its width, out of all norms of the model."""
-    model = case.backbone(packing=False).model
+    model = case.backbone(layout="padded").model
     assert list(resolve_sites(model)) == case.sites
     assert set(resolve_sites(model).values()) == {model.config.get_text_config().hidden_size}
     return f"{len(case.sites)} of {len(resolve_sites(model, ['.*']))}"
@@ -89,7 +89,7 @@ def layout(case: Case) -> str:
     """How prompts are laid out by default, by measurement: and the scores are those of each candidate alone."""
     backbone = case.backbone()
     assert_same(scores(case, backbone), case.alone(backbone), TOLERANCE)
-    words = "packed" if backbone.packing else "padded"
+    words = backbone.layout
     if not case.vision:
         return words
     if case.name == "PaliGemma":
@@ -104,7 +104,7 @@ def layout(case: Case) -> str:
 
 def padded(case: Case) -> str:
     """All decisions in one padded batch give the scores of each candidate alone."""
-    backbone = case.backbone(packing=False)
+    backbone = case.backbone(layout="padded")
     assert_same(scores(case, backbone), case.alone(backbone), TOLERANCE)
     return f"within {TOLERANCE:.0e}"
 

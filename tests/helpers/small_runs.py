@@ -14,6 +14,7 @@ from tiny import byte_tokenizer, tiny_llama
 
 from dso.decisions.decision import ABSTAIN, Candidate, Decision, DecisionSet
 from dso.models.backbone import Backbone
+from dso.models.scores import Scoring
 from dso.steering.model import Steering
 from envs.reward import RewardConfig
 from envs.task import DecisionTask
@@ -92,7 +93,8 @@ def make_trainer(
 ) -> SteeringPPO:
     """A trainer over the tiny model; every value that a test depends on is given here or by the test."""
     decisions = decisions or letters_set(facts=unambiguous > 0)
-    backbone = Backbone(tiny_llama(width=width), byte_tokenizer(), "tiny")
+    scoring = Scoring(length_normalised=length_normalised)
+    backbone = Backbone(tiny_llama(width=width), byte_tokenizer(), "tiny", scoring=scoring)
     torch.manual_seed(seed)
     steering = Steering.for_model(backbone.model, operator=operator)
     reward = reward or RewardConfig(form="smooth", width=0.1, estimate="context", decay=0.0, batch_weight=1.0)
@@ -103,7 +105,6 @@ def make_trainer(
         policy_kwargs={
             "steering": steering,
             "baseline": baseline,
-            "length_normalised": length_normalised,
             **(policy or {}),
         },
         kl=kl or FixedKL(0.0),
@@ -151,12 +152,13 @@ def bias(trainer: SteeringPPO, target: dict[str, float] | None = None) -> float:
 
 @torch.no_grad()
 def mean_kl(trainer: SteeringPPO) -> float:
-    """Mean KL(steered || base) after the ambiguous prompts, the reference measured anew."""
+    """Mean KL(steered || base) at the ambiguous decisions' answer positions, the reference measured anew."""
     decisions = [decision for decision in trainer.task.decisions if decision.ambiguous]
-    steered = trainer.task.backbone.score(decisions, next_token=True).next_token.double()
+    scores = trainer.task.backbone.score(decisions, next_token=True)
+    steered = scores.next_token.double()
     with trainer.task.unsteered():
         base = trainer.task.backbone.score(decisions, next_token=True).next_token.double()
-    return float((steered.exp() * (steered - base)).sum(1).mean())
+    return float(scores.positions.mean((steered.exp() * (steered - base)).sum(1)).mean())
 
 
 def write_decisions(path: Path, **options: Any) -> Path:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from architectures import exclusive
 from PIL import Image
 from vision_models import FAMILIES, make_processor
 
 from dso.decisions.decision import Decision
-from dso.models.scoring import Scores
+from dso.models.scores import Scores
 
 
 def alone_with_images(name: str, model: torch.nn.Module, decisions: Sequence[Decision]) -> Scores:
@@ -21,7 +22,7 @@ def alone_with_images(name: str, model: torch.nn.Module, decisions: Sequence[Dec
     width = max(len(decision.candidates) for decision in decisions)
     log_probs = torch.full((len(decisions), width), -torch.inf)
     lengths = torch.ones(len(decisions), width, dtype=torch.long)
-    next_token, hidden = [], []
+    next_token, later, hidden = [], [], []
     for row, decision in enumerate(decisions):
         if isinstance(decision.prompt, str):
             text = decision.prompt.replace("<image>", family.slot)
@@ -32,15 +33,22 @@ def alone_with_images(name: str, model: torch.nn.Module, decisions: Sequence[Dec
         inputs = processor(images=images, text=[text], add_special_tokens=False, return_tensors="pt")
         inputs.pop("labels", None)
         start = inputs["input_ids"].shape[1] - 1
+        behind: dict[tuple[int, ...], torch.Tensor] = {}
+        answers = []
         for column, candidate in enumerate(decision.candidates):
             ids = processor.tokenizer(candidate.text, add_special_tokens=False, return_tensors="pt").input_ids
             output = model(**_followed_by(inputs, ids, name), output_hidden_states=True)
             table = output.logits[0].float().log_softmax(-1)
-            log_probs[row, column] = sum(table[start + place, token] for place, token in enumerate(ids[0].tolist()))
+            answers.append(tuple(ids[0].tolist()))
+            log_probs[row, column] = sum(table[start + place, token] for place, token in enumerate(answers[-1]))
             lengths[row, column] = ids.shape[1]
-        next_token.append(table[start])
+            behind |= {answers[-1][:place]: table[start + place] for place in range(ids.shape[1])}
+        log_probs[row, : len(answers)] = exclusive(log_probs[row, : len(answers)], answers)
+        first, *rest = behind.values()
+        next_token.append(first)
+        later += rest
         hidden.append(output.hidden_states[-1][0, start].detach().float())
-    return Scores(log_probs, lengths, torch.stack(next_token), torch.stack(hidden))
+    return Scores(log_probs, lengths, torch.stack([*next_token, *later]), torch.stack(hidden))
 
 
 def _followed_by(inputs: dict[str, torch.Tensor], ids: torch.Tensor, name: str) -> dict[str, torch.Tensor]:

@@ -465,15 +465,16 @@ def test_inspect_shows_what_a_steering_states(trained: Trained, model_folder: Pa
     assert lines[0] == "operator     affine at 5 sites"
     assert lines[1] == f"base model   {model_folder}"
     assert lines[3] == "fair shares  female 0.5, male 0.5"
-    assert lines[4] == "scale        0 to 1"
-    assert lines[5] == "coefficients 160, of which 0 are exactly 0"
+    assert lines[4] == "scoring      sum of tokens"
+    assert lines[5] == "scale        0 to 1"
+    assert lines[6] == "coefficients 160, of which 0 are exactly 0"
     tensors = Steering.from_pretrained(trained.steering).tensors()
     sizes: dict[str, float] = {}
     for key, value in tensors.items():
         sizes[key[:-2]] = sizes.get(key[:-2], 0.0) + float(value.norm())
     largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:2]
-    assert [line.split()[0] for line in lines[7:]] == largest
-    assert f"|a| {tensors[f'{largest[0]}.a'].norm():.3f}  |b| {tensors[f'{largest[0]}.b'].norm():.3f}" in lines[7]
+    assert [line.split()[0] for line in lines[8:]] == largest
+    assert f"|a| {tensors[f'{largest[0]}.a'].norm():.3f}  |b| {tensors[f'{largest[0]}.b'].norm():.3f}" in lines[8]
     assert_refused(call("inspect", trained.run), "no steering there")
 
 

@@ -22,7 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dso.errors import UserError
 from dso.models.backbone import Backbone
 from dso.models.embedded import ModelNotFound, embedded_folder
-from dso.models.scoring import Encoded, kl_divergence
+from dso.models.encoded import Encoded
+from dso.models.scores import kl_divergence
 from dso.steering.model import Steering
 from dso.steering.sites import resolve_sites
 from envs.task import DecisionTask
@@ -326,7 +327,7 @@ def test_with_gradient_checkpointing_layers_keep_their_inputs_only() -> None:
     estimated = activations(model, operators, encoded, max_tokens=512)
 
     real = tiny_llama(width=width, layers=layers)
-    backbone = Backbone(real, byte_tokenizer(), "tiny", packing=True)
+    backbone = Backbone(real, byte_tokenizer(), "tiny", layout="packed")
     steering = Steering.for_model(real)
     steering.attach(real)
     real.train()  # layers are checkpointed in training mode only

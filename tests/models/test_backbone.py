@@ -14,14 +14,17 @@ from architectures import ARCHITECTURES, alone, assert_same, tiny
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, role, tiny_llama
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedTokenizerFast
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from dso.decisions.decision import Candidate, Decision, DecisionError
 from dso.errors import UserError
-from dso.models.backbone import Backbone, _probes
+from dso.models.backbone import Backbone
 from dso.models.embedded import ModelNotFound
+from dso.models.encoded import Encoded
+from dso.models.layout import probes
 from dso.models.packing import pack
-from dso.models.scoring import Encoded
 
 BYTES = byte_tokenizer()
 
@@ -49,7 +52,8 @@ def bpe(*merged: str, letters: str = "abcdexy ") -> Tokenizer:
 # ---------------------------------------------------------------- which layout
 
 # Measured by the self-check when the model is taken in: nothing about an architecture is written down elsewhere.
-TAKES_PACKING = {name: name not in ("Falcon-ALiBi", "Bloom", "MPT", "Mamba") for name in ARCHITECTURES}
+NOT_PACKED = ("Falcon-ALiBi", "Bloom", "MPT", "Mamba")
+LAYOUTS = {name: "padded" if name in NOT_PACKED else "packed" for name in ARCHITECTURES}
 
 
 @torch.no_grad()
@@ -57,7 +61,7 @@ TAKES_PACKING = {name: name not in ("Falcon-ALiBi", "Bloom", "MPT", "Mamba") for
 def test_scores_equal_the_single_prompts_on_every_architecture(architecture):
     model = tiny(architecture)
     backbone = Backbone(model, byte_tokenizer(), "tiny", max_tokens=64)
-    assert backbone.packing is TAKES_PACKING[architecture]
+    assert backbone.layout == LAYOUTS[architecture]
     decisions = [
         decide("Ann and Bob", " Ann", " Bob"),
         decide("Ann and Bob", " Bo", " An", "!"),
@@ -79,45 +83,56 @@ def test_scores_equal_the_single_prompts_on_every_architecture(architecture):
 @pytest.mark.parametrize("architecture", ["MPT", "Bloom", "Llama", "Gemma2"])
 def test_the_self_check_is_not_fooled_by_small_weights(architecture):
     small = "initializer_range"
-    assert Backbone(tiny(architecture, **{small: 0.02}), byte_tokenizer()).packing is TAKES_PACKING[architecture]
+    assert Backbone(tiny(architecture, **{small: 0.02}), byte_tokenizer()).layout == LAYOUTS[architecture]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_self_check_allows_for_half_precision(dtype):
-    assert Backbone(tiny("Llama").to(dtype), byte_tokenizer()).packing
-    assert not Backbone(tiny("MPT").to(dtype), byte_tokenizer()).packing
+    assert Backbone(tiny("Llama").to(dtype), byte_tokenizer()).layout == "packed"
+    assert Backbone(tiny("MPT").to(dtype), byte_tokenizer()).layout == "padded"
 
 
 def test_the_probes_of_the_self_check_fill_a_row_as_far_as_it_may_be():
     for row_limit, count in ((512, 16), (67, 16), (66, 15), (16, 3), (8, 2)):
-        probes = _probes(258, row_limit)
-        row = pack([sequence for probe in probes for sequence in probe.sequences()])
+        made = probes(258, row_limit)
+        row = pack([sequence for probe in made for sequence in probe.sequences()])
         # Three shared tokens; three more of each prompt and the first of its longer candidate.
-        assert (len(probes), row.input_ids.shape[1]) == (count, 3 + 4 * count)
-        assert {probe.prompt[-1] for probe in probes} == {4}
+        assert (len(made), row.input_ids.shape[1]) == (count, 3 + 4 * count)
+        assert {probe.prompt[-1] for probe in made} == {4}
 
 
 @torch.no_grad()
 def test_eager_attention_is_packed_too():
     model = tiny("Llama", attn_implementation="eager")
     backbone = Backbone(model, byte_tokenizer())
-    assert backbone.packing
+    assert backbone.layout == "packed"
     encoded = [Encoded(ids("Ann and"), (ids(" Ann"), ids(" Bob")))]
     assert_same(backbone.score([decide("Ann and", " Ann", " Bob")]), alone(model, encoded))
 
 
-def test_flash_attention_takes_no_mask_and_is_not_asked():
-    model = tiny("Llama")
-    model.config._attn_implementation_internal = "flash_attention_2"
-    assert Backbone(model, byte_tokenizer(), packing=None).packing is False
+def test_an_attention_that_takes_no_mask_of_ours_is_not_packed_and_that_is_said():
+    AttentionInterface.register("own", sdpa_attention_forward)
+    AttentionMaskInterface.register("own", sdpa_mask)
+    model = tiny("Llama", attn_implementation="own")
+    backbone = Backbone(model, byte_tokenizer(), "tiny")
+    assert backbone.layout == "padded"
+    assert backbone.layout_line() == (
+        "tiny: prompts are scored in padded rows, not packed: attention 'own' takes no mask of ours (eager and sdpa do)"
+    )
+    assert Backbone(tiny("Llama"), byte_tokenizer()).layout_line() is None
 
 
 @torch.no_grad()
-def test_packing_may_be_chosen_by_hand():
+def test_the_layout_may_be_chosen_by_hand():
     decisions = [decide("Ann and Bob", " Ann", " Bob"), decide("Ann", "a", "bcd")]
-    packed, padded = (Backbone(tiny_llama(), byte_tokenizer(), packing=p) for p in (True, False))
-    assert (packed.packing, padded.packing) == (True, False)
-    assert_same(packed.score(decisions, next_token=True), padded.score(decisions, next_token=True))
+    packed, padded, single = (
+        Backbone(tiny_llama(), byte_tokenizer(), layout=layout).score(decisions, next_token=True, hidden=True)
+        for layout in ("packed", "padded", "single")
+    )
+    assert_same(packed, padded)
+    assert_same(single, padded)
+    with pytest.raises(UserError, match="layout is 'dense', expected packed, padded or single"):
+        Backbone(tiny_llama(), byte_tokenizer(), layout="dense")
 
 
 def test_the_model_is_frozen_and_gradients_pass_through():
@@ -151,14 +166,16 @@ def test_candidates_are_tokenised_in_their_place():
     assert encoded.candidates == ((number("ab"),), (number(" "), number("c")))
 
 
-def test_a_merge_across_the_boundary_leaves_the_prompt_as_it_is():
+def test_where_letters_of_both_are_joined_the_candidates_begin_earlier():
     tokenizer = bpe("xa")
     number = tokenizer.token_to_id
     backbone = custom(tokenizer)
     assert backbone.tokenizer("yxab").input_ids == [number("y"), number("xa"), number("b")]
     encoded = backbone.encode(decide("yx", "ab", "cb"))
-    assert encoded.prompt == (number("y"), number("x"))
-    assert encoded.candidates == ((number("a"), number("b")), (number("c"), number("b")))
+    assert encoded.prompt == (number("y"),)
+    assert encoded.candidates == ((number("xa"), number("b")), (number("x"), number("c"), number("b")))
+    with pytest.raises(DecisionError, match="'d1': the tokenizer joins the prompt 'x' with its candidates to one word"):
+        backbone.encode(decide("x", "ab", "cb"))
 
 
 def test_special_tokens_stand_before_the_text_and_never_behind():

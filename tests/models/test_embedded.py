@@ -110,7 +110,7 @@ def test_only_known_names_are_embedded():
 @pytest.mark.slow
 def test_the_real_model_knows_a_capital():
     backbone = Backbone.load(NAME)
-    assert backbone.packing
+    assert backbone.layout == "packed"
     decision = Decision(
         id="capital", context="c", kind="unambiguous", answer=0, prompt="The capital of France is",
         candidates=(Candidate(text=" Paris", group="a"), Candidate(text=" London", group="b")),

@@ -315,7 +315,7 @@ def test_a_processor_without_a_chat_template_says_so():
     ],
 )
 def test_plain_strings_get_the_slots_of_the_family(name, slot):
-    backbone = CASES[name].backbone(packing=False)
+    backbone = CASES[name].backbone(layout="padded")
     decision = replace(ask(pictures()["wide"]), prompt="See <image>. Who?")
     assert backbone.prompt_text(decision) == f"See {slot}. Who?"
     assert len(backbone.encode(decision).prompt) > 0
@@ -445,7 +445,7 @@ def test_half_precision_gives_float32_scores():
 
 
 def test_the_tower_is_steered_only_if_asked_for():
-    model = CASES["LLaVA"].backbone(packing=False).model
+    model = CASES["LLaVA"].backbone(layout="padded").model
     assert not [name for name in resolve_sites(model) if "vision" in name]
     tower = resolve_sites(model, [r"model\.vision_tower\..*norm\d"])
     assert list(tower) == [f"model.vision_tower.encoder.layers.{i}.layer_norm{n}" for i in (0, 1) for n in (1, 2)]

@@ -129,7 +129,9 @@ def test_the_folder_by_hand(tmp_path):
     assert record == {
         "format_version": 2, "operator": "affine", "rank": None, "sites": {"norm": 2}, "fingerprint": {},
         "base_model": "m", "revision": None, "groups": ["a", "b"], "target": [0.25, 0.75],
-        "scale_range": [0.0, 1.0], "scale_curve": [], "tensors_sha256": hashlib.sha256(data).hexdigest(),
+        "scale_range": [0.0, 1.0], "scale_curve": [],
+        "scoring": {"length_normalised": False, "date": "2024-07-26", "template": ""},
+        "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
     assert (tmp_path / "s" / CARD).read_text() == "card"
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "s").iterdir()}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import tensor
 
-from dso.models.scoring import kl_divergence
+from dso.models.scores import kl_divergence
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, NoMassFloor, soft_threshold, sparsity, step_sizes
 
 # KL

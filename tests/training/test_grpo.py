@@ -207,11 +207,11 @@ def test_only_the_steering_is_trained_and_the_model_is_left_as_it_was(kind: Any)
 # Shared prompts
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_shared_log_probabilities_are_those_of_each_answer_alone(packing: bool) -> None:
+@pytest.mark.parametrize("layout", ["packed", "padded", "single"])
+def test_shared_log_probabilities_are_those_of_each_answer_alone(layout: str) -> None:
     task, steering = answer_task()
     perturbed(steering)
-    task.backbone.packing, task.backbone.max_tokens = packing, 40  # several passes
+    task.backbone.layout, task.backbone.max_tokens = layout, 40  # several passes
     prompts = [list(task.backbone.encode(task.decisions[row]).prompt) for row in (0, 0, 5, 0, 16)]
     answers = [[65, 66, 67], [65], [70, 71], [65, 66, 67], [80, 81, 82]]
     width, longest = 3, max(map(len, prompts))

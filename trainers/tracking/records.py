@@ -97,7 +97,7 @@ def _ends(name: str, estimate: Estimate) -> dict[str, float]:
 
 
 def decision_samples(
-    backbone: Backbone, decisions: DecisionSet, handle: Handle, *, length_normalised: bool = False, count: int = SAMPLES
+    backbone: Backbone, decisions: DecisionSet, handle: Handle, *, count: int = SAMPLES
 ) -> list[list[Any]]:
     """Some decisions of all contexts, as rows of :data:`SAMPLE_COLUMNS`, one a candidate.
 
@@ -105,7 +105,7 @@ def decision_samples(
     call this, as it runs the model.
     """
     chosen = _spread(decisions, count)
-    evaluator = Evaluator(backbone, chosen, handle, length_normalised=length_normalised)
+    evaluator = Evaluator(backbone, chosen, handle)
     before, after = (measured.policy for measured in evaluator.curve([0.0, 1.0]))
     return [
         [
