@@ -50,6 +50,9 @@ class SteeringPolicy(ActorCriticPolicy):
             SB3's epsilon, 1e-5, by default.
     """
 
+    task: DecisionTask
+    value_head: nn.Linear | None
+
     def __init__(
         self,
         observation_space: spaces.Space,

@@ -53,12 +53,14 @@ class OrderlyStop:
 
     @contextmanager
     def training(self, model: SteeringPPO) -> Iterator[None]:
-        """Within the block signals wait for the model's step to end."""
+        """Within the block signals wait for the step to end; one that came too late for that acts as it ends."""
         self._model = model
         try:
             yield
         finally:
             self._model = None
+        if self.heard is not None:
+            raise Preempted if self.preempted else KeyboardInterrupt
 
     def _hear(self, number: int, _: object) -> None:
         first, self.heard = self.heard is None, self.heard or number

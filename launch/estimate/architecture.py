@@ -4,9 +4,8 @@ The shapes come from the first of these that is there; the network is never aske
 
 1. ``config.json`` of a local folder,
 2. ``config.json`` in the Hub's local cache,
-3. ``launch/estimate/shapes``: the published shapes of the models that the shipped configs name. They hold what
-decides shapes,
-   nothing else (no rotary base, no token ids), and give the published numbers of parameters, which a test holds.
+3. ``launch/estimate/shapes``: the published shapes of the models that the shipped configs name. They hold what decides
+   shapes, nothing else (no rotary base, no token ids), and give the published numbers of parameters, as a test checks.
 """
 
 from __future__ import annotations
@@ -14,14 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from dso.files import cache_folder
 from dso.models.embedded import EMBEDDED, SHIPPED, ModelNotFound
 from dso.models.loading import DTYPES, HUB_ID, LOADER_ERRORS, sees
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SHAPES = files("launch") / "estimate" / "shapes"
 
@@ -36,7 +37,7 @@ class Architecture:
         folder: of the tokenizer, where one lies beside the shapes.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     source: str
     folder: Path | None
 
@@ -51,14 +52,19 @@ class Architecture:
         return sum(parameter.numel() * parameter.element_size() for parameter in self.model.parameters())
 
     @property
-    def text_config(self) -> Any:
-        """The language part's configuration."""
-        return self.model.config.get_text_config()
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
 
     @property
-    def vision_config(self) -> Any | None:
+    def text_config(self) -> Any:
+        """The language part's configuration."""
+        return self.config.get_text_config()
+
+    @property
+    def vision_config(self) -> Any:
         """The vision tower's configuration, None for a text model."""
-        return getattr(self.model.config, "vision_config", None)
+        return getattr(self.config, "vision_config", None)
 
     @property
     def vocabulary(self) -> int:

@@ -134,6 +134,7 @@ def _adding(inputs: Callable[[Tensor], dict[str, Tensor]]) -> Callable:
 
 def _loss(scores: Scores) -> Tensor:
     """What training makes of the scores, as far as it saves anything."""
+    assert scores.next_token is not None  # asked for
     reference = torch.empty_like(scores.next_token)
     return scores.policy().exp().sum() + scores.kl(reference).mean()
 

@@ -38,7 +38,7 @@ def sight(architecture: Architecture, images: Sequence[Size]) -> Sight:
     vision = architecture.vision_config
     if vision is None or not images:
         return Sight(0, 0)
-    if architecture.model.config.model_type == "mllama":
+    if architecture.config.model_type == "mllama":
         return _attended(architecture, len(images))
     tokens, patches = zip(*(_tokens(architecture, size) for size in images), strict=True)
     return Sight(sum(tokens), _tower_bytes(architecture, sum(patches)))
@@ -46,7 +46,7 @@ def sight(architecture: Architecture, images: Sequence[Size]) -> Sight:
 
 def _tokens(architecture: Architecture, size: Size) -> tuple[int, int]:
     """Tokens in the text and patches in the tower of one image."""
-    config, vision = architecture.model.config, architecture.vision_config
+    config, vision = architecture.config, architecture.vision_config
     merge = getattr(vision, "spatial_merge_size", None)
     if merge and hasattr(vision, "patch_size") and not hasattr(vision, "image_size"):
         # Qwen2-VL and later: the image keeps its size, as near as whole tokens allow
@@ -62,9 +62,9 @@ def _tokens(architecture: Architecture, size: Size) -> tuple[int, int]:
 
 def _attended(architecture: Architecture, images: int) -> Sight:
     """Mllama: every image is a fixed number of tiles, whose patches the text's cross-attention looks at."""
-    config, vision = architecture.model.config, architecture.vision_config
+    vision = architecture.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2 + 1
-    states, width = images * vision.max_num_tiles * patches, config.get_text_config().hidden_size
+    states, width = images * vision.max_num_tiles * patches, architecture.text_config.hidden_size
     dtype = architecture.model.dtype
 
     def inputs(input_ids: Tensor) -> dict[str, Tensor]:

@@ -119,7 +119,7 @@ def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, 
             left = max(0, steps * batch - trainer.num_timesteps)
             callbacks = CallbackList([progress, selection, checkpoints])
             _until_stopped(lambda: trainer.learn(left, callbacks, log_interval=1, reset_num_timesteps=False))
-            if trainer.stop_requested:
+            if world.agree(trainer.stop_requested):  # also where it was asked for after the last step, in one of them
                 raise _stopped(session, keeper, stop)
             if reason := selection.nothing_kept():
                 progress.say(reason)

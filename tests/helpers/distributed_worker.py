@@ -2,13 +2,15 @@
 
     deepspeed --num_gpus 2 tests/helpers/distributed_worker.py OUT [CASE ...] [--fail CONFIG]
 
-With ``--fail`` the command line trains a config at last, and the second process fails in its second step.
+With ``--fail`` the command line trains a config twice at last: the second process is stopped after the last step, then
+fails in its second step.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,25 @@ def skipped(case: dict[str, Any], world: World) -> tuple[int, bool, bool]:
     return trainer.skipped_steps, still, moved
 
 
+def stopped(config: str, rank: int) -> int:
+    """Train from the command line; the second process alone is told to stop, after the last step."""
+    from launch.cli import main as command
+
+    learned = SteeringPPO.train
+
+    def train(self: SteeringPPO) -> None:
+        learned(self)
+        if rank == 1 and self.steps_done == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = str(Path(config).with_name("zero2.json"))
+    SteeringPPO.train = train
+    try:
+        return command(["train", config, "--deepspeed", settings, f"train.steps={STEPS}", "run.name=stopped"])
+    finally:
+        SteeringPPO.train = learned
+
+
 def fail(config: str) -> int:
     """Train from the command line; the second process cannot go on."""
     from launch.cli import main as command
@@ -172,6 +193,7 @@ def main() -> int:
         for name in ("zero0", "zero1", "zero3"):
             found[f"resumed {name}"] = resumed(CASES[name], world, arguments.out / name)
             found[f"skipped {name}"] = skipped(CASES[name], world)
+        found["stopped"] = stopped(arguments.fail, world.rank)
     torch.save(found, arguments.out / f"rank{world.rank}.pt")
     world.barrier()
     if arguments.fail:

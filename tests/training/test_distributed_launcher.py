@@ -24,6 +24,7 @@ from small_runs import write_config
 
 from dso.steering.checkpoint import read_checkpoint
 from launch.cli import main
+from launch.exits import EXIT_PREEMPTED
 
 pytest.importorskip("deepspeed")
 
@@ -110,11 +111,19 @@ def test_a_number_that_is_not_finite_in_one_process_skips_the_step_in_all(stage:
     assert [rank[f"skipped {stage}"] for rank in together["ranks"]] == [(skipped, still, moved)] * 2
 
 
+def test_a_stop_that_one_process_hears_of_after_the_last_step_stops_all(together: dict[str, Any]) -> None:
+    assert [rank["stopped"] for rank in together["ranks"]] == [EXIT_PREEMPTED] * 2
+    folder = together["out"] / "runs" / "stopped"
+    assert (folder / "state" / f"step-{worker.STEPS}.safetensors").exists()
+    assert f"stopped after step {worker.STEPS} of {worker.STEPS}" in together["done"].stderr
+
+
 def test_a_process_that_cannot_go_on_ends_the_job_with_its_message(together: dict[str, Any]) -> None:
     done = together["done"]
     assert done.returncode == 2, done.stderr[-3000:]
     said = [line for line in done.stderr.splitlines() if line.startswith("dso: ")]
-    assert said[0] == "dso: process 1: the memory of this machine is gone", done.stderr[-3000:]
+    assert said[0].startswith("dso: stopped after step 3")  # the run before
+    assert said[1] == "dso: process 1: the memory of this machine is gone", done.stderr[-3000:]
     assert "Traceback" not in done.stderr
 
 

@@ -64,6 +64,7 @@ class EngineLearner(Learner):
     """
 
     shared = True
+    world: Ranks
 
     def __init__(self, policy: SteeringPolicy, max_norm: float, parts: int, world: Ranks, settings: dict[str, Any]):
         deepspeed = import_deepspeed()
@@ -104,7 +105,7 @@ class EngineLearner(Learner):
         try:
             return self.world.guard(through)
         finally:
-            self._whole.work = None
+            del self._whole.work
 
     def backward(self, loss: Tensor, *, first: bool, last: bool) -> None:
         # The engine takes the mean over the processes; what is wanted is the sum.
@@ -155,7 +156,7 @@ class EngineLearner(Learner):
         self._hold()
         self.optimizer.priming = True
         for part in range(self.parts):
-            (nothing,) = self.forward(lambda: (sum(p.sum() * 0.0 for p in self.parameters),))
+            (nothing,) = self.forward(lambda: (sum((p.sum() * 0.0 for p in self.parameters), torch.zeros(())),))
             self.backward(nothing, first=part == 0, last=part == self.parts - 1)
         self.step()
         self.optimizer.priming = False
@@ -170,7 +171,7 @@ class EngineLearner(Learner):
             for index, value in values.items():
                 self._put(self.parameters[index], value, name)
 
-    def _own(self, parameter: Tensor, name: str | None) -> tuple[Tensor, int]:
+    def _own(self, parameter: Any, name: str | None) -> tuple[Tensor, int]:
         """This process's slice of an entry of the optimiser's state, or of the float32 parameter itself; where it is.
 
         Returns:
@@ -209,6 +210,7 @@ class EngineLearner(Learner):
 
     def _store(self) -> None:
         """Stage 3: the slices that operators are gathered from follow what was written into the whole ones."""
+        parameter: Any  # DeepSpeed has made more than a tensor of each
         for parameter in self.parameters:
             size = parameter.ds_tensor.numel()
             padded = torch.nn.functional.pad(parameter.detach().flatten(), (0, size * self.world.size))

@@ -11,7 +11,7 @@ exchanged hangs on nothing but the order of the model's own layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +24,20 @@ T = TypeVar("T")
 
 
 class Whole(nn.Module):
-    """All parameters under one roof, as the engine wants them; a pass is whatever ``work`` does with them.
+    """All parameters under one roof, as the engine wants them; a pass is whatever ``work``, set before it, does.
 
     Args:
         policy: its backbone, operators and value head.
         in_step: the processes where each pass takes all of them.
     """
 
+    work: Callable[[], Any]
+
     def __init__(self, policy: SteeringPolicy, in_step: InStep | None):
         super().__init__()
         self.backbone = policy.task.backbone.model
         self.steering = policy.steering
         self.value_head = policy.value_head
-        self.work: Callable[[], Any] | None = None
         self._in_step = in_step
 
     def forward(self) -> Any:
@@ -51,7 +52,8 @@ class Whole(nn.Module):
         if not nothing.requires_grad:
             return result
         # Gradients go back through idle passes too, in every process alike.
-        return (result[0] + nothing, *result[1:]) if isinstance(result, tuple) else result + nothing
+        held = (result[0] + nothing, *result[1:]) if isinstance(result, tuple) else cast(Tensor, result) + nothing
+        return cast(T, held)
 
 
 class InStep:
@@ -108,7 +110,8 @@ class InStep:
 
     def _pass(self, kind: _Kind) -> Tensor:
         one = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=self._world.device), "use_cache": False}
-        return 0.0 * self._model(**(self._seen if kind.more else one)).logits[..., 0].float().sum()
+        inputs = self._seen if kind.more and self._seen is not None else one
+        return 0.0 * self._model(**inputs).logits[..., 0].float().sum()
 
     def _require(self, alike: bool) -> None:
         if not alike:

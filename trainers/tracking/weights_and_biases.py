@@ -142,7 +142,7 @@ class WandbTracker(Tracker):
         self._run = self._open(mode)
         self._say(f"W&B: {self._run.url or f'{mode}, as its own settings say'}")
 
-    def _open(self, mode: str) -> wandb.Run:
+    def _open(self, mode: Any) -> wandb.Run:
         import wandb
 
         settings = wandb.Settings(
@@ -162,7 +162,8 @@ class WandbTracker(Tracker):
         return run
 
     def _tell(self, record: Record) -> None:
-        if (run := self._run) is None or not (reason := _failure(lambda: record(run))):
+        run = self._run
+        if run is None or not (reason := _failure(lambda: record(run))):
             return
         if run.offline:
             self._warn(f"W&B refused a record: {reason}")
@@ -188,7 +189,7 @@ class WandbTracker(Tracker):
             self._tell(record)
 
     def _end(self, code: int) -> None:
-        if self._run is None or not (reason := self._finish(code)):
+        if not (reason := self._finish(code)) or self._run is None:
             return
         if self._run.offline:
             return self._warn(f"W&B: {reason}; what there is can be sent with: wandb sync {self._folder}")
@@ -196,12 +197,13 @@ class WandbTracker(Tracker):
         self._end(code)
 
     def _finish(self, code: int) -> str:
-        return _failure(lambda: self._run and self._run.finish(exit_code=code))
+        run = self._run
+        return "" if run is None else _failure(lambda: run.finish(exit_code=code))
 
     @property
-    def _folder(self) -> Path:
+    def _folder(self) -> str:
         """What W&B keeps of the run; ``wandb sync`` sends it."""
-        return Path(self._run.settings.sync_dir).resolve()
+        return "" if self._run is None else str(Path(self._run.settings.sync_dir).resolve())
 
 
 class ScalarWriter(KVWriter):
