@@ -38,7 +38,7 @@ def speaking_backbone(seed: int = 0) -> Backbone:
 
 
 def spoken_set(**options: Any) -> DecisionSet:
-    """:func:`training.letters_set` about the letters that the model says."""
+    """:func:`small_runs.letters_set` about the letters that the model says."""
     return letters_set(letters={"female": "A", "male": "H"}, **options)
 
 

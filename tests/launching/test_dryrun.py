@@ -303,7 +303,7 @@ def on_meta(trainer: Any, handles: Any, width: int, layers: int) -> tuple[nn.Mod
 def test_activations_are_what_a_real_training_pass_saves(
     operator: str, width: int, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.tiny_llama", lambda width: tiny_llama(width=width, layers=layers))
+    monkeypatch.setattr("small_runs.tiny_llama", lambda width: tiny_llama(width=width, layers=layers))
     trainer = make_trainer(width=width, operator=operator)
     handles = trainer.env.inner.sampler.draw()
     reference = trainer.task.reference(handles)
