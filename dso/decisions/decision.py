@@ -248,8 +248,10 @@ class DecisionSet(Sequence[Decision]):
             if (split is None or d.split == split) and (kind is None or d.kind == kind) and (keep is None or keep(d))
         ]
         if not chosen:
+            asked = [f"{key}={value!r}" for key, value in (("split", split), ("kind", kind)) if value is not None]
+            asked += ["the condition that was given"] if keep else []
             raise DecisionError(
-                f"{self.name}: no decision with split={split!r}, kind={kind!r}; splits are {', '.join(self.splits)}"
+                f"{self.name}: no decision with {' and '.join(asked)}; splits are {', '.join(self.splits)}"
             )
         return DecisionSet(tuple(chosen), self.groups, self.name)
 

@@ -200,6 +200,8 @@ def test_select_keeps_groups_and_names_the_splits_there_are() -> None:
     assert whole.select(split="test").groups == whole.groups
     with pytest.raises(DecisionError, match="split='tset'.*splits are train, test, validation"):
         whole.select(split="tset")
+    with pytest.raises(DecisionError, match="no decision with kind='unambiguous' and the condition that was given;"):
+        whole.select(lambda d: d.context == "nurse", kind="unambiguous")
 
 
 def test_a_decision_cannot_be_made_wrong_in_code_either() -> None:
