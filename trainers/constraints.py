@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,10 +105,10 @@ class KLBudget:
         low, high = math.log(self.floor), math.log(self.CEILING)
         self._log_beta = min(max(self._log_beta + self.learning_rate * violation, low), high)
 
-    def state_dict(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, Any]:
         return {"log_beta": self._log_beta, "running": self._running}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._log_beta, self._running = state["log_beta"], state["running"]
 
 

@@ -95,18 +95,19 @@ def whitening(fisher: Sequence[Tensor], damping: float) -> list[Tensor]:
     if not mean > 0:
         return [torch.ones_like(f) for f in fisher]
     sizes = [(f / mean + damping).rsqrt() if bool(f.any()) else torch.ones_like(f) for f in fisher]
-    plain = sum(f.sum() for f in fisher)
-    whitened = sum((f * d.square()).sum() for f, d in zip(fisher, sizes, strict=True))
+    nothing = fisher[0].new_zeros(())
+    plain = sum((f.sum() for f in fisher), nothing)
+    whitened = sum(((f * d.square()).sum() for f, d in zip(fisher, sizes, strict=True)), nothing)
     return [d * (plain / whitened).sqrt() for d in sizes]
 
 
-def whitened_step(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], sizes: Sequence[Tensor]) -> None:
-    """One step of any optimiser on z = x / D, carried over to x."""
+def whitened_step(step: Callable[[], object], parameters: Sequence[Tensor], sizes: Sequence[Tensor]) -> None:
+    """``step``, that of any optimiser, on z = x / D, carried over to x."""
     before = [p.detach().clone() for p in parameters]
     for parameter, size in zip(parameters, sizes, strict=True):
         if parameter.grad is not None:
             parameter.grad.mul_(size)
-    optimizer.step()
+    step()
     with torch.no_grad():
         for parameter, old, size in zip(parameters, before, sizes, strict=True):
             parameter.copy_(old + size * (parameter - old))

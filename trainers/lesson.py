@@ -51,6 +51,8 @@ class Lesson:
     def gain(self, estimator: str, rows: Tensor, log_policy: Tensor, clip: float) -> Tensor:
         """(n,) what a step goes up, for the decisions at ``rows`` (n,) with ``log_policy`` (n, k) as it is now."""
         if estimator == "expected":
+            if self.rewards is None:
+                raise ValueError("'expected' learns from the reward of every candidate")
             rewards = self.rewards[rows, : log_policy.shape[1]]
             if self.pooled is not None:
                 return _pooled_gain(log_policy, self.pooled[rows, : log_policy.shape[1]], rewards)

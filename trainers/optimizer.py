@@ -32,7 +32,7 @@ class Whitened(torch.optim.Optimizer):
     hold: bool = False
     priming: bool = False
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closures
         """One step; what has no gradient stays as it is.
 
         Raises:
@@ -47,7 +47,7 @@ class Whitened(torch.optim.Optimizer):
             return
         moved = {p: group for group in self.param_groups for p in group["params"] if p.grad is not None}
         sizes = {p: self.state[p]["size"] for p in moved}
-        whitened_step(super(), list(sizes), list(sizes.values()))
+        whitened_step(super().step, list(sizes), list(sizes.values()))
         for parameter, rate in step_sizes(self):
             if penalty := moved.get(parameter, {}).get("penalty", 0.0):
                 soft_threshold([parameter], rate * sizes[parameter].square() * penalty)

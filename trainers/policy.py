@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
 from dso.steering.model import Steering
+from envs.layout import Indices
 from envs.task import DecisionTask
 from trainers.optimizer import SteeringAdam, Whitened
 
@@ -39,7 +40,7 @@ class Outcome:
 
 
 class SteeringPolicy(ActorCriticPolicy):
-    """pi(k | handle) of the steered backbone; only the operators and the value head are parameters.
+    """pi(k | index) of the steered backbone; only the operators and the value head are parameters.
 
     Args:
         task: decisions and backbone; kept out of the module tree, so that no backbone weight is ever saved or moved.
@@ -52,6 +53,8 @@ class SteeringPolicy(ActorCriticPolicy):
 
     task: DecisionTask
     value_head: nn.Linear | None
+    context_values: Tensor
+    whitening: Tensor
 
     def __init__(
         self,
@@ -88,7 +91,8 @@ class SteeringPolicy(ActorCriticPolicy):
         self.register_buffer("whitening", torch.ones(sum(p.numel() for p in self.steering.parameters())))
         # The steering is a group of its own, as a penalty is on it alone.
         groups = [{"params": list(module.parameters())} for module in (self.steering, self.value_head) if module]
-        self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)
+        make: Any = self.optimizer_class  # torch's base class has no learning rate, all of its optimisers have
+        self.optimizer: Whitened = make(groups, lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def step_sizes(self) -> list[Tensor]:
         """For each tensor of the steering how far a unit step of the optimiser goes (:mod:`trainers.fisher`)."""
@@ -100,9 +104,9 @@ class SteeringPolicy(ActorCriticPolicy):
         """Set :meth:`step_sizes`; they are saved with the policy."""
         self.whitening.copy_(torch.cat([size.flatten() for size in sizes]))
 
-    def decide(self, handles: np.ndarray | Tensor, *, next_token: bool = False) -> Outcome:
-        """Run the steered model on a batch of handles."""
-        index = torch.as_tensor(handles).reshape(-1).long().cpu()
+    def decide(self, indices: Indices, *, next_token: bool = False) -> Outcome:
+        """Run the steered model on a batch of decisions, by their indices."""
+        index = torch.as_tensor(indices).reshape(-1).long().cpu()
         scores = self.task.backbone.score(
             self.task.pick(index), next_token=next_token, hidden=self.value_head is not None
         )
@@ -115,6 +119,8 @@ class SteeringPolicy(ActorCriticPolicy):
 
     def _values(self, index: Tensor, hidden: Tensor | None) -> Tensor:
         if self.value_head is not None:
+            if hidden is None:
+                raise ValueError("the value head reads the output layer's input")
             return self.value_head(hidden.float())[:, 0]
         if self.baseline == "context":
             index = index.to(self.context_values.device)
@@ -122,11 +128,11 @@ class SteeringPolicy(ActorCriticPolicy):
         return torch.zeros(len(index), device=self.task.groups.device)
 
     @torch.no_grad()
-    def update_baseline(self, handles: np.ndarray | Tensor, rewards: Tensor, decay: float = 0.8) -> None:
+    def update_baseline(self, indices: Indices, rewards: Tensor, decay: float = 0.8) -> None:
         """Move the contexts' running mean rewards towards a batch's."""
         if self.baseline != "context":
             return
-        index = torch.as_tensor(handles).reshape(-1).long().to(self.context_values.device)
+        index = torch.as_tensor(indices).reshape(-1).long().to(self.context_values.device)
         cells = self.task.contexts[index] * 2 + (self.task.answers[index] >= 0).long()
         total = torch.zeros(self.context_values.numel(), device=cells.device)
         counts = total.index_add(0, cells, torch.ones_like(rewards))
@@ -134,28 +140,36 @@ class SteeringPolicy(ActorCriticPolicy):
         flat = self.context_values.view(-1)
         flat.copy_(torch.where(counts > 0, flat + (1 - decay) * (means - flat), flat))
 
-    def forward(self, obs: Tensor, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """SB3's rollout call: actions (N,), values (N,) and log-probabilities (N,)."""
-        outcome = self.decide(obs)
+        outcome = self.decide(_indices(obs))
         actions = choose(outcome.log_policy, deterministic)
         return actions, outcome.values, outcome.log_policy.gather(1, actions[:, None])[:, 0]
 
-    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate_actions(self, obs: PyTorchObs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """SB3's training call: values (N,), log-probabilities (N,) and entropies (N,)."""
-        outcome = self.decide(obs)
+        outcome = self.decide(_indices(obs))
         chosen = outcome.log_policy.gather(1, actions.long().view(-1, 1))[:, 0]
         return outcome.values, chosen, Categorical(logits=outcome.log_policy).entropy()
 
-    def predict_values(self, obs: Tensor) -> Tensor:
+    def predict_values(self, obs: PyTorchObs) -> Tensor:
         """Zeros: every episode ends with its step, so what follows has no value, and a forward pass is saved."""
-        return torch.zeros(len(obs), device=self.task.groups.device)
+        return torch.zeros(len(_indices(obs)), device=self.task.groups.device)
 
-    def get_distribution(self, obs: Tensor) -> Categorical:
+    def get_distribution(self, obs: PyTorchObs) -> CategoricalDistribution:
         """The distribution over candidates."""
-        return Categorical(logits=self.decide(obs).log_policy)
+        log_policy = self.decide(_indices(obs)).log_policy
+        return CategoricalDistribution(log_policy.shape[1]).proba_distribution(log_policy)
 
-    def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:
-        return choose(self.decide(observation).log_policy, deterministic)
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        return choose(self.decide(_indices(observation)).log_policy, deterministic)
+
+
+def _indices(observation: PyTorchObs) -> Tensor:
+    """The indices that SB3 passes on; the environment's observations are no dictionaries."""
+    if isinstance(observation, dict):
+        raise TypeError("expected the decisions' indices, found a dictionary of observations")
+    return observation
 
 
 def choose(log_policy: Tensor, deterministic: bool = False) -> Tensor:

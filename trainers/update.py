@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -103,10 +104,15 @@ class Updater:
             return (outcome.log_policy, outcome.next_token, outcome.values, outcome.answer_mass, *steered)
 
         *parts, last = self.learner.forward(work)
-        outcome = Outcome(*parts) if texts else Outcome(*parts, last)
-        anchored = kl_divergence(last, base) * bool(mine) if texts else outcome.log_policy.new_zeros(0)
+        log_policy, next_token, values, mass = parts if texts else (*parts, last)
+        outcome = Outcome(log_policy, next_token, values, mass)
+        anchored = log_policy.new_zeros(0) if base is None else kl_divergence(last, base) * bool(mine)
         positions = self.task.positions(own)
         return Passed(rows.to(reference.device), outcome, positions, reference, base_mass, anchored)
+
+    def _next_token(self, indices: np.ndarray) -> Tensor:
+        """Log-probabilities (M, V) at the answer positions, with gradient."""
+        return _known(self.policy.decide(indices, next_token=True).next_token)
 
     def fisher(self, sampler: BlockSampler, batches: int) -> list[Tensor]:
         """The diagonal Fisher information of the steering's tensors over a few batches (:mod:`trainers.fisher`)."""
@@ -117,7 +123,7 @@ class Updater:
                 indices = sampler.draw()
                 rows = torch.cat(self.shares(indices)).sort().values
                 own = indices[rows.numpy()]
-                table = self.learner.pass_through(lambda own=own: self.policy.decide(own, next_token=True).next_token)
+                table = self.learner.pass_through(partial(self._next_token, own))
                 table = table[: len(own)]  # behind the prompts
                 share = Share(rows.to(table.device), len(indices), world.all_sum)
                 yield table if world.size == 1 else (table, share)
@@ -160,7 +166,7 @@ class Updater:
         outcome, rows, count = passed.outcome, passed.rows, len(lesson.indices)
         gain = lesson.gain(self.estimator, rows, outcome.log_policy, clip)
         objective = lesson.objective(gain, rows, self.unambiguous_weight)
-        own = passed.positions.mean(kl_divergence(outcome.next_token, passed.reference))
+        own = passed.positions.mean(kl_divergence(_known(outcome.next_token), passed.reference))
         divergence = torch.cat([own, passed.anchored])
         kl = divergence.sum() / (count + len(lesson.anchors))
         masses = torch.stack(
@@ -176,3 +182,9 @@ class Updater:
             loss = loss + self.value_weight * error
         clipped = lesson.clipped(rows, outcome.log_policy, clip).sum() / count
         return loss, torch.stack([loss, objective, kl, *masses, clipped]).detach()
+
+
+def _known(next_token: Tensor | None) -> Tensor:
+    if next_token is None:
+        raise ValueError("the decisions were passed without their next tokens")
+    return next_token

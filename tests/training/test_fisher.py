@@ -48,7 +48,7 @@ def test_a_whitened_step_of_gradient_descent_moves_by_the_square_of_the_size() -
     parameter = torch.tensor([1.0, 1.0], requires_grad=True)
     optimizer = torch.optim.SGD([parameter], lr=0.1)
     (parameter * torch.tensor([2.0, -1.0])).sum().backward()
-    whitened_step(optimizer, [parameter], [torch.tensor([3.0, 0.5])])
+    whitened_step(optimizer.step, [parameter], [torch.tensor([3.0, 0.5])])
     torch.testing.assert_close(parameter.detach(), torch.tensor([1 - 0.1 * 9 * 2, 1 + 0.1 * 0.25]))
 
 
@@ -56,5 +56,5 @@ def test_a_whitened_step_of_adam_moves_each_coordinate_by_its_size() -> None:
     parameter = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.Adam([parameter], lr=0.01, eps=1e-12)
     (parameter * torch.tensor([5.0, -0.1, 1.0])).sum().backward()
-    whitened_step(optimizer, [parameter], [torch.tensor([2.0, 0.5, 1.0])])
+    whitened_step(optimizer.step, [parameter], [torch.tensor([2.0, 0.5, 1.0])])
     torch.testing.assert_close(parameter.detach(), torch.tensor([-0.02, 0.005, -0.01]))

@@ -82,7 +82,7 @@ def test_sb3_calls_agree_with_decide() -> None:
     best = pi.argmax(1).tolist()
     assert trainer.predict(np.arange(3), deterministic=True)[0].tolist() == best
     assert trainer.predict(np.array(1), deterministic=True)[0].item() == best[1]
-    torch.testing.assert_close(policy.get_distribution(observations).probs, pi)
+    torch.testing.assert_close(policy.get_distribution(observations).distribution.probs, pi)
     assert policy.predict_values(observations).tolist() == [0.0, 0.0, 0.0]
 
 
