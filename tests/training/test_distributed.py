@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from architectures import tiny
 from small_runs import learn, letters_set, make_trainer, operators, write_config
 from tiny import tiny_llama
 from torch.distributions import Categorical
+from transformers import AutoModelForCausalLM
 
 from dso.errors import UserError
 from dso.evaluation.evaluator import Evaluator
@@ -29,7 +31,7 @@ from launch.cluster.processes import LaunchError, open_world, process_device, re
 from launch.config.schema import TrainConfig, load_config
 from tools.bench.scaling import EXCHANGES, Exchanges, merged, table, work
 from trainers.checkpointing import checkpoint_layers
-from trainers.constraints import KLBudget
+from trainers.constraints import KLBudget, sparsity
 from trainers.fisher import Share, draw
 from trainers.measuring import SharedEvaluator
 from trainers.optimizer import SteeringAdam
@@ -233,6 +235,40 @@ def test_one_process_measures_what_an_evaluator_does() -> None:
         np.testing.assert_array_equal(found.answer_mass, wanted.answer_mass)
         np.testing.assert_array_equal(found.kl, wanted.kl)
     assert sum(told) == 2 * len(trainer.task.decisions)
+
+
+# Host memory
+
+
+def own_memory() -> int:
+    """Bytes of this process that no file backs."""
+    text = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8")
+    return 1024 * int(re.search(r"^Anonymous:\s+(\d+)", text, re.MULTILINE)[1])
+
+
+def test_weights_in_the_checkpoints_dtype_stay_in_its_file_and_others_are_copied(tmp_path: Path) -> None:
+    """So the processes of a machine share them, and divide them among accelerators without a copy each."""
+    model = tiny_llama(width=512, layers=8)
+    size = sum(4 * p.numel() for p in model.parameters())
+    assert size > 40e6
+    model.save_pretrained(tmp_path)
+    grown = []
+    for dtype in (torch.float32, torch.float32, torch.bfloat16):  # the first import of what loads it takes memory too
+        before = own_memory()
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        grown.append(own_memory() - before)
+        assert next(loaded.parameters()).dtype == dtype
+    assert grown[1] < 0.1 * size
+    assert grown[2] > 0.4 * size
+
+
+def test_zeros_are_counted_with_one_look_at_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[torch.Tensor] = []
+    look = torch.Tensor.__int__
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda self: looks.append(self) or look(self))
+    assert sparsity([torch.tensor([0.0, 1.0]), torch.tensor([0.0, -0.0, 2.0]), torch.ones(3)]) == 3 / 8
+    assert len(looks) == 1
+    assert sparsity([]) == 0.0
 
 
 # What DeepSpeed is told
