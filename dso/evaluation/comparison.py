@@ -73,8 +73,8 @@ def cuts(
     """
     layout, table, fair = lay_out(base, decisions, target)
     probability, log_odds = _fits(layout, table, lay_out(steered, decisions, target)[1])
-    rows = _biases(*probability, layout.signs, bootstrap, seed, most_bias(fair))
-    others = _biases(*log_odds, layout.signs, bootstrap, seed) if log_odds else {}
+    rows = scale_rows(*probability, layout.signs, bootstrap, seed, most_bias(fair))
+    others = scale_rows(*log_odds, layout.signs, bootstrap, seed) if log_odds else {}
     gap, bias, context = rows.get("gap"), others.get("bias"), others.get("context part")
     return Cuts(
         bias=rows["bias"].cut or UNMEASURED,
@@ -100,9 +100,9 @@ def compare(
     """
     layout, table, fair = lay_out(first.policy, decisions, target)
     probability, log_odds = _fits(layout, table, other := lay_out(second.policy, decisions, target)[1])
-    rows = _biases(*probability, layout.signs, bootstrap, seed, most_bias(fair))
+    rows = scale_rows(*probability, layout.signs, bootstrap, seed, most_bias(fair))
     if log_odds:
-        found = _biases(*log_odds, layout.signs, bootstrap, seed)
+        found = scale_rows(*log_odds, layout.signs, bootstrap, seed)
         rows |= {f"{name}, log-odds": row for name, row in found.items()}
     unit, effects = layout.order_effects(table)
     rows["order effect"] = _paired(unit, effects, layout.order_effects(other)[1])
@@ -133,7 +133,7 @@ def _fits(layout: Layout, base: Array, steered: Array) -> tuple[Pair, Pair | Non
     return probability, None if one is None or other is None else fit_both(one, other)
 
 
-def _biases(
+def scale_rows(
     base: Fit, steered: Fit, signs: Array, draws: int, seed: int, most: float = math.inf
 ) -> dict[str, Compared]:
     """The rows of one scale."""

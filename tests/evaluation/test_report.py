@@ -321,7 +321,7 @@ def test_card_states_evidence_target_training_and_limits(config, points):
     assert "At scale 1: bias 0.020 [0.000, 0.050] (base model 0.300 [0.270, 0.330]), cut by 93% [83, 98];" in flat
     assert "in log-odds 0.040 [0.010, 0.070] (base model 0.600 [0.570, 0.630]), cut by 73% [63, 78];" in flat
     assert "order effect 0.42 (base model 0.70)" in flat
-    assert "ab12" * 16 in text and "2 modules of width 576" in text and "0 to 1.5" in text
+    assert "`ab12ab12ab12ab12`" in text and "2 modules of width 576" in text and "0 to 1.5" in text
     assert "| female | 0.5 |" in text
     assert "| decisions | 1600 |" in text and r"| a\|b | c?d |" in text
     assert "](scale.png)" in text
