@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from dso.evaluation.bias import BiasParts, BiasReport
-from dso.evaluation.comparison import Cuts, cut_text
+from dso.evaluation.comparison import Compared, Cuts, cut_text
 from dso.evaluation.intervals import Estimate
 
 MISSING = "-"
@@ -179,6 +179,21 @@ def markdown_table(points: Sequence[ScalePoint], base: ScalePoint | None = None)
     base = base or base_point(by_scale(points))
     rows = [(*_bias_cells(point), *_cost_cells(point, base)[1:]) for point in by_scale(points)]
     return markdown_rows([(*BIAS, *COST[1:]), *rows]) + "\n" + _note(points) + "\n"
+
+
+def comparison_table(rows: Mapping[str, Compared]) -> str:
+    """What :func:`dso.evaluation.comparison.compare` found, as a table of fixed width."""
+    cells = [("", "first [95%]", "second [95%]", "second - first [95%]", "cut [95%]")]
+    for name, row in rows.items():
+        texts = [interval_text(estimate) for estimate in (row.first, row.second, row.difference)]
+        cells.append((name, *texts, "" if row.cut is None else cut_text(row.cut)))
+    note = "Differences and cuts are paired: both were asked about the same people. cut: of the first's bias."
+    return fixed_rows(cells) + "\n" + _wrapped(note) + "\n"
+
+
+def compared_json(rows: Mapping[str, Compared]) -> dict:
+    """The same as a JSON object: value, low and high of each, null for what is open or was not measured."""
+    return {name: {f.name: _plain(getattr(row, f.name)) for f in fields(row)} for name, row in rows.items()}
 
 
 def contexts_table(before: BiasReport, after: BiasReport, top: int = 10, *, markdown: bool = False) -> str:

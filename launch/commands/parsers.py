@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_freeform(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
 
     generate = commands.add_parser("generate", help="generate text with a steered model")
     generate.add_argument("steering", help="folder or Hub id of a steering")
@@ -91,6 +92,27 @@ def add_model(command: argparse.ArgumentParser, what: str = STATED) -> None:
     command.add_argument("--model", help=what)
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
     command.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU, else the CPU)")
+
+
+def _add_compare(commands: argparse._SubParsersAction) -> None:
+    compare = commands.add_parser("compare", help="compare two steerings, or two scales of one, on the same decisions")
+    place = "folder or Hub id of a steering, with its scale as in FOLDER@0.5 (default: @1); 'none' for the base model"
+    compare.add_argument("first", help=place)
+    compare.add_argument("second", help="likewise")
+    add_model(compare, "base model (default: the one the steerings state)")
+    compare.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
+    _add_option(compare)
+    compare.add_argument("--split", default="test", help="split to measure (default: test)")
+    compare.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="group=share",
+        help="fair shares, repeatable (default: those the first steering states)",
+    )
+    compare.add_argument("--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)")
+    compare.add_argument("--json", metavar="FILE", help="also write the figures to a file")
+    compare.add_argument("--quiet", action="store_true", help="print only the table")
 
 
 def _add_option(command: argparse.ArgumentParser) -> None:

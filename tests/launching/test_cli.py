@@ -302,7 +302,7 @@ def test_the_parser_refuses_what_is_no_number_of_things(
 
 
 def test_every_command_has_help() -> None:
-    for command in ("train", "evaluate", "generate", "inspect", "decisions"):
+    for command in ("train", "evaluate", "compare", "generate", "inspect", "decisions"):
         with pytest.raises(SystemExit) as caught:
             build_parser().parse_args([command, "--help"])
         assert caught.value.code == 0
@@ -329,6 +329,33 @@ def test_evaluate_measures_what_the_run_measured(trained: Trained, tmp_path: Pat
         assert point.bias.bias.value == pytest.approx(other.bias.bias.value, abs=1e-6)
         assert point.kl == pytest.approx(other.kl, abs=1e-6)
     assert (tmp_path / "points.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_says_what_two_scales_of_a_steering_differ_in(trained: Trained, tmp_path: Path, call: Any) -> None:
+    data = trained.config.parent / "letters.jsonl"
+    code, out, err = call(
+        "compare", "none", f"{trained.steering}@0.5", "--set", data, "--bootstrap", 20, "--json", tmp_path / "c.json"
+    )
+    assert (code, err) == (0, "")
+    assert out.startswith("first   none\nsecond  ")
+    wanted = {p["scale"]: p for p in json.loads((trained.run / "curve.json").read_text())}
+    found = json.loads((tmp_path / "c.json").read_text())
+    for name, figure in (("bias", "probability"), ("bias, log-odds", "log_odds")):
+        values = [wanted[scale]["bias"][figure]["bias"][0] for scale in (0, 0.5)]
+        assert [found[name][which][0] for which in ("first", "second")] == pytest.approx(values, abs=1e-5)
+        assert found[name]["difference"][0] == pytest.approx(values[1] - values[0], abs=1e-5)
+        assert found[name]["cut"][0] == pytest.approx(1 - values[1] / values[0], abs=1e-4)
+    assert found["KL"]["second"][0] == pytest.approx(wanted[0.5]["kl"], abs=1e-6)
+    assert found["accuracy"]["first"] == pytest.approx(wanted[0]["accuracy"], abs=1e-6)
+    swapped = call("compare", f"{trained.steering}@0.5", trained.steering, "--set", data, "--bootstrap", 20)
+    assert swapped.code == 0 and "KL unambiguous" in swapped.out
+
+
+def test_compare_refuses_what_it_cannot_compare(trained: Trained, call: Any) -> None:
+    data = trained.config.parent / "letters.jsonl"
+    assert_refused(call("compare", "none", "none", "--set", data), "name the base model with --model")
+    assert_refused(call("compare", "none", f"{trained.steering}@nan", "--set", data), "finite scale, as in FOLDER@0.5")
+    assert_refused(call("compare", "none", f"{trained.steering}@7", "--set", data), "scale is 7")
 
 
 def test_evaluate_takes_a_target_and_a_bare_model(trained: Trained, model_folder: Path, call: Any) -> None:

@@ -1,0 +1,65 @@
+"""``dso compare``: two steerings, or two scales of one, on the same decisions, with paired intervals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+
+from tqdm import tqdm
+
+from dso.decisions.decision import check_target
+from dso.decisions.sets import load_decisions
+from dso.errors import UserError
+from dso.evaluation.comparison import compare
+from dso.evaluation.evaluator import Evaluator
+from dso.evaluation.report import compared_json, comparison_table
+from dso.files import write_text
+from dso.steering.model import Steering
+from launch.commands.common import load_backbone, pairs, quieten
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``dso compare``."""
+    (first, scale), (second, other) = (_place(text) for text in (arguments.first, arguments.second))
+    data = load_decisions(arguments.set, **pairs(arguments.option, "--option")).select(split=arguments.split)
+    data.select(kind="ambiguous")
+    shares = pairs(arguments.target, "--target") or None
+    check_target(shares, data.groups)
+    quieten()
+    loaded = {name: Steering.from_pretrained(name) for name in dict.fromkeys((first, second)) if name != "none"}
+    stated = {name: steering.config.base_model for name, steering in loaded.items()}
+    if arguments.model is None and len({*stated.values()}) > 1:
+        raise UserError(f"{first} states the base model {stated[first]}, {second} {stated[second]}; name one: --model")
+    steering = next(iter(loaded.values()), None)
+    if shares is None and steering is not None and {*steering.config.groups} == {*data.groups}:
+        shares = dict(zip(steering.config.groups, steering.config.target, strict=True))  # what it was trained towards
+    if len({str(each.config.scoring) for each in loaded.values()}) > 1:
+        raise UserError(f"{first} and {second} score answers by different rules, so their figures do not compare")
+    backbone = load_backbone(arguments, steering)
+    handles = {name: each.to(backbone.device).attach(backbone.model, 0.0) for name, each in loaded.items()}
+    hidden = arguments.quiet or not sys.stderr.isatty()
+    settings = [(handles.get(first), scale), (handles.get(second), other)]
+    # The base model runs once for both, unless they are at 0.
+    passes = 1 + sum(handle is not None and bool(scale) for handle, scale in settings)
+    with tqdm(total=len(data) * passes, unit="decision", disable=hidden) as bar:
+        measured = Evaluator(backbone, data, progress=bar.update).settings(settings)
+    rows = compare(measured[0], measured[1], data, shares, arguments.bootstrap)
+    print(f"first   {arguments.first}\nsecond  {arguments.second}\n")
+    print(comparison_table(rows), end="")
+    if arguments.json:
+        write_text(arguments.json, json.dumps(compared_json(rows), indent=1) + "\n")
+    return 0
+
+
+def _place(text: str) -> tuple[str, float]:
+    """A steering and its scale, from ``FOLDER``, ``FOLDER@0.5`` or ``none``."""
+    name, _, number = text.rpartition("@")
+    try:
+        scale = float(number)
+    except ValueError:  # no scale, or a folder with an @ in its name
+        name, scale = text, 1.0
+    if not name or not math.isfinite(scale):
+        raise UserError(f"{text!r}: expected a steering and a finite scale, as in FOLDER@0.5")
+    return name, 0.0 if name == "none" else scale
