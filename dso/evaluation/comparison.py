@@ -105,7 +105,8 @@ def compare(
         found = scale_rows(*log_odds, layout.signs, bootstrap, seed)
         rows |= {f"{name}, log-odds": row for name, row in found.items()}
     unit, effects = layout.order_effects(table)
-    rows["order effect"] = _paired(unit, effects, layout.order_effects(other)[1])
+    if len(effects):
+        rows["order effect"] = _paired(unit, effects, layout.order_effects(other)[1])
     if any(not d.ambiguous for d in decisions):
         unit, right = right_answers(first.policy, decisions)
         moved = _paired(unit, right, right_answers(second.policy, decisions)[1]).difference
