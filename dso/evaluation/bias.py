@@ -200,7 +200,8 @@ def right_answers(probs: ArrayLike, decisions: DecisionSet) -> tuple[np.ndarray,
     table = checked(probs, decisions)
     rows = [i for i, d in enumerate(decisions) if not d.ambiguous]
     asked = [decisions[i] for i in rows]
-    right = _choices(table[rows])[np.arange(len(rows)), [d.answer for d in asked]] if rows else np.zeros(0)
+    answers = np.array([d.answer for d in asked], dtype=np.intp)
+    right = _choices(table[rows])[np.arange(len(rows)), answers] if rows else np.zeros(0)
     return numbered([d.unit or d.id for d in asked])[1], right
 
 

@@ -183,7 +183,7 @@ def markdown_table(points: Sequence[ScalePoint], base: ScalePoint | None = None)
 
 def comparison_table(rows: Mapping[str, Compared]) -> str:
     """What :func:`dso.evaluation.comparison.compare` found, as a table of fixed width."""
-    cells = [("", "first [95%]", "second [95%]", "second - first [95%]", "cut [95%]")]
+    cells: list[tuple[str, ...]] = [("", "first [95%]", "second [95%]", "second - first [95%]", "cut [95%]")]
     for name, row in rows.items():
         texts = [interval_text(estimate) for estimate in (row.first, row.second, row.difference)]
         cells.append((name, *texts, "" if row.cut is None else cut_text(row.cut)))

@@ -70,7 +70,6 @@ def test_the_same_twice_has_no_difference_and_no_cut() -> None:
         "gap",
         "bias, log-odds",
         "context part, log-odds",
-        "order effect",
         "accuracy",
         "KL unambiguous",
     } <= {*compare(measured(probs), measured(probs), grid(4, 12, answers=2))}
