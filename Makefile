@@ -30,7 +30,7 @@ STALE := $(shell test -x $(VENV)/bin/python && test "$$(cat $(READY) 2>/dev/null
 
 help:
 	@cat <<'TEXT'
-	make train   set up, then train a steering (CONFIG=$(CONFIG), ARGS="train.steps=50 ...")
+	make train   set up, then train a steering (CONFIG=$(CONFIG), ARGS="train.max_steps=50 ...")
 	make test    set up, then lint and run every test (ARGS="-k name")
 	make setup   make .venv, or bring it up to date
 	make clean   remove .venv and everything built; runs/ stays

@@ -72,11 +72,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments; overrides of a config may stand behind options, which argparse alone does not take."""
     parser = build_parser()
     arguments, left = parser.parse_known_args(_with_bare_resume(argv))
-    trains = arguments.command in ("train", "freeform")
+    trains = arguments.command in ("train", "freeform", "config")
     if left and (not trains or any(word.startswith("-") or "=" not in word for word in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:
-        arguments.overrides += left
+        arguments.overrides = [*arguments.overrides, *left]
     return arguments
 
 

@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 import torch
 
 from dso.errors import UserError
+from launch.config.reading import nearest
 from launch.config.schema import TrainConfig
+from launch.run.constants import MAX_GRAD_NORM
 from trainers.parallel.ranks import Ranks, World
 
 STAGES = (0, 1, 2, 3)
@@ -29,11 +31,28 @@ PASSED_ON = {
     "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
 }  # fmt: skip
 REFUSED = {
-    "optimizer": "the optimiser is set by train.learning_rate, train.betas and train.adam_eps",
-    "scheduler": "the learning rate is set by train.schedule and train.warmup",
+    "optimizer": "the optimiser is set by train.optimizer",
+    "scheduler": "the learning rate is set by train.optimizer.learning_rate",
     "amp": "the precision is set by model.dtype",
     "activation_checkpointing": "set train.gradient_checkpointing",
 }
+
+
+# What DeepSpeed 0.19 knows of zero_optimization; what it does not know it would pass over.
+ZERO = {
+    "allgather_bucket_size", "allgather_partitions", "allgather_sequential", "compute_grad_norm",
+    "contiguous_gradients", "cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory", "elastic_checkpoint",
+    "enable_sanity_checks", "ignore_unused_parameters", "leaf_module", "legacy_stage1", "load_from_fp32_weights",
+    "log_trace_cache_warnings", "memory_efficient_linear", "offload_optimizer", "offload_param", "overlap_comm",
+    "override_module_apply", "pipeline_loading_checkpoint", "reduce_bucket_size", "reduce_scatter",
+    "round_robin_gradients", "save_muon_momentum_buffer_in_memory", "stage", "stage3_allgather_sequential",
+    "stage3_gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save",
+    "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_model_persistence_threshold",
+    "stage3_module_granularity_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
+    "stage3_use_all_reduce_for_fetch_params", "sub_group_size", "use_multi_rank_bucket_allreduce", "zenflow",
+    "zero_hpz_partition_size", "zero_quantized_gradients", "zero_quantized_nontrainable_weights",
+    "zero_quantized_weights",
+}  # fmt: skip
 
 
 class LaunchError(UserError):
@@ -61,11 +80,11 @@ def open_world(config: TrainConfig, deepspeed: str | None) -> tuple[World, dict[
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    return Ranks(process_device(config.model.device), config.run.timeout), settings
+    return Ranks(process_device(config.model.device), config.run.ddp_timeout), settings
 
 
 def read_deepspeed(path: str | Path, config: TrainConfig, size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for a run of ``size`` processes, without what the config says.
+    """DeepSpeed's configuration for a run of ``size`` processes, of either kind, without what the config says.
 
     Raises:
         LaunchError: if the file cannot be read, or contradicts the config.
@@ -76,16 +95,13 @@ def read_deepspeed(path: str | Path, config: TrainConfig, size: int) -> dict[str
             raise LaunchError(f"{path}: {key}: {REFUSED[key]}; remove it")
     _require_same(path, settings, _said(config, size))
     _require_precision(path, settings, config.model.dtype)
-    zero = settings.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in STAGES:
-        raise LaunchError(f"{path}: zero_optimization.stage must be one of {STAGES}")
-    if "offload_optimizer" in zero:
-        gain = "the operators' moments are megabytes, so there is nothing to gain"
-        raise LaunchError(f"{path}: zero_optimization.offload_optimizer: {gain}; remove it")
+    zero = read_section(path, settings, "zero_optimization")
+    _require_zero(path, zero, config.freeform)
     known = PASSED_ON | set(_said(config, size)) | {"bf16", "fp16"}
     if unknown := sorted(set(settings) - known):
         raise LaunchError(f"{path}: {unknown[0]}: not used here; remove it (used are {', '.join(sorted(known))})")
-    _require_enough(config, size)
+    if not config.freeform:
+        _require_enough(config, size)
     kept = {key: value for key, value in settings.items() if key in PASSED_ON and value != "auto"}
     return kept | {"zero_optimization": {key: value for key, value in zero.items() if value != "auto"}}
 
@@ -119,17 +135,36 @@ def read_section(path: str | Path, settings: dict[str, Any], key: str) -> dict[s
     return section
 
 
+def _require_zero(path: str | Path, zero: dict[str, Any], freeform: bool) -> None:
+    """What may stand in ``zero_optimization``."""
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in STAGES:
+        raise LaunchError(f"{path}: zero_optimization.stage must be one of {STAGES}, found {json.dumps(stage)}")
+    if freeform and stage:
+        reason = "free-form answers are sampled from whole weights, and what is trained is too small to divide"
+        raise LaunchError(f"{path}: zero_optimization.stage is {stage}, expected 0: {reason}")
+    if "offload_optimizer" in zero:
+        gain = "the operators' moments are megabytes, so there is nothing to gain"
+        raise LaunchError(f"{path}: zero_optimization.offload_optimizer: {gain}; remove it")
+    if unknown := sorted(set(zero) - ZERO):
+        guess = nearest(unknown[0], sorted(ZERO))
+        hint = f"did you mean {guess}?" if guess else "remove it"
+        raise LaunchError(f"{path}: zero_optimization.{unknown[0]}: DeepSpeed has no such key; {hint}")
+
+
 def _said(config: TrainConfig, size: int) -> dict[str, tuple[object, str]]:
     """What the config says of DeepSpeed's keys, and where."""
-    train = config.train
-    decisions = train.ambiguous + train.unambiguous
-    share = decisions / (size * train.accumulation)
-    divided = f"train.ambiguous + train.unambiguous, over {size} processes x train.accumulation"
+    parts, what = config.train.gradient_accumulation_steps, "train.ambiguous + train.unambiguous"
+    batch = config.decisions
+    if config.freeform:
+        batch, what = batch * config.train.freeform.num_generations, f"({what}) x train.freeform.num_generations"
+    share = batch / (size * parts)
+    divided = f"{what}, over {size} processes x train.gradient_accumulation_steps"
     return {
-        "train_batch_size": (decisions, "train.ambiguous + train.unambiguous"),
+        "train_batch_size": (batch, what),
         "train_micro_batch_size_per_gpu": (int(share) if share.is_integer() else round(share, 2), divided),
-        "gradient_accumulation_steps": (train.accumulation, "train.accumulation"),
-        "gradient_clipping": (train.max_grad_norm, "train.max_grad_norm"),
+        "gradient_accumulation_steps": (parts, "train.gradient_accumulation_steps"),
+        "gradient_clipping": (MAX_GRAD_NORM, "launch/run/constants.py"),
     }
 
 
@@ -149,11 +184,10 @@ def _require_precision(path: str | Path, settings: dict[str, Any], dtype: str) -
 
 
 def _require_enough(config: TrainConfig, size: int) -> None:
-    train = config.train
-    decisions, parts = train.ambiguous + train.unambiguous, size * train.accumulation
-    if decisions < parts:
-        shares = f"{size} processes" + (f" x {train.accumulation} parts" if train.accumulation > 1 else "")
-        reason = f"a step has {decisions} decisions, too few to divide among {shares}"
+    parts = config.train.gradient_accumulation_steps
+    if config.decisions < size * parts:
+        shares = f"{size} processes" + (f" x {parts} parts" if parts > 1 else "")
+        reason = f"a step has {config.decisions} decisions, too few to divide among {shares}"
         raise LaunchError(f"{reason}; start fewer processes, or raise train.ambiguous")
 
 

@@ -10,11 +10,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dso", description="Train and use steerings that make a model's decisions equiprobable across groups."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a steering from a config")
     train.add_argument("config", help="name of a shipped config, or a path to a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the config, e.g. train.steps=50")
+    _add_overrides(train, "train.max_steps=50")
     resume = "go on where the run was stopped; 'auto': start it if there is nothing to go on from"
     train.add_argument("--resume", choices=("always", "auto"), metavar="auto", nargs="?", const="always", help=resume)
     train.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
@@ -24,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--ranks", type=_positive, default=1, help="with --dry-run: processes of the run (default: 1)")
 
     _add_freeform(commands)
+    _add_config(commands)
     _add_evaluate(commands)
     _add_compare(commands)
 
@@ -48,13 +50,37 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_freeform(commands: argparse._SubParsersAction) -> None:
-    freeform = commands.add_parser("freeform", help="train and measure on written answers, by GRPO or RLOO")
-    freeform.add_argument("config", help="name of a config in configs/freeform, or a path to a YAML file")
-    freeform.add_argument("overrides", nargs="*", metavar="key=value", help="settings, e.g. train.estimator=rloo")
+    freeform = commands.add_parser("freeform", help="as train, for free-form answers; or measure them")
+    freeform.add_argument("config", help="name of a shipped config, or a path to a YAML file")
+    _add_overrides(freeform, "train.estimator=rloo")
     freeform.add_argument("--measure", metavar="STEERING", help="ask with this steering instead of training; or 'none'")
     freeform.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
     freeform.add_argument("--quiet", action="store_true", help="print only the result")
-    freeform.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, for runs of its launcher")
+    freeform.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, for runs of a launcher")
+    freeform.set_defaults(resume=None, dry_run=False, ranks=1)
+
+
+def _add_config(commands: argparse._SubParsersAction) -> None:
+    config = commands.add_parser("config", help="print a config with every value, or what configs may say")
+    config.add_argument("config", nargs="?", help="name of a shipped config, or a path to a YAML file")
+    _add_overrides(config, "train.estimator=ppo")
+    config.add_argument("--schema", action="store_true", help="the JSON schema of configs")
+    config.add_argument("--reference", action="store_true", help="the reference of all keys, as Markdown")
+
+
+def _add_overrides(command: argparse.ArgumentParser, example: str) -> None:
+    # With a default, argparse does not call them required where the config is missing.
+    text = f"settings of the config, e.g. {example}"
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=text)
+
+
+class _Version(argparse.Action):
+    """Print the version; the package is imported only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from dso import __version__
+
+        parser.exit(message=f"dso {__version__}\n")
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:

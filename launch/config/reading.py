@@ -1,28 +1,18 @@
-"""Strict typed configs: nested frozen dataclasses filled from YAML text, and written back.
+"""YAML text of configs, read strictly and written back.
 
-Every key must be known and every value of its declared type; a mistake is a :class:`ConfigError` that names the
-dotted path, what was expected, what was found and the nearest known key. Types that fields may have: ``bool``,
-``int``, ``float``, ``str``, ``Literal`` of strings, ``X | None``, ``tuple[X, ...]``, ``dict[str, X]``, ``Any`` (plain
-YAML values) and other dataclasses.
-
-The scalars are those of YAML 1.2: ``5e-4`` is a number, ``no`` and ``on`` are strings, ``1:30`` is one too.
+The scalars are those of YAML 1.2: ``5e-4`` is a number, ``no`` and ``on`` are strings, ``1:30`` is one too. A key that
+stands twice in a mapping is refused.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
 import re
-import types
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
 
 import yaml
 
 from dso.errors import UserError
-
-T = TypeVar("T")
 
 
 class ConfigError(UserError):
@@ -37,12 +27,6 @@ class ConfigError(UserError):
 def join(path: str, key: str) -> str:
     """The dotted path of ``key`` below ``path``."""
     return f"{path}.{key}" if path else key
-
-
-def require(condition: bool, path: str, reason: str) -> None:
-    """Raise a :class:`ConfigError` about ``path`` unless ``condition`` holds."""
-    if not condition:
-        raise ConfigError(reason, path)
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
@@ -120,159 +104,13 @@ def parse_yaml(text: str) -> object:
         raise ConfigError(f"not valid YAML: {error}") from error
 
 
-def to_dict(config: Any) -> Any:
-    """A config as plain dicts, lists and scalars, in the order of its fields."""
-    if dataclasses.is_dataclass(config):
-        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
-    if isinstance(config, Mapping):
-        return {key: to_dict(value) for key, value in config.items()}
-    if isinstance(config, list | tuple):
-        return [to_dict(value) for value in config]
-    return config
-
-
-def dump_yaml(config: object) -> str:
-    """All values of a config as YAML text; :func:`parse_yaml` and :func:`build` give an equal config back."""
-    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-# Values of a declared type
-
-
-def build(cls: type[T], raw: object, path: str = "", root: type | None = None) -> T:
-    """An instance of the dataclass ``cls`` from a plain mapping.
-
-    Raises:
-        ConfigError: on an unknown key, a value of the wrong type, or one that ``cls.__post_init__`` refuses.
-    """
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"expected a mapping, found {_describe(raw)}", path)
-    kinds = _kinds(cls)
-    for key in raw:
-        if not isinstance(key, str):
-            raise ConfigError(f"keys must be strings, found {_describe(key)}", path)
-        if key not in kinds:
-            raise ConfigError(_unknown(key, path, cls, root or cls), join(path, key))
-    values = {key: convert(kinds[key], value, join(path, key), root or cls) for key, value in raw.items()}
-    try:
-        return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(error.reason, join(path, error.path) if error.path else path) from None
-
-
-def convert(kind: Any, value: object, path: str, root: type) -> Any:
-    """``value`` as the declared type ``kind``."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if _is_section(kind):
-        return build(kind, value, path, root)
-    if origin in (Union, types.UnionType):
-        (inner,) = (argument for argument in arguments if argument is not type(None))
-        return None if value is None else convert(inner, value, path, root)
-    if origin is Literal:
-        return _choice(arguments, value, path)
-    if origin is tuple:
-        return tuple(convert(arguments[0], item, f"{path}[{i}]", root) for i, item in enumerate(_list(value, path)))
-    if origin is dict:
-        return {key: convert(arguments[1], item, join(path, key), root) for key, item in _mapping(value, path).items()}
-    if kind is Any:
-        return _plain(value, path)
-    return _scalar(kind, value, path)
-
-
-def _choice(choices: tuple, value: object, path: str) -> object:
-    if isinstance(value, str) and value in choices:
-        return value
-    guess = nearest(value, choices) if isinstance(value, str) else None
-    hint = f"; did you mean {guess}?" if guess else ""
-    raise ConfigError(f"expected one of {', '.join(map(str, choices))}, found {_describe(value)}{hint}", path)
-
-
-def _list(value: object, path: str) -> list:
-    if isinstance(value, list):
-        return value
-    hint = f"; write [{value}]" if isinstance(value, str | int | float) else ""
-    raise ConfigError(f"expected a list, found {_describe(value)}{hint}", path)
-
-
-def _mapping(value: object, path: str) -> dict:
-    if not isinstance(value, dict):
-        raise ConfigError(f"expected a mapping, found {_describe(value)}", path)
-    for key in value:
-        if not isinstance(key, str):
-            raise ConfigError(f"keys must be strings, found {_describe(key)}; put it in quotes", path)
-    return value
-
-
-def _plain(value: object, path: str) -> object:
-    if isinstance(value, dict):
-        return {key: _plain(item, join(path, key)) for key, item in _mapping(value, path).items()}
-    if isinstance(value, list):
-        return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    raise ConfigError(f"expected a plain, finite value, found {_describe(value)}", path)
-
-
-_NAMES = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
-
-
-def _scalar(kind: type, value: object, path: str) -> object:
-    if type(value) is kind and value not in (math.inf, -math.inf):
-        return value
-    if kind is float and type(value) is int and abs(value) < 10**300:
-        return float(value)
-    raise ConfigError(f"expected {_NAMES[kind]}, found {_describe(value)}", path)
-
-
-def _describe(value: object) -> str:
-    if value is None:
-        return "nothing (null)"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple):
-        return "a list"
-    if isinstance(value, bool):
-        return f"{str(value).lower()} (a boolean)"
-    kind = {int: "an integer", float: "a number", str: "a string"}.get(type(value), type(value).__name__)
-    return f"{value!r} ({kind})"
-
-
-# Keys
-
-
-def _is_section(kind: Any) -> bool:
-    return dataclasses.is_dataclass(kind)
-
-
-def _kinds(cls: Any) -> dict[str, Any]:
-    hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-def paths(cls: Any, path: str = "") -> Iterator[str]:
-    """The dotted path of every value of a dataclass and the dataclasses in it."""
-    for key, kind in _kinds(cls).items():
-        if _is_section(kind):
-            yield from paths(kind, join(path, key))
-        else:
-            yield join(path, key)
-
-
-def _unknown(key: str, path: str, cls: type, root: type) -> str:
-    """The reason for refusing a key: the nearest one of its section, else of any section, else all of its section."""
-    if guess := nearest(key, tuple(_kinds(cls))):
-        return f"unknown key; did you mean {join(path, guess)}?"
-    leaves = {known.rsplit(".", 1)[-1]: known for known in paths(root)}
-    if guess := nearest(key, tuple(leaves)):
-        return f"unknown key; did you mean {leaves[guess]}?"
-    return f"unknown key; known are {', '.join(_kinds(cls))}"
-
-
-# Overrides
+def dump_yaml(values: object) -> str:
+    """Plain values as YAML text, which :func:`parse_yaml` reads back as they are."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def parse_override(text: str) -> tuple[str, object]:
-    """``"train.steps=50"`` as its dotted path and its value, which is read as YAML.
+    """``"train.max_steps=50"`` as its dotted path and its value, which is read as YAML.
 
     Raises:
         ConfigError: if there is no ``=``, a part of the path is empty, or the value is not YAML.
@@ -280,28 +118,8 @@ def parse_override(text: str) -> tuple[str, object]:
     path, equals, value = text.partition("=")
     path = path.strip()
     if not equals or not all(path.split(".")):
-        raise ConfigError(f"override {text!r}: expected key=value with a dotted key, as in train.steps=50")
+        raise ConfigError(f"override {text!r}: expected key=value with a dotted key, as in train.max_steps=50")
     try:
         return path, parse_yaml(value)
     except ConfigError as error:
         raise ConfigError(f"override {text!r}: {error}") from error
-
-
-def override(cls: type, raw: object, path: str, value: object) -> dict:
-    """A copy of the plain mapping ``raw`` for ``cls`` with the value at the dotted ``path`` replaced."""
-    kind: Any = cls
-    copy = top = dict(raw) if isinstance(raw, Mapping) else {}
-    *parents, last = path.split(".")
-    for depth, key in enumerate(parents, 1):
-        kind = _kinds(kind).get(key) if _is_section(kind) else None
-        below = copy.get(key)
-        if below is not None and not isinstance(below, dict):
-            raise ConfigError(f"expected a mapping, found {_describe(below)}", ".".join(parents[:depth]))
-        copy[key] = dict(below or {})
-        copy = copy[key]
-    section = _kinds(kind).get(last) if _is_section(kind) else None
-    if _is_section(section):
-        example = join(path, next(iter(_kinds(section))))
-        raise ConfigError(f"this is a section; set its values one by one, as in {example}=...", path)
-    copy[last] = value
-    return top

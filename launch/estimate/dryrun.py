@@ -52,12 +52,12 @@ class Counts:
     @property
     def training(self) -> DecisionSet | None:
         """The training split."""
-        return self.decisions and self.decisions.select(split=self.config.data.train_split)
+        return self.decisions and self.decisions.select(split="train")
 
     @property
     def trained(self) -> int | None:
         """Decisions that training draws from."""
-        split = self.config.data.train_split
+        split = "train"
         if self.config.train.unambiguous:
             return self.together(split)
         return self.of(split, "ambiguous")
@@ -92,11 +92,11 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
     architecture = load_architecture(config.model.name, config.model.revision, config.model.dtype)
     learned = coefficients(config, architecture)
     part = batch(config, architecture, counts.training, launch)
-    validated = counts.together(config.data.validation_split, config.evaluation.validation_stride)
+    validated = counts.together("validation", config.evaluation.validation_stride)
     needed = memory(config, architecture, learned, part, launch, validated)
     tokens = f"{needed.step.tokens} tokens ({part.source})"
     rows = [
-        ("run", str(Path(config.run.folder) / (config.run.name or name))),
+        ("run", str(Path(config.run.output_dir) / (config.run.run_name or name))),
         ("model", _model(architecture)),
         ("steering", _steering(config, architecture, learned)),
         ("files", f"steering {_size(learned.checkpoint)}; state to go on from, about {_size(5 * 4 * learned.count)}"),
@@ -114,12 +114,12 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
 
 def _launch(config: TrainConfig, deepspeed: str | None, ranks: int) -> Launch:
     zero = read_deepspeed(deepspeed, config, ranks)["zero_optimization"] if deepspeed else {}
-    decisions, shares = config.train.ambiguous + config.train.unambiguous, ranks * config.train.accumulation
+    decisions, shares = config.decisions, ranks * config.train.gradient_accumulation_steps
     if decisions < shares:
         reason = f"a step of {decisions} decisions cannot be divided into {shares} shares"
         raise ConfigError(f"{reason}; raise it, or start fewer processes", "train.ambiguous")
     live = zero.get("stage3_max_live_parameters", LIVE)
-    return Launch(ranks, int(zero.get("stage", 0)), config.train.accumulation, int(live))
+    return Launch(ranks, int(zero.get("stage", 0)), config.train.gradient_accumulation_steps, int(live))
 
 
 def _missing(config: TrainConfig) -> str | None:
@@ -158,7 +158,7 @@ def _data(config: TrainConfig, counts: Counts) -> Iterable[tuple[str, str]]:
     data = config.data
     note = f"; {counts.missing} is not there, so numbers are those that the config states" if counts.missing else ""
     yield "decisions", f"{data.set}{note}"
-    for split in (data.train_split, data.validation_split, data.test_splits[0]):
+    for split in ("train", "validation", "test"):
         most = "at most " if counts.missing else ""
         numbers = {kind: counts.of(split, kind) for kind in ("ambiguous", "unambiguous")}
         said = [f"{kind} not known" if n is None else f"{most}{n} {kind}" for kind, n in numbers.items()]
@@ -168,21 +168,21 @@ def _data(config: TrainConfig, counts: Counts) -> Iterable[tuple[str, str]]:
 def _training(config: TrainConfig, counts: Counts, launch: Launch) -> Iterable[tuple[str, str]]:
     train, evaluation = config.train, config.evaluation
     step = train.ambiguous + train.unambiguous
-    there = counts.of(config.data.train_split, "ambiguous")
-    rounds = f", {train.steps * train.ambiguous / there:.1f} times the ambiguous ones" if there else ""
+    there = counts.of("train", "ambiguous")
+    rounds = f", {train.max_steps * train.ambiguous / there:.1f} times the ambiguous ones" if there else ""
     yield (
         "training",
-        f"{train.estimator}, {train.steps} steps x {step} decisions ({train.ambiguous} ambiguous, "
-        f"{train.unambiguous} unambiguous) = {train.steps * step:,}{rounds}",
+        f"{train.estimator}, {train.max_steps} steps x {step} decisions ({train.ambiguous} ambiguous, "
+        f"{train.unambiguous} unambiguous) = {train.max_steps * step:,}{rounds}",
     )
-    if train.fisher_batches:
-        measured = train.fisher_batches * step
-        yield "before it", f"{train.fisher_batches} batches to measure steps in KL, {measured:,} decisions"
-    times = 1 + math.ceil(train.steps / evaluation.every)
-    validated = counts.together(config.data.validation_split, evaluation.validation_stride)
+    if train.optimizer.fisher_batches:
+        measured = train.optimizer.fisher_batches * step
+        yield "before it", f"{train.optimizer.fisher_batches} batches to measure steps in KL, {measured:,} decisions"
+    times = 1 + math.ceil(train.max_steps / evaluation.eval_steps)
+    validated = counts.together("validation", evaluation.validation_stride)
     yield "validation", f"{times} times {_number(validated)} decisions"
     scales = {0.0, *evaluation.scales}
-    tested = counts.together(config.data.test_splits[0])
+    tested = counts.together("test")
     yield "test", f"{len(scales)} scales x {_number(tested)} decisions"
     sharing = f"ZeRO-{launch.stage}" if launch.ranks > 1 or launch.stage else "no launcher"
     parts = f", each share in {launch.parts} parts" if launch.parts > 1 else ""

@@ -140,7 +140,7 @@ def coefficients(config: TrainConfig, architecture: Architecture) -> Coefficient
 
 def batch(config: TrainConfig, architecture: Architecture, training: DecisionSet | None, launch: Launch) -> Batch:
     """What one process passes through the model at a time."""
-    whole, shares = config.train.ambiguous + config.train.unambiguous, launch.ranks * launch.parts
+    whole, shares = config.decisions, launch.ranks * launch.parts
     if training is None:
         size = math.ceil(whole / shares)
         seen = sight(architecture, _published_images(config))

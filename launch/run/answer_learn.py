@@ -51,7 +51,7 @@ def learn(session: AnswerSession, folder: Path, stop: OrderlyStop, tracker: Trac
     tracker.selected(asdict(best))
     if trainer.stop_requested:
         on_main(world, lambda: session.steering.save_pretrained(folder / "steering"))
-        done = f"stopped after step {trainer.state.global_step} of {session.config.train.steps}"
+        done = f"stopped after step {trainer.state.global_step} of {session.config.train.max_steps}"
         kept = f"{folder / 'steering'} has the best steering so far, of step {best.step}, not measured"
         raise Stopped(f"{done}; {kept}. Runs on written answers are not resumed", world.agree(stop.preempted))
     return time.monotonic() - started
@@ -69,20 +69,18 @@ class _Course:
 
     def __init__(self, session: AnswerSession, folder: Path, tracker: Tracker, quiet: bool):
         config = session.config
-        self.session, self.quiet, self.steps = session, quiet, config.train.steps
-        self.decisions = config.train.ambiguous + config.train.unambiguous
+        self.session, self.quiet, self.steps = session, quiet, config.train.max_steps
+        self.decisions = config.decisions
         lines = [JsonLines(folder / "metrics.jsonl")] if session.world.is_main else []
         self.outputs = [*lines, *tracker.outputs(self.decisions)]
-        self.evaluator = session.evaluator(
-            session.split(config.data.validation_split, config.evaluation.validation_stride)
-        )
+        self.evaluator = session.evaluator(session.split("validation", config.evaluation.validation_stride))
         self.base_named = math.nan
         self.selection = Selection(
             self._measure,
-            every=config.evaluation.every,
+            every=config.evaluation.eval_steps,
             steps=self.steps,
             kl_budget=config.constraints.kl_budget,
-            max_accuracy_loss=config.evaluation.max_accuracy_loss,
+            max_accuracy_loss=config.constraints.max_accuracy_loss,
         )
         self.bar = tqdm(total=self.steps, desc="train", unit="step", disable=quiet or not sys.stderr.isatty())
 
@@ -135,8 +133,8 @@ class _Course:
         said = next((text for texts in self.evaluator.measure(0.0).texts for text in texts if text.strip()), "")
         raise RunError(
             f"none of the base model's {asked * config.evaluation.samples} answers of up to "
-            f"{config.train.max_completion_length} tokens names a candidate (one is {said.strip()[:40]!r}); change the "
-            "prompts, the matcher, train.max_completion_length or train.temperature"
+            f"{config.train.freeform.max_completion_length} tokens names a candidate (one is {said.strip()[:40]!r}); "
+            "change the prompts, the matcher, train.freeform.max_completion_length or train.freeform.temperature"
         )
 
     def _record(self, step: int, values: dict[str, float]) -> None:

@@ -54,7 +54,7 @@ def write_results(
 ) -> None:
     """The steering with its card, the curve, the picture, the answers and the report."""
     config, steering = session.config, session.steering
-    split = config.data.test_splits[0]
+    split = "test"
     curve = [point.to_json(contexts=False) for point in points]
     steering.config = replace(steering.config, scale_curve=tuple(curve))
     data = (
@@ -94,10 +94,10 @@ def write_results(
 def _training(session: AnswerSession, seconds: float) -> dict[str, object]:
     config, train = session.config, session.config.train
     return {
-        "decision set": f"{config.data.set}, split {config.data.train_split}",
+        "decision set": f"{config.data.set}, split train",
         "estimator": train.estimator,
-        "steps x decisions": f"{train.steps} x {train.ambiguous + train.unambiguous}",
-        "answers a decision": train.num_generations,
+        "steps x decisions": f"{train.max_steps} x {config.decisions}",
+        "answers a decision": train.freeform.num_generations,
         "KL budget (nats a token)": config.constraints.kl_budget,
         "seed": train.seed,
         "processes": session.world.size,

@@ -18,8 +18,9 @@ from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from envs.task import DecisionTask
-from launch.cluster.processes import LaunchError, process_count, process_device, read_json, read_section
-from launch.config.freeform import FreeformConfig
+from launch.cluster.processes import LaunchError, process_count, process_device, read_deepspeed
+from launch.config.schema import TrainConfig
+from launch.run.constants import ADAM_BETAS, FISHER_DAMPING, MAX_GRAD_NORM, adam_epsilon
 from launch.run.measure import thin
 from launch.run.session import (
     kl_constraint,
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from trainers.grpo import SteeringGRPO, SteeringRLOO
 
 OnStep = Callable[[int, dict[str, float]], None]
-DEEPSPEED_KEYS = {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "communication_data_type"}
-PRECISIONS = ("amp", "bf16", "fp16")
-DIVIDED = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"}
 
 
 @dataclass(slots=True)
@@ -52,7 +50,7 @@ class AnswerSession:
         deepspeed: its configuration as transformers takes it, None without it.
     """
 
-    config: FreeformConfig
+    config: TrainConfig
     world: World
     deepspeed: dict[str, Any] | None
     backbone: Backbone
@@ -74,8 +72,8 @@ class AnswerSession:
             self.matcher,
             self.handle,
             samples=self.config.evaluation.samples,
-            max_new_tokens=train.max_completion_length,
-            temperature=train.temperature,
+            max_new_tokens=train.freeform.max_completion_length,
+            temperature=train.freeform.temperature,
             seed=train.seed,
             progress=progress,
             rank=world.rank,
@@ -85,7 +83,7 @@ class AnswerSession:
 
 
 def open_answers(
-    config: FreeformConfig, world: World, deepspeed: dict[str, Any] | None = None, steering: Steering | None = None
+    config: TrainConfig, world: World, deepspeed: dict[str, Any] | None = None, steering: Steering | None = None
 ) -> AnswerSession:
     """Load what a config names; every mistake in it is raised before the model is loaded where possible.
 
@@ -96,10 +94,8 @@ def open_answers(
     Raises:
         UserError: naming what is wrong.
     """
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    decisions, matcher = open_decisions(config), config.matcher.matcher()
-    for split in (config.data.train_split, config.data.validation_split, config.data.test_splits[0]):
+    decisions, matcher = open_decisions(config), open_matcher(config)
+    for split in ("train", "validation", "test"):
         check_answers(decisions.select(split=split), matcher)
     backbone = load_backbone(config, world.device if world.size > 1 else None)
     seed_everything(config.train.seed)
@@ -116,41 +112,57 @@ def open_trainer(session: AnswerSession, on_step: OnStep) -> SteeringGRPO | Stee
     config, train, limits = session.config, session.config.train, session.config.constraints
     task = DecisionTask(
         session.backbone,
-        session.split(config.data.train_split),
+        session.split("train"),
         config.data.target,
-        reward_config(train),
+        reward_config(config),
         session.handle,
     )
-    own = {"scale_rewards": train.scale_rewards} if train.estimator == "grpo" else {}
     return (SteeringGRPO if train.estimator == "grpo" else SteeringRLOO)(
         task,
         session.steering,
         session.matcher,
-        kl_constraint(limits),
-        schedule(train),
-        steps=train.steps,
+        kl_constraint(config),
+        schedule(train.optimizer.learning_rate),
+        steps=train.max_steps,
         ambiguous=train.ambiguous,
         unambiguous=train.unambiguous,
         unambiguous_weight=train.unambiguous_weight,
-        num_generations=train.num_generations,
-        micro_batch=train.micro_batch,
-        betas=tuple(train.betas),
-        eps=train.adam_eps,
+        num_generations=train.freeform.num_generations,
+        micro_batch=micro_batch(config, session.world.size),
+        betas=ADAM_BETAS,
+        eps=adam_epsilon(config),
         sparsity=limits.sparsity,
-        fisher_batches=train.fisher_batches,
-        fisher_damping=train.fisher_damping,
-        share_prompts=train.share_prompts,
+        fisher_batches=train.optimizer.fisher_batches,
+        fisher_damping=FISHER_DAMPING,
         on_step=on_step,
         seed=train.seed,
-        max_completion_length=train.max_completion_length,
-        temperature=train.temperature,
-        max_grad_norm=train.max_grad_norm,
+        max_completion_length=train.freeform.max_completion_length,
+        temperature=train.freeform.temperature,
+        max_grad_norm=MAX_GRAD_NORM,
         activation_checkpointing=train.gradient_checkpointing,
         deepspeed=session.deepspeed,
-        ddp_timeout=int(config.run.timeout),
-        output_dir=str(Path(config.run.folder)),
-        **own,
+        ddp_timeout=int(config.run.ddp_timeout),
+        output_dir=str(Path(config.run.output_dir)),
     )
+
+
+def open_matcher(config: TrainConfig) -> Matcher:
+    """What reads whom an answer names.
+
+    Raises:
+        UserError: if it could never read anything.
+    """
+    wanted = config.matcher.model_dump()
+    if wanted["abstentions"] is None:
+        del wanted["abstentions"]
+    return Matcher(**wanted)
+
+
+def micro_batch(config: TrainConfig, size: int) -> int | None:
+    """Answers of one pass in one of ``size`` processes; None where a process passes its whole share at once."""
+    parts = config.train.gradient_accumulation_steps
+    answers = config.decisions * config.train.freeform.num_generations
+    return None if parts == 1 else max(1, answers // (size * parts))
 
 
 def require_trl() -> None:
@@ -163,21 +175,21 @@ def require_trl() -> None:
         raise LaunchError("written answers are trained by TRL, which is not installed: pip install 'dso[train,grpo]'")
 
 
-def open_world(config: FreeformConfig, deepspeed: str | None) -> tuple[World, dict[str, Any] | None]:
+def open_world(config: TrainConfig, deepspeed: str | None) -> tuple[World, dict[str, Any] | None]:
     """The processes that a launcher started, and DeepSpeed's configuration if a file is given.
 
     Raises:
         UserError: if the processes cannot share a step, or the file contradicts the config.
     """
     size, train = process_count(), config.train
-    divide(train.ambiguous + train.unambiguous, train.num_generations, size, train.micro_batch)
+    divide(config.decisions, train.freeform.num_generations, size, micro_batch(config, size))
     settings = None
     if deepspeed is not None:
-        settings = read_deepspeed(deepspeed, config)
+        settings = as_transformers_takes_it(read_deepspeed(deepspeed, config, size))
         _prepare_deepspeed()
     if size == 1:
         return World(), settings
-    return Ranks(process_device(config.model.device), config.run.timeout), settings
+    return Ranks(process_device(config.model.device), config.run.ddp_timeout), settings
 
 
 def _prepare_deepspeed() -> None:
@@ -190,27 +202,7 @@ def _prepare_deepspeed() -> None:
     import_deepspeed()
 
 
-def read_deepspeed(path: str, config: FreeformConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration from a JSON file; how a step is divided is the config's to say.
-
-    Stage 0 only: what is trained are megabytes, of which stages 1 and 2 have nothing to divide, and sampling needs
-    the weights whole, which stage 3 divides.
-
-    Raises:
-        LaunchError: naming the file and the key.
-    """
-    settings = read_json(path)
-    sections = {key: read_section(path, settings, key) for key in ("zero_optimization", *PRECISIONS)}
-    if (stage := sections["zero_optimization"].get("stage", 0)) != 0:
-        reason = "written answers are sampled from whole weights, and what is trained is too small to divide"
-        raise LaunchError(f"{path}: zero_optimization.stage is {stage}, expected 0: {reason}")
-    for key in PRECISIONS:
-        if sections[key].get("enabled", False) is True:
-            raise LaunchError(f"{path}: {key} is switched on, but the operators are float32; set model.dtype instead")
-    said = [key for key in sorted(DIVIDED & set(settings)) if settings[key] != "auto"]
-    if said:
-        raise LaunchError(f'{path}: {said[0]}: set by the config\'s section train; remove it, or make it "auto"')
-    kept = {key: value for key, value in settings.items() if key in DEEPSPEED_KEYS}
-    if unknown := sorted(set(settings) - DEEPSPEED_KEYS - DIVIDED - {*PRECISIONS}):
-        raise LaunchError(f"{path}: {unknown[0]}: not used here; remove it")
-    return {**kept, **dict.fromkeys(DIVIDED, "auto"), "zero_allow_untested_optimizer": True}
+def as_transformers_takes_it(settings: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration with what transformers fills in from its own arguments."""
+    divided = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {**settings, **dict.fromkeys(divided, "auto"), "zero_allow_untested_optimizer": True}

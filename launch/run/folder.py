@@ -7,13 +7,13 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from dso.errors import UserError
 from dso.files import free_bytes, sweep, write_text
-from launch.config.schema import ConfigError, TrainConfig, load_config, resolved_yaml
+from launch.config.schema import ConfigError, TrainConfig, changes, load_config, resolved_yaml
 from trainers.parallel.ranks import RankLost, World
 from trainers.state.saved import SavedState, has_state, read_state
 from trainers.stopping import Preempted
@@ -80,7 +80,7 @@ def check_folder(config: TrainConfig, name: str, resume: Resume, overwrite: bool
         RunError: naming the folder and what to do.
         StateError: if what was saved cannot be gone on from.
     """
-    folder = Path(config.run.folder) / (config.run.name or name)
+    folder = Path(config.run.output_dir) / (config.run.run_name or name)
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite drops it; give one of them")
     saved = None
@@ -93,10 +93,10 @@ def check_folder(config: TrainConfig, name: str, resume: Resume, overwrite: bool
     elif folder.exists() and not overwrite:
         _require_nothing_learned(folder, config, resume)
     elif folder.exists() and not _is_run(folder):
-        raise RunError(f"{folder}: is no run (it has no config.yaml), so it is not overwritten; set run.name=...")
+        raise RunError(f"{folder}: is no run (it has no config.yaml), so it is not overwritten; set run.run_name=...")
     place = next(path for path in (folder, *folder.parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise RunError(f"{folder}: cannot be written; choose another place with run.folder=...")
+        raise RunError(f"{folder}: cannot be written; choose another place with run.output_dir=...")
     if (free := free_bytes(place)) < FREE_BYTES:
         raise RunError(f"{folder}: only {free // 10**6} MB free on its disk; a run needs {FREE_BYTES // 10**6}")
     return Plan(folder, saved)
@@ -105,12 +105,16 @@ def check_folder(config: TrainConfig, name: str, resume: Resume, overwrite: bool
 def _require_nothing_learned(folder: Path, config: TrainConfig, resume: Resume) -> None:
     """Whether a folder may be begun anew without being told to: if its run ended before it had anything to keep."""
     if not resume:
-        raise RunError(f"{folder}: exists; resume it with --resume, replace it with --overwrite, or set run.name=...")
+        raise RunError(
+            f"{folder}: exists; resume it with --resume, replace it with --overwrite, or set run.run_name=..."
+        )
     if not _is_run(folder):
-        raise RunError(f"{folder}: is no run (it has no config.yaml), so nothing is started there; set run.name=...")
+        raise RunError(
+            f"{folder}: is no run (it has no config.yaml), so nothing is started there; set run.run_name=..."
+        )
     if results := [name for name in RESULTS if (folder / name).exists()]:
         reason = f"has results ({', '.join(results)}) but no state to go on from"
-        raise RunError(f"{folder}: {reason}; replace it with --overwrite, or set run.name=...")
+        raise RunError(f"{folder}: {reason}; replace it with --overwrite, or set run.run_name=...")
     if (folder / "config.yaml").exists():
         _require_same_config(folder, config)
 
@@ -124,20 +128,12 @@ def _is_run(folder: Path) -> bool:
 
 
 def _require_same_config(folder: Path, config: TrainConfig) -> None:
-    """A run goes on with the config that it began with; only where it is kept and who hears of it may change."""
+    """A run goes on with the config that it began with, but for what does not change it."""
     try:
         before = load_config(str(folder / "config.yaml"))
     except ConfigError as error:
         raise RunError(f"{folder}: cannot be resumed, as its config is of no use here: {error}") from error
-    changed = [
-        f"{section.name}.{key.name} was {getattr(old, key.name)!r} and is {getattr(new, key.name)!r}"
-        for section in fields(TrainConfig)
-        if section.name != "run"
-        for old, new in [(getattr(before, section.name), getattr(config, section.name))]
-        for key in fields(old)
-        if getattr(old, key.name) != getattr(new, key.name)
-    ]
-    if changed:
+    if changed := changes(before, config):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         reason = f"was trained with another config: {changed[0]}{more}"
         raise RunError(f"{folder}: {reason}; give the same one to resume, or another run.name to start")
@@ -155,7 +151,7 @@ def prepare_folder(plan: Plan, config: TrainConfig) -> None:
             sweep(place)
         write_text(folder / "config.yaml", resolved_yaml(config))
     except OSError as error:
-        reason = f"cannot be written: {error.strerror}; choose another place with run.folder=..."
+        reason = f"cannot be written: {error.strerror}; choose another place with run.output_dir=..."
         raise RunError(f"{folder}: {reason}") from error
 
 

@@ -21,7 +21,8 @@ from dso.evaluation.answers import AnswerEvaluator, Answers
 from dso.evaluation.report import ScalePoint, scale_table
 from dso.steering.model import Steering
 from launch.cluster.processes import leave
-from launch.config.freeform import FreeformConfig
+from launch.config.schema import TrainConfig
+from launch.run import constants
 from launch.run.answer_learn import learn
 from launch.run.answer_report import HOW, abstention_lines, answer_point, write_results
 from launch.run.answer_session import AnswerSession, open_answers, open_world, require_trl
@@ -34,7 +35,7 @@ from trainers.tracking.tracker import check_tracker
 
 
 def train(
-    config: FreeformConfig, *, name: str, overwrite: bool = False, quiet: bool = False, deepspeed: str | None = None
+    config: TrainConfig, *, name: str, overwrite: bool = False, quiet: bool = False, deepspeed: str | None = None
 ) -> Result:
     """Train on sampled answers, keep the best steering inside the constraints, measure what is said before and after.
 
@@ -49,7 +50,7 @@ def train(
         Stopped: on Ctrl-C and SIGTERM.
     """
     require_trl()
-    check_tracker(config.run.tracking)
+    check_tracker(config.run.report_to)
     world, claim = World(), Claim()
 
     def prepared(plan: Plan) -> None:
@@ -82,7 +83,7 @@ def measure(
 ) -> tuple[AnswerEvaluator, list[Answers], list[ScalePoint]]:
     """What is said at the scales given, or else at 0 and those of the config, on the first test split."""
     config = session.config
-    split = config.data.test_splits[0]
+    split = "test"
     decisions = session.split(split, config.evaluation.test_stride)
     scales = sorted({0.0, *config.evaluation.scales}) if scales is None else scales
     hidden = quiet or not sys.stderr.isatty()
@@ -93,15 +94,13 @@ def measure(
         said = [evaluator.measure(scale) for scale in scales]
     base = next((answers for scale, answers in zip(scales, said, strict=True) if scale == 0), None)
     points = [
-        answer_point(
-            scale, answers, evaluator, config.data.target, config.evaluation.bootstrap, base if scale else None
-        )
+        answer_point(scale, answers, evaluator, config.data.target, constants.RESAMPLES, base if scale else None)
         for scale, answers in zip(scales, said, strict=True)
     ]
     return evaluator, said, points
 
 
-def measured(config: FreeformConfig, source: str, quiet: bool = False) -> str:
+def measured(config: TrainConfig, source: str, quiet: bool = False) -> str:
     """What is said with a trained steering, or without one, as tables; nothing is written.
 
     Args:

@@ -14,6 +14,7 @@ from stable_baselines3.common.logger import Logger
 
 from dso.evaluation.report import ScalePoint
 from dso.files import free_bytes, write_text
+from launch.run.constants import FISHER_DAMPING, aimed_kl
 from launch.run.folder import LOW_BYTES, Plan, RunError, Stopped, failing_together, on_main
 from launch.run.measure import by_template, scale_point, thin
 from launch.run.session import Session
@@ -95,13 +96,13 @@ def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, 
         RunError: where it cannot go on; it says what was kept.
     """
     config, trainer, world = session.config, session.trainer, session.trainer.world
-    steps, batch = config.train.steps, trainer.env.num_envs
+    steps, batch = config.train.max_steps, trainer.env.num_envs
     progress = Progress(steps, quiet=quiet or not world.is_main)
     selection = Selection(
-        _validator(session), every=config.evaluation.every, steps=steps, kl_budget=config.constraints.aimed_kl
+        _validator(session), every=config.evaluation.eval_steps, steps=steps, kl_budget=aimed_kl(config)
     )
     keeper = Keeper(session, plan.folder, selection)
-    checkpoints = Checkpoints(keeper.save, config.run.save_every)
+    checkpoints = Checkpoints(keeper.save, config.run.save_steps)
 
     def measured(row: Validation, better: bool) -> None:
         progress.say(_line(row, better))
@@ -110,8 +111,8 @@ def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, 
     selection.on_measured = measured
     stop.say = progress.say
     keeper.open(plan.saved, progress.say)
-    if plan.saved is None and config.train.fisher_batches:
-        trainer.whiten(config.train.fisher_batches, config.train.fisher_damping)
+    if plan.saved is None and config.train.optimizer.fisher_batches:
+        trainer.whiten(config.train.optimizer.fisher_batches, FISHER_DAMPING)
     told = tracker.outputs(batch, plan.folder / "metrics.jsonl" if plan.saved else None)
     trainer.set_logger(Logger(str(plan.folder), [*keeper.outputs, *told]))
     try:
@@ -147,7 +148,9 @@ def _stopped(session: Session, keeper: Keeper, stop: OrderlyStop) -> Stopped:
     trainer, folder = session.trainer, keeper.folder
     if not trainer.skipped_in_a_row:  # what is on the disk stays the last that was good
         keeper.save()
-    done = f"stopped after step {trainer.steps_done} of {session.config.train.steps}; {folder} has everything so far"
+    done = (
+        f"stopped after step {trainer.steps_done} of {session.config.train.max_steps}; {folder} has everything so far"
+    )
     return Stopped(f"{done}. Go on with the same command and --resume", session.trainer.world.agree(stop.preempted))
 
 
@@ -204,13 +207,13 @@ def _validator(session: Session) -> Measure:
             raise CutShort
 
     evaluation = config.evaluation
-    decisions = thin(session.decisions.select(split=config.data.validation_split), evaluation.validation_stride)
+    decisions = thin(session.decisions.select(split="validation"), evaluation.validation_stride)
     evaluator = session.evaluator(decisions, keep_reference=True, progress=look_up)
     base = evaluator.measure(0.0)
     base_mass = scale_point(0.0, base, decisions, config.data.target, 0).answer_mass
     known = None
     if evaluation.training_decisions and config.constraints.kl_budget is not None:
-        training = session.decisions.select(split=config.data.train_split)
+        training = session.decisions.select(split="train")
         sample = by_template(training, evaluation.training_decisions)
         known = session.evaluator(sample, keep_reference=True, progress=look_up)
 

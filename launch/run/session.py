@@ -18,15 +18,21 @@ from dso.decisions.decision import DecisionSet, check_target
 from dso.decisions.sets import load_decisions
 from dso.evaluation.evaluator import Evaluator
 from dso.models.backbone import Backbone
-from dso.models.scores import Scoring
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from envs.reward import RewardConfig
 from envs.task import DecisionTask
 from envs.vector import DecisionVectorEnv
-from launch.config.freeform import AnswerConstraintsSection, AnswerTrainSection, FreeformConfig
-from launch.config.reading import to_dict
-from launch.config.schema import ConfigError, ConstraintsSection, TrainConfig, TrainSection
+from launch.config.schema import ConfigError, TrainConfig, to_dict
+from launch.run.constants import (
+    ADAM_BETAS,
+    LOWEST_RATE,
+    MAX_GRAD_NORM,
+    MAX_SKIPPED,
+    WARMUP,
+    adam_epsilon,
+    constants,
+)
 from trainers.checkpointing import checkpoint_layers
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget
 from trainers.measuring import SharedEvaluator
@@ -69,14 +75,10 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
         UserError: naming what is wrong, as a ConfigError, DecisionError, ModelNotFound or SteeringError.
     """
     world = world or World()
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
     decisions = open_decisions(config)
-    anchors = _anchors(config.constraints.anchors)
     divided = deepspeed is not None and deepspeed["zero_optimization"].get("stage") == 3
     # What no single accelerator may have room for is read into host memory, and divided from there.
-    scoring = Scoring(length_normalised=config.train.length_normalised)
-    backbone = load_backbone(config, "cpu" if divided else world.device, scoring)
+    backbone = load_backbone(config, "cpu" if divided else world.device)
     if config.train.gradient_checkpointing and not checkpoint_layers(backbone.model):
         raise ConfigError(f"{config.model.name} has no layers that can be checkpointed", "train.gradient_checkpointing")
     seed_everything(config.train.seed)
@@ -87,27 +89,27 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
 
         divide_weights(backbone.model, deepspeed, world)
         steering.to(backbone.device)
-    training = decisions.select(split=config.data.train_split)
-    # Sampled answers have neither: no base model's preference, and no probabilities to pool.
-    reward = reward_config(config.train, common_weight=config.train.common_weight, pooling=config.train.pooling)
-    task = DecisionTask(backbone, training, config.data.target, reward, handle, anchors=anchors)
+    training = decisions.select(split="train")
+    task = DecisionTask(backbone, training, config.data.target, reward_config(config), handle)
     return Session(config, backbone, decisions, steering, handle, _trainer(config, task, steering, world, deepspeed))
 
 
-def reward_config(train: TrainSection | AnswerTrainSection, **more: Any) -> RewardConfig:
-    """How decisions are rewarded, from the keys of that name in the section ``train``, and ``more``."""
+def reward_config(config: TrainConfig) -> RewardConfig:
+    """How decisions are rewarded."""
+    train, fixed = config.train, constants(config)
+    preference = train.preference
     return RewardConfig(
         form=train.reward,
-        width=train.smooth_width,
-        dead_zone=train.dead_zone,
-        abstain=train.abstain_reward,
-        estimate=train.preference,
-        decay=train.preference_decay,
-        context_decay=train.context_decay,
-        batch_weight=train.batch_weight,
-        local_weight=train.local_weight,
-        unit_weight=train.unit_weight,
-        **more,
+        width=fixed.smooth_width,
+        abstain=train.freeform.abstain_reward,
+        estimate=preference.estimate,
+        decay=fixed.decay,
+        context_decay=fixed.context_decay,
+        batch_weight=preference.batch_weight,
+        local_weight=fixed.local_weight,
+        unit_weight=fixed.unit_weight,
+        common_weight=preference.common_weight,
+        pooling=preference.pooling,
     )
 
 
@@ -119,21 +121,17 @@ def open_decisions(config: TrainConfig) -> DecisionSet:
     """
     data = config.data
     decisions = load_decisions(data.set, **data.options)
-    if data.groups is not None:
-        decisions = DecisionSet(decisions.decisions, data.groups, decisions.name)
     check_target(data.target, decisions.groups)
-    for split in (data.train_split, data.validation_split, data.test_splits[0]):
+    for split in ("train", "validation", "test"):
         decisions.select(split=split, kind="ambiguous")
-    training = decisions.select(split=data.train_split)
+    training = decisions.select(split="train")
     if config.train.unambiguous and all(decision.ambiguous for decision in training):
-        reason = f"the split {data.train_split!r} of {data.set} has no unambiguous decisions; set it to 0"
+        reason = f"the split 'train' of {data.set} has no unambiguous decisions; set it to 0"
         raise ConfigError(reason, "train.unambiguous")
     return decisions
 
 
-def load_backbone(
-    config: TrainConfig, device: str | torch.device | None = None, scoring: Scoring | None = None
-) -> Backbone:
+def load_backbone(config: TrainConfig, device: str | torch.device | None = None) -> Backbone:
     """The backbone of a config, on the device that it names unless another one is given.
 
     Raises:
@@ -148,9 +146,13 @@ def load_backbone(
         except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with the device
             raise ConfigError(f"{device!r} cannot be used: {str(error).splitlines()[0]}", "model.device") from error
     return Backbone.load(
-        model.name, revision=model.revision, dtype=model.dtype, device=device, max_tokens=model.max_tokens,
-        scoring=scoring,
-    )  # fmt: skip
+        model.name,
+        revision=model.revision,
+        dtype=model.dtype,
+        device=device,
+        max_tokens=model.max_tokens,
+        attn_implementation=model.attn_implementation,
+    )
 
 
 def open_steering(config: TrainConfig, backbone: Backbone, decisions: DecisionSet) -> Steering:
@@ -178,7 +180,7 @@ def open_steering(config: TrainConfig, backbone: Backbone, decisions: DecisionSe
     return steering.to(backbone.device)
 
 
-def open_run_tracker(config: TrainConfig | FreeformConfig, folder: Path, world: World, quiet: bool) -> Tracker:
+def open_run_tracker(config: TrainConfig, folder: Path, world: World, quiet: bool) -> Tracker:
     """Who else hears of a run, by its section ``run``."""
 
     def warn(line: str) -> None:
@@ -188,9 +190,9 @@ def open_run_tracker(config: TrainConfig | FreeformConfig, folder: Path, world: 
         if not quiet:
             tqdm.write(line, file=sys.stderr)
 
-    wandb = to_dict(config.run.wandb)
+    wandb = config.run.wandb.model_dump()
     return open_tracker(
-        config.run.tracking, folder, config=to_dict(config), say=say, warn=warn, is_main=world.is_main, **wandb
+        config.run.report_to, folder, config=to_dict(config), say=say, warn=warn, is_main=world.is_main, **wandb
     )
 
 
@@ -211,72 +213,51 @@ def _trainer(
         policy_kwargs={
             "steering": steering,
             "baseline": train.baseline,
-            "optimizer_kwargs": {"betas": tuple(train.betas), "eps": train.adam_eps},
+            "optimizer_kwargs": {"betas": ADAM_BETAS, "eps": adam_epsilon(config)},
         },
         estimator=train.estimator,
-        kl=kl_constraint(limits),
+        kl=kl_constraint(config),
         mass_floor=None if limits.min_answer_mass is None else AnswerMassFloor(limits.min_answer_mass),
         unambiguous_weight=train.unambiguous_weight,
         sparsity=limits.sparsity,
-        hard_preference=train.hard_preference,
-        anchors=max(1, train.ambiguous // 6) if limits.anchors else 0,
-        learning_rate=schedule(train),
-        n_epochs=train.ppo_epochs,
-        clip_range=train.clip_range,
-        max_grad_norm=train.max_grad_norm,
-        accumulation=train.accumulation,
-        max_skipped=train.max_skipped,
+        hard_preference=train.preference.hard,
+        learning_rate=schedule(train.optimizer.learning_rate),
+        n_epochs=train.ppo.n_epochs,
+        clip_range=train.ppo.clip_range,
+        max_grad_norm=MAX_GRAD_NORM,
+        accumulation=train.gradient_accumulation_steps,
+        max_skipped=MAX_SKIPPED,
         world=world,
         deepspeed=deepspeed,
         seed=train.seed,
     )
 
 
-def kl_constraint(limits: ConstraintsSection | AnswerConstraintsSection) -> KLBudget | FixedKL:
-    """The price of KL that a section ``constraints`` asks for."""
+def kl_constraint(config: TrainConfig) -> KLBudget | FixedKL:
+    """The price of KL that a config asks for."""
+    limits, fixed = config.constraints, constants(config)
     if limits.kl_budget is None:
-        return FixedKL(limits.kl_coefficient or 0.0)
+        return FixedKL(limits.beta)
     return KLBudget(
         limits.kl_budget,
-        limits.dual_learning_rate,
-        limits.initial_beta,
-        margin=limits.kl_margin,
+        fixed.dual_learning_rate,
+        fixed.initial_beta,
+        margin=fixed.kl_margin,
         floor=limits.minimum_beta,
     )
 
 
-def schedule(train: TrainSection) -> Callable[[float], float]:
+def schedule(highest: float) -> Callable[[float], float]:
     """The learning rate as a function of the share of training that remains (1 to 0), as Stable-Baselines3 takes it.
 
-    It rises linearly over the warm-up, then falls to a twentieth by the schedule. The first step has a rate above 0.
+    It rises linearly over the warm-up, then falls by a cosine. The first step has a rate above 0.
     """
-    shapes = {
-        "cosine": lambda t: 0.5 * (1 + math.cos(math.pi * t)),
-        "linear": lambda t: 1 - t,
-        "constant": lambda t: 1.0,
-    }
-    shape, lowest = shapes[train.schedule], 0.05
 
     def rate(remaining: float) -> float:
         done = 1 - remaining
-        if done < train.warmup:
-            return train.learning_rate * max(done / train.warmup, lowest)
-        fallen = (done - train.warmup) / (1 - train.warmup) if train.warmup < 1 else 0.0
-        return train.learning_rate * (lowest + (1 - lowest) * shape(fallen))
+        if done < WARMUP:
+            return highest * max(done / WARMUP, LOWEST_RATE)
+        fallen = (done - WARMUP) / (1 - WARMUP)
+        return highest * (LOWEST_RATE + (1 - LOWEST_RATE) * (0.5 * (1 + math.cos(math.pi * fallen))))
 
     return rate
-
-
-def _anchors(path: str | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not valid UTF-8 at byte {error.start}", "constraints.anchors") from error
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}", "constraints.anchors") from error
-    lines = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not lines:
-        raise ConfigError(f"{path} holds no text", "constraints.anchors")
-    return lines

@@ -25,6 +25,7 @@ from dso.files import write_text
 from dso.models.embedded import HUB_IDS
 from launch.cluster.processes import open_world
 from launch.config.schema import TrainConfig
+from launch.run import constants
 from launch.run.folder import (
     Claim,
     Plan,
@@ -82,7 +83,7 @@ def train(
         seconds = learn(session, plan, stop, tracker, quiet=quiet)
         points = _measure(session, quiet)
         on_main(session.trainer.world, lambda: _write_results(session, plan.folder, points, seconds))
-        samples = _samples(session) if config.run.tracking == "wandb" else []  # by every process, as a model runs
+        samples = _samples(session) if config.run.report_to == "wandb" else []  # by every process, as a model runs
         tracker.results(points, samples, plan.folder / "steering")
     return Result(plan.folder, points)
 
@@ -106,7 +107,7 @@ def _run(
     deepspeed: str | None = None,
 ) -> Iterator[tuple[Session, Plan, OrderlyStop, Tracker]]:
     """The objects of a run and its folder, which no other process has meanwhile."""
-    check_tracker(config.run.tracking)
+    check_tracker(config.run.report_to)
     world, claim = World(), Claim()
 
     def claimed() -> Plan:
@@ -120,7 +121,7 @@ def _run(
         claim.take(plan.folder)
 
     try:
-        with OrderlyStop() as stop, _deterministic(config.train.deterministic):
+        with OrderlyStop() as stop, _deterministic(config.train.full_determinism):
             world, settings = open_world(config, deepspeed)
             plan = on_main(world, claimed)
             with failing_together(world):  # before the folder is touched, as most mistakes show here
@@ -149,13 +150,13 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 
 def _samples(session: Session) -> list[list[Any]]:
-    decisions = session.decisions.select(split=session.config.data.test_splits[0])
+    decisions = session.decisions.select(split="test")
     return session.trainer.learner.pass_through(lambda: decision_samples(session.backbone, decisions, session.handle))
 
 
 def _measure(session: Session, quiet: bool) -> list[ScalePoint]:
     config = session.config
-    split = config.data.test_splits[0]
+    split = "test"
     scales = sorted({0.0, *config.evaluation.scales})  # the base model is what the others are held against
     decisions = session.decisions.select(split=split)
     quiet = quiet or not session.trainer.world.is_main
@@ -164,18 +165,18 @@ def _measure(session: Session, quiet: bool) -> list[ScalePoint]:
         print(f"measuring {len(scales)} scales on {len(decisions)} decisions of {split}", file=sys.stderr)
     with tqdm(total=len(decisions) * len(scales), desc="measure", unit="decision", disable=hidden) as bar:
         evaluator = session.evaluator(decisions, progress=bar.update)
-        return scale_points(evaluator, scales, config.data.target, config.evaluation.bootstrap)
+        return scale_points(evaluator, scales, config.data.target, constants.RESAMPLES)
 
 
 def _write_results(session: Session, folder: Path, points: list[ScalePoint], seconds: float) -> None:
-    config, split = session.config, session.config.data.test_splits[0]
+    config, split = session.config, "test"
     curve = [point.to_json(contexts=False) for point in points]
     session.steering.config = replace(session.steering.config, scale_curve=tuple(curve))
     decisions = session.decisions.select(split=split)
     training = {
-        "decision set": f"{config.data.set}, split {config.data.train_split}",
+        "decision set": f"{config.data.set}, split train",
         "estimator": config.train.estimator,
-        "steps x decisions": f"{config.train.steps} x {config.train.ambiguous + config.train.unambiguous}",
+        "steps x decisions": f"{config.train.max_steps} x {config.decisions}",
         "KL budget (nats)": config.constraints.kl_budget,
         "seed": config.train.seed,
         "seconds": round(seconds),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_runs import letters_set
+from small_runs import letters_set, replaced
 from tiny import byte_tokenizer, tiny_llama
 
 from dso.decisions.decision import DecisionSet
@@ -84,19 +84,18 @@ def write_run(folder: Path, **changes: Any) -> Path:
     DecisionSet(tuple(asked), ("female", "male"), "letters").write_jsonl(folder / "letters.jsonl")
     values: dict[str, dict[str, Any]] = {
         "model": {"name": str(folder / "model"), "device": "cpu"},
-        "data": {"set": str(folder / "letters.jsonl"), "options": {}, "test_splits": ["test"]},
+        "data": {"set": str(folder / "letters.jsonl")},
         "train": {
-            "steps": 2, "ambiguous": 16, "unambiguous": 4, "num_generations": 4, "max_completion_length": TOKENS,
-            "learning_rate": 0.01, "schedule": "constant", "warmup": 0.0, "fisher_batches": 2, "threads": 1,
+            "estimator": "grpo", "max_steps": 2, "ambiguous": 16, "unambiguous": 4,
+            "optimizer": {"learning_rate": 0.01, "fisher_batches": 2},
+            "freeform": {"num_generations": 4, "max_completion_length": TOKENS},
         },
         "matcher": {"whole_words": False},
-        "constraints": {"kl_budget": 0.05},
-        "evaluation": {"every": 2, "samples": 4, "validation_stride": 1, "max_accuracy_loss": 1.0, "bootstrap": 20},
-        "run": {"folder": str(folder / "runs"), "name": "letters"},
+        "constraints": {"kl_budget": 0.05, "max_accuracy_loss": 1.0},
+        "evaluation": {"eval_steps": 2, "samples": 4, "validation_stride": 1},
+        "run": {"output_dir": str(folder / "runs"), "run_name": "letters"},
     }  # fmt: skip
-    for key, value in changes.items():
-        section, name = key.split("__")
-        values[section][name] = value
+    replaced(values, changes)
     path = folder / "own.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     return path

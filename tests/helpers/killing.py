@@ -39,6 +39,7 @@ import torch
 from running import outcome
 from tqdm import tqdm
 
+import launch.run.constants
 import launch.run.train
 import launch.train
 from dso.errors import UserError
@@ -186,7 +187,7 @@ class Runs:
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             if trick is not None:
                 trick(self.notes)
-            config = replace(self.config, run=replace(self.config.run, name=name))
+            config = with_run(self.config, run_name=name)
             launch.run.train.train(config, name=name, resume="auto", quiet=True, deepspeed=self.deepspeed)
             code = 0
         except Stopped as stop:
@@ -201,12 +202,17 @@ class Runs:
 
     def files(self, name: str) -> dict[str, int]:
         """The size of every file of a run."""
-        folder = Path(self.config.run.folder) / name
+        folder = Path(self.config.run.output_dir) / name
         found = (path for path in sorted(folder.rglob("*")) if path.is_file())
         return {str(path.relative_to(folder)): path.stat().st_size for path in found}
 
     def outcome(self, name: str) -> dict[str, Any]:
-        return outcome(Path(self.config.run.folder) / name)
+        return outcome(Path(self.config.run.output_dir) / name)
+
+
+def with_run(config: TrainConfig, **values: Any) -> TrainConfig:
+    """A config that is kept elsewhere."""
+    return config.model_copy(update={"run": config.run.model_copy(update=values)})
 
 
 def say(found: Any) -> None:
@@ -217,6 +223,7 @@ def kill(runs: Runs, kills: int, seed: int) -> None:
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     tqdm.set_lock(threading.RLock())  # its own is shared by forks: one killed while it holds it would stop all others
     launch.run.train.scale_figure = lambda *_, **__: None  # it would take most of the time
+    launch.run.constants.RESAMPLES = 2
     load_backbone(runs.config)  # what transformers compiles once a process is there in all
     rng = random.Random(seed)
     known = []
@@ -253,8 +260,8 @@ def kill(runs: Runs, kills: int, seed: int) -> None:
 
 def refused(runs: Runs) -> dict[str, list[int]]:
     """How runs end that are refused before anything is loaded: by the first process, and all have to hear of it."""
-    unwritable = replace(runs.config, run=replace(runs.config.run, folder="/proc/dso"))
-    other = replace(runs.config, train=replace(runs.config.train, seed=7))
+    unwritable = with_run(runs.config, output_dir="/proc/dso")
+    other = runs.config.model_copy(update={"train": runs.config.train.model_copy(update={"seed": 7})})
     return {
         "unwritable": replace(runs, config=unwritable).go("letters"),
         "another config": replace(runs, config=other).go("whole-0"),

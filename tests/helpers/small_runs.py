@@ -179,18 +179,29 @@ def write_decisions(path: Path, **options: Any) -> Path:
 
 CONFIG = """
 model: {device: cpu, dtype: float32}
-data: {test_splits: [test]}
+data: {}
 steering: {operator: affine}
 train:
-  {estimator: expected, steps: 6, ambiguous: 16, unambiguous: 4, unambiguous_weight: 0.2, learning_rate: 0.003,
-   schedule: constant, warmup: 0, reward: smooth, smooth_width: 0.1, dead_zone: 0, preference: context,
-   preference_decay: 0.5, batch_weight: 0.5, context_decay: 0.5, local_weight: 0.5, unit_weight: 0,
-   hard_preference: false, baseline: context, fisher_batches: 2, fisher_damping: 0.1, adam_eps: 1e-8,
-   betas: [0.9, 0.999], max_grad_norm: 1000, length_normalised: false, seed: 0, threads: 1}
-constraints: {kl_budget: 0.2, dual_learning_rate: 0.1, initial_beta: 0.1, minimum_beta: 1e-4, sparsity: 0}
-evaluation: {every: 2, validation_stride: 1, scales: [0.0, 0.5, 1.0], bootstrap: 20}
-run: {name: letters}
+  {estimator: expected, max_steps: 6, ambiguous: 16, unambiguous: 4, unambiguous_weight: 0.2, reward: smooth, seed: 0,
+   optimizer: {learning_rate: 0.003, fisher_batches: 2}, preference: {estimate: context}}
+constraints: {kl_budget: 0.2, minimum_beta: 1e-4, sparsity: 0}
+evaluation: {eval_steps: 2, validation_stride: 1, scales: [0.0, 0.5, 1.0]}
+run: {run_name: letters}
 """
+
+
+def replaced(values: dict[str, Any], options: dict[str, Any]) -> None:
+    """Set ``section__key`` and ``section__section__key`` of nested values; what has no effect then is left away."""
+    for name, value in options.items():
+        *parents, last = name.split("__")
+        below = values
+        for parent in parents:
+            below = below.setdefault(parent, {})
+        below[last] = value
+    if values["constraints"].get("kl_budget", 0) is None:
+        values["constraints"].pop("minimum_beta", None)
+    if values["train"].get("unambiguous") == 0:
+        values["train"].pop("unambiguous_weight", None)
 
 
 def write_config(folder: Path, model: Path, **options: Any) -> Path:
@@ -198,10 +209,8 @@ def write_config(folder: Path, model: Path, **options: Any) -> Path:
     values: Any = parse_yaml(CONFIG)
     values["model"]["name"] = str(model)
     values["data"]["set"] = str(write_decisions(folder / "letters.jsonl"))
-    values["run"]["folder"] = str(folder / "runs")
-    for key, value in options.items():
-        section, name = key.split("__")
-        values[section][name] = value
+    values["run"]["output_dir"] = str(folder / "runs")
+    replaced(values, options)
     path = folder / "own.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     return path

@@ -62,7 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Tra
     """``dso train`` as a user calls it, in a process of its own whose output is piped; not to be written to."""
     folder = tmp_path_factory.mktemp("cli")
     config = write_config(folder, model_folder)
-    arguments = [sys.executable, "-m", "launch.cli", "train", str(config), "train.steps=12"]
+    arguments = [sys.executable, "-m", "launch.cli", "train", str(config), "train.max_steps=12"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     run = folder / "runs" / "letters"
@@ -103,7 +103,7 @@ def test_train_prints_its_progress_and_ends_with_a_table(trained: Trained) -> No
 
 
 def test_quiet_prints_only_the_result(trained: Trained, call: Any) -> None:
-    code, out, err = call("train", trained.config, "train.steps=12", "--resume", "--quiet")
+    code, out, err = call("train", trained.config, "train.max_steps=12", "--resume", "--quiet")
     assert (code, err) == (0, "")
     assert out == trained.outcome.out  # measured again: the same
 
@@ -115,30 +115,32 @@ def test_the_resolved_config_is_a_config(trained: Trained, call: Any) -> None:
 
 def test_an_existing_run_is_left_alone(trained: Trained, call: Any) -> None:
     before = contents(trained.run)
-    assert_refused(call("train", trained.config, "train.steps=12"), f"{trained.run}: exists", "--resume", "--overwrite")
-    assert_refused(call("train", trained.config, "train.steps=3", "--resume"), "was trained with another config")
+    assert_refused(
+        call("train", trained.config, "train.max_steps=12"), f"{trained.run}: exists", "--resume", "--overwrite"
+    )
+    assert_refused(call("train", trained.config, "train.max_steps=3", "--resume"), "was trained with another config")
     assert contents(trained.run) == before
 
 
 def test_overwrite_starts_anew(tmp_path: Path, model_folder: Path, call: Any) -> None:
     config = write_config(tmp_path, model_folder)
-    assert call("train", config, "train.steps=1", "--quiet").code == 0
-    assert call("train", config, "train.steps=2", "--quiet", "--overwrite").code == 0
+    assert call("train", config, "train.max_steps=1", "--quiet").code == 0
+    assert call("train", config, "train.max_steps=2", "--quiet", "--overwrite").code == 0
     assert len(json.loads((tmp_path / "runs/letters/validation.json").read_text())) == 2
 
 
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("train.step=3", ("override 'train.step=3'", "did you mean train.steps?")),
+        ("train.step=3", ("override 'train.step=3'", "did you mean train.max_steps?")),
         ("trian.steps=3", ("unknown key; did you mean train?",)),
-        ("train.steps", ("expected key=value",)),
-        ("train.steps=many", ("train.steps: expected an integer, found 'many'",)),
+        ("train.max_steps", ("expected key=value",)),
+        ("train.max_steps=many", ("train.max_steps: expected an integer, found 'many'",)),
         ("data.target={female: 0.5, male: 0.6}", ("data.target: the shares must sum to 1, found 1.1",)),
         ("data.target={a: 0.5, b: 0.5}", ("the target names groups ['a', 'b'], the decisions have",)),
         ("model.name=./none", ("model './none': no",)),
         ("data.set=role", ("unknown decision set 'role'; did you mean 'roles'",)),
-        ("run.folder=/dev/null/runs", ("/dev/null/runs/letters: cannot be written",)),
+        ("run.output_dir=/dev/null/runs", ("/dev/null/runs/letters: cannot be written",)),
     ],
 )
 def test_bad_input_to_train_writes_nothing(
@@ -166,12 +168,12 @@ def test_an_unknown_config_is_refused_with_the_nearest(call: Any) -> None:
 )
 def test_a_damaged_state_is_refused_and_kept(tmp_path: Path, model_folder: Path, call: Any, spoil: Any) -> None:
     config = write_config(tmp_path, model_folder)
-    assert call("train", config, "train.steps=1", "--quiet").code == 0
+    assert call("train", config, "train.max_steps=1", "--quiet").code == 0
     state = tmp_path / "runs/letters/state/step-1.safetensors"
     for path in state.parent.iterdir():  # the one before, too, or it would be gone on from
         path.write_bytes(spoil(path.read_bytes()))
     before = contents(tmp_path / "runs")
-    assert_refused(call("train", config, "train.steps=1", "--resume"), str(state))
+    assert_refused(call("train", config, "train.max_steps=1", "--resume"), str(state))
     assert contents(tmp_path / "runs") == before
 
 
@@ -196,7 +198,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(
 
 
 def test_ctrl_c_keeps_what_was_done_and_resume_finishes(tmp_path: Path, model_folder: Path, call: Any) -> None:
-    config = write_config(tmp_path, model_folder, train__steps=150, evaluation__every=50)
+    config = write_config(tmp_path, model_folder, train__max_steps=150, evaluation__eval_steps=50)
     command = [sys.executable, "-m", "launch.cli", "train", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> tuple[T
 
 def refusal(config: TrainConfig, **options: Any) -> str:
     """The message of a run that is refused; nothing below its place is changed."""
-    place = Path(config.run.folder)
+    place = Path(config.run.output_dir)
     before = contents(place)
     with pytest.raises(UserError) as caught:
         train(config, name="x", quiet=True, **options)
@@ -55,11 +55,11 @@ def test_an_existing_folder_is_left_alone(run: tuple[TrainConfig, Result]) -> No
 
 
 def test_overwrite_replaces_a_run_only_once_the_new_one_can_start(tmp_path: Path, model_folder: Path) -> None:
-    first = train(config_of(tmp_path, model_folder, train__steps=1), name="x", quiet=True)
+    first = train(config_of(tmp_path, model_folder, train__max_steps=1), name="x", quiet=True)
     broken = config_of(tmp_path, model_folder, model__name="./none")
     assert "model './none': no " in refusal(broken, overwrite=True)
     (first.folder / "left.txt").write_text("over")
-    second = train(config_of(tmp_path, model_folder, train__steps=2), name="x", overwrite=True, quiet=True)
+    second = train(config_of(tmp_path, model_folder, train__max_steps=2), name="x", overwrite=True, quiet=True)
     kept = {"state/step-0.safetensors", "state/step-2.safetensors"}
     assert contents(second.folder).keys() == {name for name in FILES if not name.startswith("state/")} | kept
     assert steps_of(second.folder) == [20, 40]
@@ -74,7 +74,7 @@ def test_nothing_that_is_no_run_is_dropped(tmp_path: Path, model_folder: Path, o
 
 
 def test_the_configs_name_is_the_folders_where_none_is_given(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, run__name=None, train__steps=1)
+    config = config_of(tmp_path, model_folder, run__run_name=None, train__max_steps=1)
     assert train(config, name="other", quiet=True).folder == tmp_path / "runs" / "other"
 
 
@@ -104,7 +104,7 @@ def test_a_folder_that_another_process_writes_into_is_left_to_it(
 def test_a_run_keeps_its_folder_to_itself_until_it_ends(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=1)
+    config = config_of(tmp_path, model_folder, train__max_steps=1)
     real, refused = SteeringPPO.train, []
 
     def learns(self: SteeringPPO) -> None:
@@ -130,8 +130,8 @@ def test_a_place_that_cannot_be_written_is_refused(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
-    config = config_of(tmp_path, model_folder, run__folder=place.format(tmp_path))
-    with pytest.raises(RunError, match="cannot be written.* choose another place with run.folder="):
+    config = config_of(tmp_path, model_folder, run__output_dir=place.format(tmp_path))
+    with pytest.raises(RunError, match="cannot be written.* choose another place with run.output_dir="):
         train(config, name="x")
 
 
@@ -216,7 +216,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(
 def test_training_that_diverges_keeps_its_last_good_state_and_its_best_steering(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(tmp_path, model_folder, run__save_every=1)
+    config = config_of(tmp_path, model_folder, run__save_steps=1)
     real = SteeringPPO.train
 
     def diverges(self: SteeringPPO) -> None:
@@ -297,5 +297,5 @@ def test_what_the_main_process_cannot_do_ends_all_with_its_message(error: Except
 
 def test_the_config_says_how_often_to_save(tmp_path: Path, model_folder: Path) -> None:
     config_of(tmp_path, model_folder)
-    with pytest.raises(UserError, match="run.save_every: must be at least 1, found 0"):
-        load_config(str(tmp_path / "own.yaml"), ["run.save_every=0"])
+    with pytest.raises(UserError, match="run.save_steps: must be at least 1, found 0"):
+        load_config(str(tmp_path / "own.yaml"), ["run.save_steps=0"])

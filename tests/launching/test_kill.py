@@ -22,14 +22,12 @@ ROOT = Path(__file__).parents[2]
 KILLING = ROOT / "tests" / "helpers" / "killing.py"
 ZERO2 = str(ROOT / "configs" / "deepspeed" / "zero2.json")
 SETTINGS = {
-    "train__steps": 5,
+    "train__max_steps": 5,
     "train__estimator": "reinforce",  # which draws from torch's generator
-    "train__preference": "controlled",  # which keeps what the base model prefers
-    "train__deterministic": True,
-    "run__save_every": 1,
-    "run__timeout": 60,  # which a process waits that meets no other
+    "train__preference__estimate": "controlled",  # which keeps what the base model prefers
+    "run__save_steps": 1,
+    "run__ddp_timeout": 60,  # which a process waits that meets no other
     "evaluation__scales": [1.0],
-    "evaluation__bootstrap": 2,
 }
 TIMEOUT = 3000  # the machine may be busy
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -125,7 +123,16 @@ def test_a_process_of_the_real_launcher_killed(pair: Killed) -> None:
             port = str(free.getsockname()[1])
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", port]
         script = [str(KILLING), "--launched", phase, str(call), str(rank)]
-        run = ["--config", str(pair.config), "--deepspeed", ZERO2, "--resume", "auto", "run.name=launched", "--quiet"]
+        run = [
+            "--config",
+            str(pair.config),
+            "--deepspeed",
+            ZERO2,
+            "--resume",
+            "auto",
+            "run.run_name=launched",
+            "--quiet",
+        ]
         command = [*launcher, *script, *run]
         return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
 

@@ -141,11 +141,11 @@ def test_every_script_is_valid_bash_and_stops_at_errors() -> None:
 
 def test_a_node_runs_deepspeed_with_the_config_and_hands_the_rest_to_training(machine: Machine) -> None:
     machine.program("deepspeed")
-    done = machine.run(NODE, "mine.yaml", "--gpus", "4", "run.name=a b", "--port", "29511", "--resume", "auto")
+    done = machine.run(NODE, "mine.yaml", "--gpus", "4", "run.run_name=a b", "--port", "29511", "--resume", "auto")
     assert done.returncode == 0, done.stderr
     command = ["--num_gpus", "4", "--master_port", "29511", *MODULE, "mine.yaml"]
-    assert machine.calls_of("deepspeed") == [[*command, "--deepspeed", ZERO2, "run.name=a b", "--resume", "auto"]]
-    assert done.stdout == f"+ deepspeed {' '.join(command)} --deepspeed {ZERO2} run.name=a\\ b --resume auto\n"
+    assert machine.calls_of("deepspeed") == [[*command, "--deepspeed", ZERO2, "run.run_name=a b", "--resume", "auto"]]
+    assert done.stdout == f"+ deepspeed {' '.join(command)} --deepspeed {ZERO2} run.run_name=a\\ b --resume auto\n"
 
 
 def test_a_node_uses_all_accelerators_and_the_deepspeed_file_it_is_given(machine: Machine) -> None:
@@ -193,10 +193,10 @@ def test_hosts_run_deepspeed_over_the_hostfile(machine: Machine, tmp_path: Path)
     machine.program("deepspeed", "exit 3")
     hosts = tmp_path / "hosts"
     hosts.write_text("# two\nworker-1 slots=8\n\nworker-2 slots=4  # smaller", encoding="utf-8")
-    done = machine.run(HOSTS, str(hosts), "mine", "train.steps=5", "--resume", "auto")
+    done = machine.run(HOSTS, str(hosts), "mine", "train.max_steps=5", "--resume", "auto")
     assert done.returncode == 3
     command = ["--hostfile", str(hosts), "--force_multi", "--master_port", "29500", *MODULE]
-    rest = ["mine", "--deepspeed", ZERO2, "train.steps=5", "--resume", "auto"]
+    rest = ["mine", "--deepspeed", ZERO2, "train.max_steps=5", "--resume", "auto"]
     assert machine.calls_of("deepspeed") == [[*command, *rest]]
     assert done.stdout.splitlines()[0] == "2 machines, 12 processes"
 
@@ -225,13 +225,13 @@ def test_a_bad_hostfile_is_refused(machine: Machine, tmp_path: Path, text: str, 
 
 def test_slurm_starts_one_process_a_task_that_knows_its_rank(machine: Machine) -> None:
     machine.slurm()
-    done = machine.run(SLURM, "mine", "--deepspeed", "z3.json", "run.name=a b")
+    done = machine.run(SLURM, "mine", "--deepspeed", "z3.json", "run.run_name=a b")
     assert done.returncode == 0, done.stderr
     (srun,) = machine.calls_of("srun")
     assert srun[:4] == ["--kill-on-bad-exit=0", "--wait=90", "bash", "-c"]
     train = ["-u", "-m", "launch.train", "mine", "--deepspeed", "z3.json", "--resume", "auto"]
-    assert srun[5:] == ["rank", "py", *train, "run.name=a b"]
-    assert machine.calls_of("py") == [[*train, "run.name=a b"]]
+    assert srun[5:] == ["rank", "py", *train, "run.run_name=a b"]
+    assert machine.calls_of("py") == [[*train, "run.run_name=a b"]]
     assert machine.calls_of("rank") == [["5", "1", "16"]]
     assert "MASTER_ADDR=node-a MASTER_PORT=24711\n" in done.stdout
 
@@ -320,10 +320,10 @@ def test_slurms_directives_stand_before_the_first_command() -> None:
 
 TINY = """
 model: {{name: {model}, device: cpu}}
-data: {{set: {data}, test_splits: [test]}}
-train: {{steps: 40, ambiguous: 16, unambiguous: 4, fisher_batches: 1, threads: 1}}
-evaluation: {{every: 20, scales: [0.0, 1.0], bootstrap: 20}}
-run: {{folder: {runs}}}
+data: {{set: {data}}}
+train: {{max_steps: 40, ambiguous: 16, unambiguous: 4, optimizer: {{fisher_batches: 1}}}}
+evaluation: {{eval_steps: 20, scales: [0.0, 1.0]}}
+run: {{output_dir: {runs}}}
 """
 # srun on one node with two tasks, and its siblings, without Slurm.
 TWO_TASKS = """
@@ -395,7 +395,7 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(machine: Machine, tmp_p
     hosts = tmp_path / "hosts"
     hosts.write_text("a slots=2\n", encoding="utf-8")
     first = [str(hosts)] if script == HOSTS else []
-    done = machine.run(script, *first, "mine", "--dry-run", "train.steps=5")
+    done = machine.run(script, *first, "mine", "--dry-run", "train.max_steps=5")
     assert done.returncode == 0, done.stderr
     assert re.search(r"^\+ (deepspeed|srun) .*launch\.train mine .*train\.steps=5$", done.stdout, re.M)
     assert {call[0] for call in machine.calls()} <= {"py"}  # which says where the configs are

@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_sigterm_exits_with_75_and_the_same_command_goes_on(tmp_path: Path, model_folder: Path) -> None:
-    config = write_config(tmp_path, model_folder, train__steps=60, evaluation__every=20, run__save_every=7)
-    whole = train(load_config(str(config), ["run.name=whole"]), name="x", quiet=True).folder
+    config = write_config(tmp_path, model_folder, train__max_steps=60, evaluation__eval_steps=20, run__save_steps=7)
+    whole = train(load_config(str(config), ["run.run_name=whole"]), name="x", quiet=True).folder
     # As a launcher starts it: the file itself, with --config, in a process with hash seeds of its own.
     options = ["--local_rank=0", "--config", str(config), "--resume", "auto", "--quiet"]
     command = [sys.executable, "launch/train.py", *options]

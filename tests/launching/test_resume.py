@@ -121,21 +121,22 @@ def test_how_often_is_saved_changes_nothing_but_what_is_done_again(
         if self.steps_done == 4:
             raise Killed
 
-    config = config_of(tmp_path, model_folder, run__save_every=3)
+    config = config_of(tmp_path, model_folder, run__save_steps=3)
     with monkeypatch.context() as patch:
         patch.setattr(SteeringPPO, "train", killed)
         with pytest.raises(Killed):
             train(config, name="x", quiet=True)
     states = tmp_path / "runs" / "letters" / "state"
     assert [path.name for path in saved_states(states)] == ["step-3.safetensors", "step-2.safetensors"]
-    config = config_of(tmp_path, model_folder, run__save_every=1)  # not what a run is made of: it may change
+    config = config_of(tmp_path, model_folder, run__save_steps=1)  # not what a run is made of: it may change
     result = train(config, name="x", resume=True, quiet=True)
     assert load_config(str(result.folder / "config.yaml")) == config
     assert outcome(result.folder) == outcome(run[1].folder)
 
 
 def test_deterministic_mode_is_for_the_run_only(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, train__deterministic=True, train__steps=2)
+    config = config_of(tmp_path, model_folder, train__max_steps=2)
+    config = config.model_copy(update={"train": config.train.model_copy(update={"full_determinism": True})})
     first = train(config, name="x", quiet=True)
     assert not torch.are_deterministic_algorithms_enabled()
     before = outcome(first.folder)
@@ -143,7 +144,7 @@ def test_deterministic_mode_is_for_the_run_only(tmp_path: Path, model_folder: Pa
 
 
 def test_a_finished_run_can_be_measured_again(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=2)
+    config = config_of(tmp_path, model_folder, train__max_steps=2)
     first = train(config, name="x", quiet=True)
     before = outcome(first.folder)
     (first.folder / "curve.json").unlink()
@@ -177,7 +178,7 @@ def test_sigterm_while_the_model_is_loaded_changes_nothing(
 def test_an_interrupt_while_measuring_keeps_what_was_learned(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=2)
+    config = config_of(tmp_path, model_folder, train__max_steps=2)
     with monkeypatch.context() as patch:
         patch.setattr(launch.run.train, "scale_figure", lambda *_, **__: os.kill(os.getpid(), number))
         with pytest.raises(Stopped, match="interrupted; .*letters has what was done; go on .* --resume") as caught:
@@ -225,7 +226,7 @@ def test_auto_starts_a_run_that_was_killed_before_it_had_anything(
 
 
 def test_auto_drops_no_results(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=1)
+    config = config_of(tmp_path, model_folder, train__max_steps=1)
     folder = train(config, name="x", quiet=True).folder
     shutil.rmtree(folder / "state")
     before = contents(folder)
@@ -238,12 +239,12 @@ def test_auto_drops_no_results(tmp_path: Path, model_folder: Path) -> None:
 
 
 def test_another_config_cannot_resume(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=1)
+    config = config_of(tmp_path, model_folder, train__max_steps=1)
     folder = train(config, name="x", quiet=True).folder
     before = contents(folder)
-    other = config_of(tmp_path, model_folder, train__steps=2, train__seed=3)
+    other = config_of(tmp_path, model_folder, train__max_steps=2, train__seed=3)
     for resume in (True, "auto"):
-        with pytest.raises(RunError, match="with another config: train.steps was 1 and is 2 .and 1 more.; give the"):
+        with pytest.raises(RunError, match="with another config: train.max_steps was 1 and is 2 .and 1 more."):
             train(other, name="x", resume=resume)
     shutil.rmtree(folder / "state")
     for name in ("validation.json", "curve.json", "curve.png", "report.md"):
@@ -255,7 +256,7 @@ def test_another_config_cannot_resume(tmp_path: Path, model_folder: Path) -> Non
 
 
 def test_other_decisions_or_a_damaged_state_cannot_resume(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=1)
+    config = config_of(tmp_path, model_folder, train__max_steps=1)
     folder = train(config, name="x", quiet=True).folder
     before = contents(folder)
     data = Path(config.data.set).read_text()
@@ -279,7 +280,7 @@ def test_other_decisions_or_a_damaged_state_cannot_resume(tmp_path: Path, model_
 def test_a_run_of_another_version_is_refused(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=1)
+    config = config_of(tmp_path, model_folder, train__max_steps=1)
     before = contents(train(config, name="x", quiet=True).folder)
     was = dso.__version__
     monkeypatch.setattr(dso, "__version__", "7.0")

@@ -21,7 +21,7 @@ from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
-from launch.config.schema import ConfigError, TrainConfig, TrainSection, load_config, resolved_yaml
+from launch.config.schema import ConfigError, TrainConfig, load_config, resolved_yaml
 from launch.run.measure import by_template, scale_points
 from launch.run.session import open_session, schedule
 from launch.run.train import Result, train
@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> tuple[T
 
 def test_the_folder_of_a_run(run: tuple[TrainConfig, Result]) -> None:
     config, result = run
-    assert result.folder == Path(config.run.folder) / "letters"
+    assert result.folder == Path(config.run.output_dir) / "letters"
     assert contents(result.folder).keys() == FILES
     assert load_config(str(result.folder / "config.yaml")) == config
     assert (result.folder / "curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -111,7 +111,7 @@ def test_the_best_candidate_inside_the_constraints_is_shipped(
 def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
     tmp_path: Path, model_folder: Path
 ) -> None:
-    free = train(config_of(tmp_path / "free", model_folder, train__steps=2), name="x", quiet=True)
+    free = train(config_of(tmp_path / "free", model_folder, train__max_steps=2), name="x", quiet=True)
     spent = json.loads((free.folder / "validation.json").read_text())[-1]["kl"]
     budget = spent / 10
     config = config_of(
@@ -119,7 +119,7 @@ def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
         model_folder,
         constraints__kl_budget=budget,
         evaluation__training_decisions=8,
-        train__steps=2,
+        train__max_steps=2,
     )
     result = train(config, name="x", quiet=True)
     history = json.loads((result.folder / "validation.json").read_text())
@@ -140,9 +140,9 @@ def test_the_kl_of_training_decisions_is_measured_where_it_is_asked_for(tmp_path
     for name, options, measured in (
         ("none", {}, False),
         ("budget", asked, True),
-        ("price", asked | {"constraints__kl_budget": None, "constraints__kl_coefficient": 0.1}, False),
+        ("price", {"constraints__kl_budget": None, "constraints__beta": 0.1}, False),
     ):
-        config = config_of(tmp_path / name, model_folder, train__steps=1, **options)
+        config = config_of(tmp_path / name, model_folder, train__max_steps=1, **options)
         history = json.loads((train(config, name="x", quiet=True).folder / "validation.json").read_text())
         assert [row["training_kl"] is not None for row in history] == [measured] * len(history)
         if measured:
@@ -168,14 +168,14 @@ def test_decisions_by_template_are_as_even_as_can_be() -> None:
 
 
 def test_scales_beyond_one_are_measured_and_allowed(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=1, evaluation__scales=[0.5, 1.5])
+    config = config_of(tmp_path, model_folder, train__max_steps=1, evaluation__scales=[0.5, 1.5])
     result = train(config, name="x", quiet=True)
     assert [point.scale for point in result.points] == [0.0, 0.5, 1.5]  # the base is always there
     assert Steering.from_pretrained(result.folder / "steering").config.scale_range == (0.0, 1.5)
 
 
 def test_contexts_of_one_unit_are_selected_by_their_bias_as_measured(tmp_path: Path, model_folder: Path) -> None:
-    config = config_of(tmp_path, model_folder, train__steps=2)
+    config = config_of(tmp_path, model_folder, train__max_steps=2)
     data = load_decisions(config.data.set)
     only = [d for d in data if d.split != "validation" or not d.ambiguous or d.unit == "0"]
     type(data)(tuple(only), data.groups).write_jsonl(config.data.set)
@@ -191,20 +191,16 @@ def test_contexts_of_one_unit_are_selected_by_their_bias_as_measured(tmp_path: P
 
 
 def test_a_session_is_what_the_config_says(tmp_path: Path, model_folder: Path) -> None:
-    anchors = tmp_path / "anchors.txt"
-    anchors.write_text("It rains.\n\n  Two and two \nOnce\n", encoding="utf-8")
     config = config_of(
         tmp_path,
         model_folder,
         steering__operator="low_rank",
         steering__rank=2,
         steering__sites=[r"model\.norm", r".*input_layernorm"],
-        constraints__anchors=str(anchors),
         data__target={"female": 0.3, "male": 0.7},
         train__estimator="ppo",
-        train__ppo_epochs=3,
-        train__clip_range=0.3,
-        train__betas=[0.5, 0.75],
+        train__ppo__n_epochs=3,
+        train__ppo__clip_range=0.3,
         train__baseline="value",
         constraints__sparsity=0.25,
     )
@@ -217,37 +213,28 @@ def test_a_session_is_what_the_config_says(tmp_path: Path, model_folder: Path) -
     ]
     assert session.steering.config.target == (0.3, 0.7)
     assert session.steering.operators["model.norm"].u.shape == (16, 2)
-    assert trainer.task.anchors == ("It rains.", "Two and two", "Once")
-    assert trainer.anchors == 2  # a sixth of the 16 ambiguous decisions
     assert trainer.task.target.tolist() == pytest.approx([0.3, 0.7])
     assert (trainer.estimator, trainer.n_epochs, trainer.clip_range(1.0), trainer.sparsity) == ("ppo", 3, 0.3, 0.25)
-    assert trainer.policy.optimizer.param_groups[0]["betas"] == (0.5, 0.75)
+    assert trainer.policy.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
     assert trainer.policy.value_head is not None
     assert isinstance(trainer.kl, KLBudget)
-    assert (trainer.kl.budget, trainer.kl.coefficient) == (0.2, pytest.approx(0.1))
+    assert (trainer.kl.budget, trainer.kl.coefficient) == (0.2, pytest.approx(0.5))
     assert trainer.env.num_envs == 20
     assert {d.split for d in trainer.task.decisions} == {"train"}
 
 
 def test_a_fixed_price_instead_of_a_budget(tmp_path: Path, model_folder: Path) -> None:
-    options = {"constraints__kl_budget": None, "constraints__kl_coefficient": 0.7}
+    options = {"constraints__kl_budget": None, "constraints__beta": 0.7}
     kl = open_session(config_of(tmp_path, model_folder, **options)).trainer.kl
     assert isinstance(kl, FixedKL)
     assert kl.coefficient == 0.7
 
 
-def test_schedules_by_hand() -> None:
-    left = [1.0, 0.75, 0.5, 0.0]
-    constant, linear, cosine = (
-        [schedule(TrainSection(learning_rate=2.0, schedule=name, warmup=0.0))(x) for x in left]
-        for name in ("constant", "linear", "cosine")
-    )
-    assert constant == [2.0] * 4
-    assert linear == pytest.approx([2.0, 2 * (0.05 + 0.95 * 0.75), 2 * (0.05 + 0.95 * 0.5), 0.1])
-    assert cosine == pytest.approx([2.0, 2 * (0.05 + 0.95 * (2 + 2**0.5) / 4), 2 * (0.05 + 0.95 * 0.5), 0.1])
-    warm = schedule(TrainSection(learning_rate=2.0, schedule="linear", warmup=0.5))
-    assert [warm(x) for x in (1.0, 0.75, 0.5, 0.25, 0.0)] == pytest.approx(
-        [0.1, 1.0, 2.0, 2 * (0.05 + 0.95 * 0.5), 0.1]
+def test_the_schedule_by_hand() -> None:
+    rate = schedule(2.0)
+    third = 2 * (0.05 + 0.95 * (0.5 + math.cos(math.pi / 3) / 2))
+    assert [rate(left) for left in (1.0, 0.95, 0.9, 0.6, 0.45, 0.0)] == pytest.approx(
+        [0.1, 1.0, 2.0, third, 2 * (0.05 + 0.95 * 0.5), 0.1]
     )
 
 
@@ -256,7 +243,7 @@ def unusable(tmp_path: Path, model_folder: Path, **options: Any) -> str:
     config = config_of(tmp_path, model_folder, **options)
     with pytest.raises(UserError) as caught:
         train(config, name="x")
-    assert not Path(config.run.folder).exists()
+    assert not Path(config.run.output_dir).exists()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -268,29 +255,17 @@ def unusable(tmp_path: Path, model_folder: Path, **options: Any) -> str:
         ({"model__device": "gpu"}, "model.device: 'gpu' cannot be used: "),
         ({"data__set": "./no.jsonl"}, "no.jsonl: cannot be read: No such file"),
         ({"data__options": {"pairs": 3}}, "unknown option 'pairs'"),
-        ({"data__groups": ["female", "x"]}, "has unknown group 'male'; known are abstain, female, x"),
+        ({"data__options": {"groups": ["female", "x"]}}, "unknown group 'male'; known are abstain, female, x"),
         ({"data__target": {"women": 0.5, "men": 0.5}}, "the target names groups ['men', 'women']"),
-        ({"data__train_split": "traim"}, "no decision with split='traim'"),
-        ({"data__test_splits": ["tset"]}, "no decision with split='tset'"),
         ({"steering__sites": ["(", "x"]}, "steering: site pattern '(' is no regular expression"),
         ({"steering__sites": ["nothing"]}, "steering: site pattern 'nothing' matches no norm"),
         ({"steering__operator": "low_rank", "steering__rank": 17}, "steering: rank is 17, expected 1 to 16"),
-        ({"constraints__anchors": "./none.txt"}, "constraints.anchors: ./none.txt: cannot be read: No such file"),
     ],
 )
 def test_what_a_run_cannot_be_made_of_is_refused_before_anything_is_written(
     tmp_path: Path, model_folder: Path, options: dict[str, Any], message: str
 ) -> None:
     assert message in unusable(tmp_path, model_folder, **options)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"), [(b"\n  \n", "holds no text"), (b"one\n\xff\n", "not valid UTF-8 at byte 4")]
-)
-def test_anchors_that_are_no_texts_are_refused(tmp_path: Path, model_folder: Path, text: bytes, reason: str) -> None:
-    path = tmp_path / "anchors.txt"
-    path.write_bytes(text)
-    assert reason in unusable(tmp_path, model_folder, constraints__anchors=str(path))
 
 
 def test_a_split_without_facts_to_mix_in_is_refused(tmp_path: Path, model_folder: Path) -> None:

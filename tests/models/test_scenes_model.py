@@ -120,8 +120,13 @@ def test_the_benchmark_trains_measures_and_draws(
         name, pictures=pictures, units={"test": 12}, unambiguous={"test": 12}, **options
     ))  # fmt: skip
     small = "{association: gender, units: {train: 12, validation: 4}, unambiguous: {train: 4, validation: 4}}"
-    overrides = [f"data.options={small}", "train.steps=12", "train.unambiguous=8", "train.fisher_batches=2"]
-    overrides.append("evaluation.every=4")
+    overrides = [
+        f"data.options={small}",
+        "train.max_steps=12",
+        "train.unambiguous=8",
+        "train.optimizer.fisher_batches=2",
+    ]
+    overrides.append("evaluation.eval_steps=4")
     arguments = argparse.Namespace(
         only=None, seeds="0", overrides=overrides, results=str(tmp_path), sheet=str(tmp_path / "sheet.png")
     )

@@ -63,7 +63,7 @@ def test_one_process_imports_nothing_of_a_launcher(tmp_path: Path, model_folder:
     source = f"""
 import sys
 from launch.cli import main
-assert main(["train", {str(config)!r}, "train.steps=1", "--quiet"]) == 0
+assert main(["train", {str(config)!r}, "train.max_steps=1", "--quiet"]) == 0
 assert "torch" in sys.modules and "deepspeed" not in sys.modules, "deepspeed was imported"
 import torch.distributed
 assert not torch.distributed.is_initialized()
@@ -214,7 +214,7 @@ def test_checkpointing_keeps_less_for_the_backward_pass() -> None:
 def test_a_run_with_checkpointing_is_the_run_without(tmp_path: Path, model_folder: Path) -> None:
     found = []
     for wanted in (False, True):
-        options = {"train__gradient_checkpointing": wanted, "run__name": str(wanted), "train__steps": 2}
+        options = {"train__gradient_checkpointing": wanted, "run__run_name": str(wanted), "train__max_steps": 2}
         config = write_config(tmp_path, model_folder, **options)
         assert cli.main(["train", str(config), "--quiet"]) == 0
         found.append((tmp_path / "runs" / str(wanted) / "metrics.jsonl").read_bytes())
@@ -302,7 +302,7 @@ def test_what_agrees_with_the_config_is_taken(tmp_path: Path) -> None:
     }  # fmt: skip
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(settings), encoding="utf-8")
-    found = read_deepspeed(path, config_of(train__accumulation=2, model__dtype="bfloat16"), 2)
+    found = read_deepspeed(path, config_of(train__gradient_accumulation_steps=2, model__dtype="bfloat16"), 2)
     assert found == {"steps_per_print": 5, "zero_optimization": {"stage": 2}}
     assert "bf16" not in complete(found, 2, 2, 1.0, 8)  # the operators stay float32
 
@@ -315,9 +315,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "bf16": ({"bf16": {"enabled": True}}, "bf16 is switched on, but model.dtype is float32; make them agree"),
     "no object": ({"bf16": True}, "bf16: expected an object, found bool"),
     "fp16": ({"fp16": {"enabled": True}}, "fp16 is switched on, but model.dtype is float32"),
-    "optimizer": ({"optimizer": {"type": "Adam"}}, "optimizer: the optimiser is set by train.learning_rate"),
-    "scheduler": ({"scheduler": {}}, "scheduler: the learning rate is set by train.schedule"),
+    "optimizer": ({"optimizer": {"type": "Adam"}}, "optimizer: the optimiser is set by train.optimizer"),
+    "scheduler": ({"scheduler": {}}, "scheduler: the learning rate is set by train.optimizer.l"),
     "stage": ({"zero_optimization": {"stage": 4}}, r"zero_optimization.stage must be one of \(0, 1, 2, 3\)"),
+    "truth": ({"zero_optimization": {"stage": True}}, r"stage must be one of \(0, 1, 2, 3\), found true"),
+    "misspelt": (
+        {"zero_optimization": {"overlap_com": True}},
+        "overlap_com: DeepSpeed has no such key; did you mean",
+    ),
     "offload": ({"zero_optimization": {"stage": 2, "offload_optimizer": {}}}, "offload_optimizer: .* remove it"),
     "unknown": ({"zero_optimisation": {}}, "zero_optimisation: not used here; remove it"),
     "list": ([1], "expected a JSON object, found list"),
@@ -347,7 +352,7 @@ def test_more_processes_than_decisions_are_refused(tmp_path: Path) -> None:
     assert read_deepspeed(JSONS[0], few, 8)
     with pytest.raises(LaunchError, match="a step has 8 decisions, too few to divide among 9 processes; start fewer"):
         read_deepspeed(JSONS[0], few, 9)
-    parts = config_of(train__ambiguous=6, train__unambiguous=2, train__accumulation=3)
+    parts = config_of(train__ambiguous=6, train__unambiguous=2, train__gradient_accumulation_steps=3)
     with pytest.raises(LaunchError, match="too few to divide among 4 processes x 3 parts"):
         read_deepspeed(JSONS[0], parts, 4)
 

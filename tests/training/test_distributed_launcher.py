@@ -52,7 +52,7 @@ def launch(*words: str) -> subprocess.CompletedProcess:
 def together(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[str, Any]:
     """What two processes found, and how a run ended of which one could not go on."""
     out = tmp_path_factory.mktemp("together")
-    config = write_config(out, model_folder, run__timeout=worker.TIMEOUT)
+    config = write_config(out, model_folder, run__ddp_timeout=worker.TIMEOUT)
     (out / "zero2.json").write_bytes((ROOT / "configs" / "deepspeed" / "zero2.json").read_bytes())
     started = time.monotonic()
     done = launch("tests/helpers/distributed_worker.py", str(out), *worker.CASES, "--fail", str(config))
@@ -142,17 +142,17 @@ def test_what_aborts_at_the_end_of_one_of_several_processes_does_not_fail_the_jo
 
 def test_a_run_of_two_processes_is_that_of_one(tmp_path: Path, model_folder: Path) -> None:
     """ZeRO-3 divides the weights as they are loaded; layers are checkpointed and a step is learned in two parts."""
-    options = {"train__gradient_checkpointing": True, "train__accumulation": 2, "train__adam_eps": 1e-3}
-    config = write_config(tmp_path, model_folder, **options, run__timeout=worker.TIMEOUT)
+    options = {"train__gradient_checkpointing": True, "train__gradient_accumulation_steps": 2}
+    config = write_config(tmp_path, model_folder, **options, run__ddp_timeout=worker.TIMEOUT)
     settings = json.loads((ROOT / "configs" / "deepspeed" / "zero3.json").read_text(encoding="utf-8"))
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # weights of this size would stay whole
     file = tmp_path / "zero3.json"
     file.write_text(json.dumps(settings), encoding="utf-8")
     script = ["launch/train.py", "--config", str(config), "--deepspeed", str(file)]
-    done = launch(*script, "run.name=two", "--quiet")
+    done = launch(*script, "run.run_name=two", "--quiet")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.count("dso generate") == 1  # the first process prints the result
-    assert main(["train", str(config), "run.name=one", "--quiet"]) == 0
+    assert main(["train", str(config), "run.run_name=one", "--quiet"]) == 0
     one, two = (tmp_path / "runs" / name for name in ("one", "two"))
     tensors = [read_checkpoint(folder / "steering")[1] for folder in (one, two)]
     for key, value in tensors[0].items():

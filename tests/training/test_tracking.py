@@ -22,8 +22,9 @@ from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.intervals import Estimate
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
+from launch.config.keys import build
 from launch.config.reading import ConfigError
-from launch.config.schema import WandbSection, known_configs, load_config
+from launch.config.schema import TrainConfig, known_configs, load_config
 from trainers.tracking import weights_and_biases
 from trainers.tracking.records import SAMPLE_COLUMNS, curve_records, decision_samples, scalars, without_credentials
 from trainers.tracking.tracker import TensorBoardTracker, Tracker, check_tracker, open_tracker
@@ -147,7 +148,7 @@ def test_no_tracker_where_none_is_wanted(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", [name for name in known_configs() if "/" in load_config(name).model.name])
 def test_runs_of_published_models_are_tracked_online_with_a_key_and_offline_without(name: str) -> None:
     config = load_config(name)
-    assert (config.run.tracking, config.run.wandb.mode) == ("wandb", "auto")
+    assert (config.run.report_to, config.run.wandb.mode) == ("wandb", "auto")
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_way_out(monkeypatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     check_tracker("none")
     with pytest.raises(
-        UserError, match=r"run.tracking: tensorboard is not installed; pip install 'dso\[tensorboard\]'"
+        UserError, match=r"run.report_to: tensorboard is not installed; pip install 'dso\[tensorboard\]'"
     ):
         check_tracker("tensorboard")
     with pytest.raises(UserError, match=r"pip install 'dso\[train\]'"):
@@ -219,7 +220,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_the_way_out(monkeypatch
 )
 def test_settings_that_the_server_would_refuse_are_refused_at_once(values: dict, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
-        WandbSection(**values)
+        build(TrainConfig, {"run": {"report_to": "wandb", "wandb": values}})
 
 
 def test_tensorboard_holds_the_scalars(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ SECRETS = {"HF_TOKEN": "hf_never-to-be-seen-anywhere", "AWS_SECRET_ACCESS_KEY": 
 
 
 def config_of(folder: Path, model: Path, **wandb: Any) -> TrainConfig:
-    path = write_config(folder, model, run__tracking="wandb", run__wandb={"tags": ["test"]} | wandb)
+    path = write_config(folder, model, run__report_to="wandb", run__wandb={"tags": ["test"]} | wandb)
     return load_config(str(path))
 
 
@@ -166,7 +166,7 @@ def test_a_resumed_run_has_the_same_id_and_its_whole_history(
 ) -> None:
     clean_environment(monkeypatch, tmp_path / "home")
     config = config_of(tmp_path, model_folder, timeout=120.0)  # how long an early end waits for a busy machine
-    folder = Path(config.run.folder) / "letters"
+    folder = Path(config.run.output_dir) / "letters"
     before = launch.run.train.learn
 
     def interrupted(session: Any, *arguments: Any, **options: Any) -> float:
@@ -374,7 +374,7 @@ def test_an_error_ends_the_run_as_failed_also_that_of_a_sweep(
     monkeypatch.setattr(launch.run.train, "_measure", broken)
     with pytest.raises(RuntimeError, match="the measurement broke"):
         train(config, name="unused", quiet=True)
-    folder = Path(config.run.folder) / "letters"
+    folder = Path(config.run.output_dir) / "letters"
     logged = read(offline_runs(folder)[0])
     assert logged.exit_code == 1
     assert (logged.run.run_id, logged.run.sweep_id, logged.run.project) == ("1e234567", "swept", "of-the-sweep")

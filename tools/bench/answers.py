@@ -15,7 +15,7 @@ from dso.evaluation.report import ScalePoint, interval_text
 from dso.files import write_text
 from dso.steering.model import Steering
 from launch.commands.common import quieten
-from launch.config.freeform import FreeformConfig, load_freeform
+from launch.config.schema import TrainConfig, load_config
 from launch.run.answer_session import open_answers
 from launch.run.freeform import measure, train
 from tools.bench.sweeps import RUNS, finished
@@ -30,8 +30,8 @@ def freeform(arguments: argparse.Namespace) -> None:
     rows: list[Row] = []
     for seed in (int(part) for part in arguments.seeds.split(",")):
         name = f"freeform-{Path(arguments.config).stem}-s{seed}"
-        places = [f"run.folder={RUNS}", f"run.name={name}", f"train.seed={seed}"]
-        config = load_freeform(arguments.config, [*arguments.overrides, *places])
+        places = [f"run.output_dir={RUNS}", f"run.run_name={name}", f"train.seed={seed}"]
+        config = load_config(arguments.config, [*arguments.overrides, *places])
         points = _trained(config, RUNS / name)
         rows += [("base", points[0])] if not rows else []
         rows.append((f"{config.train.estimator} s{seed}", points[-1]))
@@ -55,13 +55,13 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _trained(config: FreeformConfig, folder: Path) -> list[ScalePoint]:
+def _trained(config: TrainConfig, folder: Path) -> list[ScalePoint]:
     """The curve of a run, which is made unless it is there."""
     if finished(folder, config) and (folder / "curve.json").exists():
         return [ScalePoint.from_json(record) for record in json.loads((folder / "curve.json").read_text("utf-8"))]
     return train(config, name=folder.name, overwrite=True).points
 
 
-def _measured(config: FreeformConfig, source: str) -> ScalePoint:
+def _measured(config: TrainConfig, source: str) -> ScalePoint:
     session = open_answers(config, World(), steering=Steering.from_pretrained(source))
     return measure(session, scales=[0.0, 1.0])[2][1]

@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
             sweep.add_argument("--sheet", default="docs/scenes.png", help="where the pictures with answers are written")
 
     freeform = names.add_parser("freeform", help="written answers before and after")
-    freeform.add_argument("--config", default="smollm2-roles", help="name in configs/freeform (default: smollm2-roles)")
+    freeform.add_argument("--config", default="smollm2-roles-freeform", help="(default: smollm2-roles-freeform)")
     freeform.add_argument("--seeds", default="0")
     freeform.add_argument("--also", action="append", default=[], metavar="STEERING", help="measure this one too")
     freeform.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")

@@ -34,18 +34,17 @@ CONFIG = "smollm2-estimators"
 PUBLISHED = (
     "train.estimator=reinforce",
     "train.reward=sign",
-    "train.hard_preference=true",
-    "train.preference=context",
-    "train.batch_weight=1.0",
+    "train.preference.hard=true",
+    "train.preference.estimate=context",
+    "train.preference.batch_weight=1.0",
     "train.baseline=none",
     "train.unambiguous=0",
-    "train.fisher_batches=0",
-    "train.adam_eps=1e-8",
+    "train.optimizer.fisher_batches=0",
 )
 VARIANTS = (
     Variant("expected", ()),
     Variant("reinforce", ("train.estimator=reinforce",)),
-    Variant("ppo", ("train.estimator=ppo", "train.ppo_epochs=2")),
+    Variant("ppo", ("train.estimator=ppo", "train.ppo.n_epochs=2")),
     Variant("published", PUBLISHED),
 )
 HALVED = ("bias", "gap")

@@ -89,7 +89,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _measured(arguments: argparse.Namespace, count: int, checkpointed: bool, threads: int) -> dict[str, Any]:
     """What the first of ``count`` processes measures."""
-    overrides = [f"train.threads={threads}", f"train.gradient_checkpointing={str(checkpointed).lower()}"]
+    overrides = [f"train.gradient_checkpointing={str(checkpointed).lower()}"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "row.json"
         words = ["--steps", str(arguments.steps), "--out", str(out), arguments.config, *overrides, *arguments.overrides]
@@ -98,7 +98,8 @@ def _measured(arguments: argparse.Namespace, count: int, checkpointed: bool, thr
             launcher = Path(sys.executable).with_name("deepspeed")
             start = [str(launcher), "--num_gpus", str(count), "--no_local_rank", "--module", start[-1]]
             words = ["--deepspeed", arguments.deepspeed, *words]
-        done = subprocess.run([*start, *words], capture_output=True, text=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run([*start, *words], capture_output=True, text=True, env=environment)
         if done.returncode or not out.exists():
             raise UserError(f"{count} processes could not be measured:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
         return json.loads(out.read_text()) | {"checkpointed": checkpointed}

@@ -28,7 +28,7 @@ from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from launch.commands.common import quieten
-from launch.config.schema import ConfigError, load_config, read_config
+from launch.config.schema import ConfigError, load_config
 from launch.run.measure import scale_point
 from launch.run.train import learn_only
 
@@ -93,8 +93,8 @@ def train_all(
             folder = RUNS / f"{Path(config_name).stem}-{variant.name}-s{seed}"
             done.append((variant.name, seed, folder))
             settings = [
-                f"run.folder={RUNS}",
-                f"run.name={folder.name}",
+                f"run.output_dir={RUNS}",
+                f"run.run_name={folder.name}",
                 f"train.seed={seed}",
                 *variant.overrides,
                 *arguments.overrides,
@@ -115,7 +115,7 @@ def train_all(
 def finished(folder: Path, config: object) -> bool:
     """Whether a run of this very config is there to its end; one of another config is done again."""
     try:
-        return (folder / "steering").exists() and read_config(type(config), str(folder / "config.yaml")) == config
+        return (folder / "steering").exists() and load_config(str(folder / "config.yaml")) == config
     except ConfigError:
         return False
 

@@ -34,7 +34,8 @@ def step(arguments: argparse.Namespace) -> None:
     sessions: dict[str, Session] = {}
     callbacks: dict[str, BaseCallback] = {}
     for estimator in ("expected", "reinforce", "ppo"):
-        config = load_config(arguments.config, [f"train.estimator={estimator}", "train.ppo_epochs=1"])
+        one_epoch = ["train.ppo.n_epochs=1"] if estimator == "ppo" else []
+        config = load_config(arguments.config, [f"train.estimator={estimator}", *one_epoch])
         sessions[estimator] = open_session(config)
         rows[estimator], bare[estimator] = [], []
         callbacks[estimator] = _prepare(sessions[estimator].trainer)
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Wall time and peak resident memory of ``dso train``, in a process of its own."""
     with tempfile.TemporaryDirectory() as made:
         folder = arguments.folder or made
-        command = [sys.executable, "-m", "launch.cli", "train", arguments.config, f"run.folder={folder}", "--quiet"]
+        command = [sys.executable, "-m", "launch.cli", "train", arguments.config, f"run.output_dir={folder}", "--quiet"]
         started = time.monotonic()
         subprocess.run(command, check=True)
         seconds = time.monotonic() - started

@@ -12,4 +12,4 @@ set -euo pipefail
   exit 2
 }
 # The name is in quotes of its own: an id such as 1e234567 would be read as a number.
-exec dso train "$@" run.tracking=wandb "run.folder=runs/sweep-$WANDB_SWEEP_ID" "run.name=\"$WANDB_RUN_ID\"" --resume auto
+exec dso train "$@" run.report_to=wandb "run.output_dir=runs/sweep-$WANDB_SWEEP_ID" "run.run_name=\"$WANDB_RUN_ID\"" --resume auto
