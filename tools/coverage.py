@@ -217,8 +217,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         base, steered = (np.load(path)["policy"] if path else None for path in (arguments.base, arguments.steered))
         for units in (8, 22, 48, 106):
             record["real"] += resample(base, steered, data, units, arguments.repeats, arguments.draws)
-    write_text(Path(arguments.results), json.dumps(record, indent=1) + "\n")
+    write_text(Path(arguments.results), as_text(record))
     print(tables(record), end="")
+
+
+def as_text(record: Mapping[str, list[dict]]) -> str:
+    """The record as JSON, a line a row, to four digits."""
+    parts = []
+    for name, rows in record.items():
+        rounded = [{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        lines = ",\n".join(json.dumps(row) for row in rounded)
+        parts.append(f"{json.dumps(name)}: [\n{lines}\n]")
+    return "{" + ",\n".join(parts) + "}\n"
 
 
 def tables(record: Mapping[str, list[dict]]) -> str:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import json
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dso.decisions.decision import Candidate, Decision, DecisionSet
-from tools.coverage import Setting, Simulation, resample, settings, shares, simulate, summary
+from tools.coverage import Setting, Simulation, resample, settings, shares, simulate, summary, tables
+
+ROOT = Path(__file__).parents[2]
 
 SLICE = (
     Setting(8, 22, 0.3, 0.04),
@@ -61,6 +66,16 @@ def test_real_answers_are_drawn_again_and_the_truth_is_that_of_all() -> None:
     assert {"bias", "gap", "cut of bias", "cut of context_part", "cut of gap"} <= {row["figure"] for row in rows}
     assert all(row["covered"] >= 0.87 for row in rows)
     assert "cut of context_part" in summary(rows, ("units", "scale", "figure"))
+
+
+def test_the_page_has_the_figures_of_the_study_and_none_is_below_what_it_claims() -> None:
+    record = json.loads((ROOT / "docs/results/coverage.json").read_text("utf-8"))
+    assert tables(record).strip() in (ROOT / "docs/coverage.md").read_text("utf-8")
+    assert {Setting(**{f.name: row[f.name] for f in fields(Setting)}) for row in record["simulated"]} == {*settings()}
+    real = [row for row in record["real"] if row["units"] >= 22]
+    assert all(row["covered"] >= 0.91 and row["above"] <= 0.05 for row in real)
+    covered = [row["covered"] for row in record["simulated"]]
+    assert sum(share >= 0.91 for share in covered) >= 0.99 * len(covered)
 
 
 def test_the_study_is_of_everything_that_it_says() -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -497,7 +498,12 @@ def test_inspect_shows_what_a_steering_states(trained: Trained, model_folder: Pa
     assert lines[4] == "scoring      sum of tokens"
     assert lines[5] == "scale        0 to 1"
     assert lines[6] == "coefficients 160, of which 0 are exactly 0"
-    tensors = Steering.from_pretrained(trained.steering).tensors()
+    steering = Steering.from_pretrained(trained.steering)
+    tensors, curve = steering.tensors(), steering.config.scale_curve
+    measured, lines = [line for line in lines if line.startswith("at scale ")], lines[:7] + lines[7 + len(curve) :]
+    assert [float(line.split()[2]) for line in measured] == [point["scale"] for point in curve]
+    assert f"bias {curve[0]['bias']['probability']['bias'][0]:.3f} [" in measured[0] and "cut by" not in measured[0]
+    assert ", cut by " in measured[-1] and "; log-odds " in measured[-1]
     sizes: dict[str, float] = {}
     for key, value in tensors.items():
         sizes[key[:-2]] = sizes.get(key[:-2], 0.0) + float(value.norm())
@@ -505,6 +511,16 @@ def test_inspect_shows_what_a_steering_states(trained: Trained, model_folder: Pa
     assert [line.split()[0] for line in lines[8:]] == largest
     assert f"|a| {tensors[f'{largest[0]}.a'].norm():.3f}  |b| {tensors[f'{largest[0]}.b'].norm():.3f}" in lines[8]
     assert_refused(call("inspect", trained.run), "no steering there")
+
+
+def test_what_an_older_version_measured_is_said_to_be_so(trained: Trained, tmp_path: Path, call: Any) -> None:
+    steering = Steering.from_pretrained(trained.steering)
+    old = {"scale": 1.0, "bias": {"soft": [0.1, 0.0, 0.2], "corrected": [0.1, 0.0, 0.2]}, "kl": 0.1}
+    steering.config = replace(steering.config, scale_curve=(old,))
+    steering.save_pretrained(tmp_path / "old")
+    code, out, err = call("inspect", tmp_path / "old")
+    assert (code, err) == (0, "")
+    assert "measured     by an older version of dso; dso evaluate measures anew" in out
 
 
 # dso decisions
