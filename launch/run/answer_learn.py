@@ -19,8 +19,8 @@ from launch.run.folder import RunError, Stopped, on_main
 from launch.run.learn import validation_row
 from trainers.callbacks import Selection, Validation
 from trainers.stopping import OrderlyStop
+from trainers.tracking.base import Tracker
 from trainers.tracking.jsonlines import JsonLines
-from trainers.tracking.tracker import Tracker
 
 LINE_EVERY = 10  # steps, where the output is piped
 

@@ -22,8 +22,8 @@ from trainers.callbacks import Checkpoints, Measure, Progress, Selection, Valida
 from trainers.ppo import TrainingDiverged
 from trainers.state.saved import SavedState, load_state, save_state, saved_states
 from trainers.stopping import OrderlyStop
+from trainers.tracking.base import Tracker
 from trainers.tracking.jsonlines import JsonLines
-from trainers.tracking.tracker import Tracker
 
 
 class CutShort(Exception):

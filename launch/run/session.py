@@ -38,7 +38,8 @@ from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget
 from trainers.measuring import SharedEvaluator
 from trainers.parallel.ranks import World
 from trainers.ppo import SteeringPPO
-from trainers.tracking.tracker import Tracker, open_tracker
+from trainers.tracking.base import Tracker
+from trainers.tracking.tracker import open_tracker
 from trainers.vec import DecisionVecEnv
 
 

@@ -43,8 +43,9 @@ from launch.run.measure import scale_points
 from launch.run.session import Session, open_run_tracker, open_session
 from trainers.parallel.ranks import World
 from trainers.stopping import OrderlyStop, Preempted
+from trainers.tracking.base import Tracker
 from trainers.tracking.records import decision_samples
-from trainers.tracking.tracker import Tracker, check_tracker
+from trainers.tracking.tracker import check_tracker
 
 __all__ = ["Result", "RunError", "Stopped", "learn_only", "report", "train"]
 

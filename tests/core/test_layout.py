@@ -85,6 +85,61 @@ def test_imports_run_one_way(package: str) -> None:
     assert not wrong
 
 
+def file_imports(path: Path) -> set[Path]:
+    """The files of this project that a file imports, wherever the statement stands."""
+    found: set[Path] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            place = ROOT.joinpath(*name.split("."))
+            found |= {file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()}
+    return found - {path}
+
+
+def circles(graph: dict[Path, set[Path]]) -> list[list[Path]]:
+    """The groups of files of which each reaches each other (Tarjan's strongly connected components)."""
+    number: dict[Path, int] = {}
+    low: dict[Path, int] = {}
+    stack: list[Path] = []
+    found: list[list[Path]] = []
+
+    def visit(path: Path) -> None:
+        number[path] = low[path] = len(number)
+        stack.append(path)
+        for other in sorted(graph.get(path, set())):
+            if other not in number:
+                visit(other)
+            if other in stack:
+                low[path] = min(low[path], low[other])
+        if low[path] == number[path]:
+            group = stack[stack.index(path) :]
+            del stack[stack.index(path) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for path in sorted(graph):
+        if path not in number:
+            visit(path)
+    return found
+
+
+def test_circles_are_found() -> None:
+    a, b, c, d = (Path(name) for name in "abcd")
+    assert circles({a: {b}, b: {c}, c: {b}, d: {a}}) == [[b, c]]
+    assert circles({a: {b, c}, b: {c}, c: set(), d: {a}}) == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    graph = {path: file_imports(path) for path in modules(*ORDER)}
+    found = circles(graph)
+    assert not [" <-> ".join(str(path.relative_to(ROOT)) for path in group) for group in found]
+
+
 def test_the_core_names_no_library_of_training() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"

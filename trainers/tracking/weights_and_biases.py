@@ -25,8 +25,8 @@ from stable_baselines3.common.logger import KVWriter
 
 from dso.evaluation.report import ScalePoint
 from dso.files import write_text
+from trainers.tracking.base import Tracker
 from trainers.tracking.records import SAMPLE_COLUMNS, curve_records, scalars, without_credentials
-from trainers.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     import wandb
