@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dso.decisions.decision import IMAGE_SLOT, Decision, DecisionError
 from dso.decisions.images import ImageFile, find_images
 from dso.errors import UserError
 from dso.models.encoded import Encoded, Positions, answer_positions
-from dso.models.layout import find_layout, positive, row_limit
+from dso.models.layout import Company, find_company, find_layout, positive, row_limit
 from dso.models.loading import load_parts
 from dso.models.prompts import Prompt, chat_template, render_text, template_digest
 from dso.models.scores import Scores, Scoring
@@ -128,6 +129,12 @@ class Backbone:
     def device(self) -> torch.device:
         """Where token ids go."""
         return next(self.model.get_input_embeddings().parameters()).device
+
+    @cached_property
+    def company(self) -> Company:
+        """Which prompts are answered side by side (:func:`dso.models.layout.find_company`); found out when it is first
+        asked for."""
+        return "none" if self.layout == "single" else find_company(self.model, self.device)
 
     def layout_line(self) -> str | None:
         """What is to be said of a layout that is slower than the best one; None where it is the best."""

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,10 +58,12 @@ def find_layout(model: Any, limit: int | None) -> tuple[Layout, str]:
     """
     encoded = probes(model.get_input_embeddings().num_embeddings, limit or 512)
 
-    def run(layout: Layout) -> Tensor:
-        table = score(model, encoded, layout=layout, max_tokens=512, next_token=True).next_token
+    uneven = [replace(e, prompt=e.prompt[number % 4 :]) for number, e in enumerate(encoded)]
+
+    def run(layout: Layout, asked: list[Encoded] = encoded) -> Tensor:
+        table = score(model, asked, layout=layout, max_tokens=512, next_token=True).next_token
         assert table is not None  # it was asked for
-        return table[: len(encoded)]
+        return table[: len(asked)]
 
     padded, reason = _try(lambda: run("padded"))
     if padded is not None:
@@ -76,20 +79,31 @@ def find_layout(model: Any, limit: int | None) -> tuple[Layout, str]:
             if packed is not None and (fault := _differ(packed, padded, limit_of)) is None:
                 return "packed", ""
             reason = reason or f"packed ones change its answers ({fault})"
-    single, failure = _try(lambda: run("single"))
+    single, failure = _try(lambda: run("single", uneven))
     if single is None:
         raise UserError(f"{type(model).__name__} cannot be scored: {failure}")
     if padded is None:
         return "single", reason
-    if fault := _differ(padded, single, limit_of):
+    if fault := _differ(run("padded", uneven), single, limit_of):
         return "single", f"padded ones change its answers ({fault})"
     return "padded", reason
 
 
+Company = Literal["any", "equal", "none"]
+
+
 @torch.no_grad()
-def left_padding_is_exact(model: Any, device: torch.device) -> bool:
-    """Whether a model generates from left-padded prompts of unequal lengths as from each prompt by itself."""
-    prompts = [e.prompt[number % 3 :] for number, e in enumerate(probes(_vocabulary(model), 24))]
+def find_company(model: Any, device: torch.device) -> Company:
+    """Which prompts a model may answer side by side, each as it would by itself: any, padded on the left; those of
+    equal length; none."""
+    if _answered_apart(model, device, 3):
+        return "any"
+    return "equal" if _answered_apart(model, device, 1) else "none"
+
+
+def _answered_apart(model: Any, device: torch.device, lengths: int) -> bool:
+    """Whether prompts of so many lengths are answered side by side as each by itself."""
+    prompts = [e.prompt[number % lengths :] for number, e in enumerate(probes(_vocabulary(model), 24))]
     longest = max(map(len, prompts))
 
     def run(rows: list[tuple[int, ...]]) -> Tensor:
@@ -110,15 +124,16 @@ def _second_tokens(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Log-probabilities (N, 2V) of the next token and of the one behind token 5, which comes next."""
     from transformers import GenerationConfig, LogitsProcessorList
 
-    config = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
+    config = GenerationConfig(
+        max_new_tokens=2, do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
 
     def always(_: Tensor, scores: Tensor) -> Tensor:
         return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([5], device=scores.device), 0.0)
 
     made = model.generate(
-        ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([always]),
-        output_logits=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([always])
+    )
     return torch.cat([logits.float().log_softmax(-1) for logits in made.logits], dim=1)
 
 

@@ -117,6 +117,10 @@ def _apply(tokenizer: Any, template: str | None, messages: Sequence[Any], name: 
     from jinja2 import TemplateError
 
     prefilled = messages[-1]["role"] == "assistant"
+
+    def today(form: str) -> str:
+        return datetime.fromisoformat(date).strftime(form)
+
     try:
         return tokenizer.apply_chat_template(
             list(messages),
@@ -124,7 +128,7 @@ def _apply(tokenizer: Any, template: str | None, messages: Sequence[Any], name: 
             tokenize=False,
             add_generation_prompt=not prefilled,
             continue_final_message=prefilled,
-            strftime_now=datetime.fromisoformat(date).strftime,
+            strftime_now=today,
         )
     except (TemplateError, ValueError, TypeError) as error:  # a template may fail at a form it does not expect
         reason = (str(error).splitlines() or [type(error).__name__])[0]

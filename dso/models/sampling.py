@@ -3,12 +3,14 @@
 Answers are drawn at a temperature from the whole distribution (no nucleus, no top-k: what is sampled from is what the
 policy gradient differentiates), and each ends at an end token or at the length limit. Where packing is exact
 (:mod:`dso.models.packing`) the prompts of a portion pass through the model as one prefix tree, and every answer goes
-on from copies of the keys and values on its prompt's path: what prompts share is computed once.
+on from copies of the keys and values on its prompt's path: what prompts share is computed once. Prompts of different
+lengths are padded on the left where that changes no answer (:mod:`dso.models.layout`), else each length, or each
+prompt, is by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +18,15 @@ from torch import Tensor
 
 from dso.models.backbone import Backbone
 from dso.models.encoded import Encoded
+from dso.models.layout import positive
 from dso.models.packing import pack
 from dso.models.scores import kl_divergence
 from dso.models.scoring import token_logits
 from dso.steering.handle import Handle
 
 Tokens = Sequence[int]
+ROWS = 256
+CACHE_BYTES = 2_000_000_000
 
 
 @torch.no_grad()
@@ -31,14 +36,14 @@ def sample(
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
-    max_rows: int = 256,
+    max_rows: int | None = None,
 ) -> list[list[int]]:
     """One answer to each prompt, as the model is now; a prompt that is given n times gets n answers.
 
     Args:
         prompts: token ids, none empty.
         max_new_tokens, temperature: at least 1, and above 0.
-        max_rows: answers that are written side by side.
+        max_rows: answers that are written side by side; None is as many as 2 GB of keys and values hold, at most 256.
 
     Returns:
         the new tokens of each answer, 1 to ``max_new_tokens``, in the order of the prompts; an end token is the last.
@@ -46,12 +51,34 @@ def sample(
     stop = end_tokens(backbone)
     order = sorted(range(len(prompts)), key=lambda index: tuple(prompts[index]))
     answers: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), max_rows):
-        rows = order[start : start + max_rows]
+    for rows in _portions(backbone, prompts, order, max_new_tokens, max_rows):
         written = _write(backbone, [tuple(prompts[row]) for row in rows], max_new_tokens, stop, temperature)
         for row, tokens in zip(rows, written, strict=True):
             answers[row] = _ended(tokens, stop)
     return answers
+
+
+def _portions(
+    backbone: Backbone, prompts: Sequence[Tokens], order: Sequence[int], new: int, most: int | None
+) -> Iterator[list[int]]:
+    """The prompts that are answered together, in an order that prompts with a common beginning are neighbours in."""
+    lengths: dict[int, list[int]] = {}
+    for row in order:
+        lengths.setdefault(0 if backbone.company == "any" else len(prompts[row]), []).append(row)
+    for rows in lengths.values():
+        longest = max(len(prompts[row]) for row in rows)
+        size = most or max(1, min(ROWS, CACHE_BYTES // (token_bytes(backbone.model) * (longest + new))))
+        size = 1 if backbone.company == "none" else size
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes of the keys and values of one token."""
+    config = model.config.get_text_config()
+    heads = positive(config, "num_attention_heads") or 1
+    width = positive(config, "head_dim") or (positive(config, "hidden_size") or 1) // heads
+    kept = positive(config, "num_key_value_heads") or heads
+    return 2 * (positive(config, "num_hidden_layers") or 1) * kept * width * model.dtype.itemsize
 
 
 def _write(

@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -372,6 +373,19 @@ def test_an_unknown_dtype_is_refused(model_folder):
         Backbone.load(str(model_folder), dtype="int8")
 
 
+def test_what_the_loader_takes_is_passed_on(model_folder):
+    eager = Backbone.load(str(model_folder), attn_implementation="eager")
+    assert eager.model.config._attn_implementation == "eager"
+    placed = Backbone.load(str(model_folder), device_map={"": "cpu"})
+    assert placed.device.type == "cpu" and placed.layout == "packed"
+    with pytest.raises(ModelNotFound, match="could not be loaded.*nowhere"):
+        Backbone.load(str(model_folder), device_map="nowhere")
+    with pytest.raises(UserError, match="device 'cpu' and a device_map or quantization_config: the loader places"):
+        Backbone.load(str(model_folder), device="cpu", device_map="auto")
+    with pytest.raises(UserError, match="device 'cuda:9' cannot be used"):
+        Backbone.load(str(model_folder), device="cuda:9")
+
+
 # ---------------------------------------------------------------- generation
 
 
@@ -402,3 +416,27 @@ def test_generation_passes_options_on(backbone):
     assert len(sampled) > 1
     with pytest.raises(UserError, match="the prompt is empty"):
         backbone.generate("")
+
+
+def test_several_answers_are_a_list(backbone):
+    torch.manual_seed(0)
+    several = backbone.generate("Ann", max_new_tokens=4, do_sample=True, temperature=5.0, num_return_sequences=3)
+    assert isinstance(several, list) and len(several) == 3 and len({*several}) > 1
+    with pytest.raises(UserError, match="generate returns text; for anything else call the model's own generate"):
+        backbone.generate("Ann", return_dict_in_generate=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["packed", "padded", "single"])
+def test_several_threads_score_at_once(layout):
+    backbone = Backbone(tiny_llama(), byte_tokenizer(), layout=layout)
+    decisions = [role("nurse", "Ann", "Bob"), decide("A longer prompt: ", "Ann", "Bob"), role("pilot", "Eve", "Dan")]
+    wanted = [backbone.score([decision], hidden=True) for decision in decisions]
+
+    def ask(number: int) -> bool:
+        place = number % len(decisions)
+        found = backbone.score([decisions[place]], hidden=True)
+        return torch.equal(found.log_probs, wanted[place].log_probs) and torch.equal(found.hidden, wanted[place].hidden)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(120)))
