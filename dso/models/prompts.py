@@ -22,6 +22,7 @@ from dso.decisions.decision import IMAGE_SLOT, Message
 from dso.errors import UserError
 
 Prompt = str | Sequence[Message]
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _LIST = re.compile(r"""["']type["']: *["'](text|image)["']""")
 NO_TEMPLATE = "the prompt is a chat, but the {part} of {name!r} has no chat template; give the prompt as a string"
 
@@ -49,12 +50,13 @@ def render_text(prompt: Prompt, tokenizer: Any, name: str, date: str) -> tuple[s
     """
     if isinstance(prompt, str):
         return prompt, True
-    if not chat_template(tokenizer):
+    template = chat_template(tokenizer)
+    if not template:
         raise UserError(NO_TEMPLATE.format(part="tokenizer", name=name))
     # Words that stand in no prompt, as a message's own may also stand in another one.
     marked = [message | {"content": f"dso{number}message"} for number, message in enumerate(prompt)]
-    kept = _apply(tokenizer, None, marked, name, date)
-    text = _continued(_apply(tokenizer, None, prompt, name, date), prompt, name)
+    kept = _apply(tokenizer, template, marked, name, date)
+    text = _continued(_apply(tokenizer, template, prompt, name, date), prompt, name)
     for message, mark in zip(prompt, marked, strict=True):
         if mark["content"] not in kept or message["content"].strip() not in text:
             raise UserError(
@@ -113,22 +115,32 @@ def render_images(
     raise refusal or UserError(f"the chat template of {name!r} leaves out or moves words or images of the prompt")
 
 
-def _apply(tokenizer: Any, template: str | None, messages: Sequence[Any], name: str, date: str) -> str:
+def _dated(template: str, date: str, name: str) -> str:
+    """A template in which today is the given date.
+
+    Raises:
+        UserError: if it prints the date in a form that is worked out as it is applied.
+    """
+    day = datetime.fromisoformat(date)
+    dated = TODAY.sub(lambda call: repr(day.strftime(call[2])), template)
+    if "strftime_now(" in dated:
+        raise UserError(
+            f"the chat template of {name!r} prints today's date in a form that cannot be held; give prompts as texts"
+        )
+    return dated
+
+
+def _apply(tokenizer: Any, template: str, messages: Sequence[Any], name: str, date: str) -> str:
     from jinja2 import TemplateError
 
     prefilled = messages[-1]["role"] == "assistant"
-
-    def today(form: str) -> str:
-        return datetime.fromisoformat(date).strftime(form)
-
     try:
         return tokenizer.apply_chat_template(
             list(messages),
-            chat_template=template,
+            chat_template=_dated(template, date, name),
             tokenize=False,
             add_generation_prompt=not prefilled,
             continue_final_message=prefilled,
-            strftime_now=today,
         )
     except (TemplateError, ValueError, TypeError) as error:  # a template may fail at a form it does not expect
         reason = (str(error).splitlines() or [type(error).__name__])[0]
