@@ -17,6 +17,7 @@ LOWEST_RATE = 0.05  # share of the learning rate at the first step, and at the e
 MAX_GRAD_NORM = 1e3  # only against a single absurd step: Adam's steps do not grow with the gradient
 FISHER_DAMPING = 0.1  # share of the mean Fisher information that every coordinate has at least
 MAX_SKIPPED = 5  # steps in a row whose numbers are not finite before the run stops
+LEAST_MASS = 0.9  # share of the base's answer mass that a steering keeps on validation, where the config asks for none
 RESAMPLES = 1000  # of an interval
 
 

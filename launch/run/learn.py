@@ -14,7 +14,7 @@ from stable_baselines3.common.logger import Logger
 
 from dso.evaluation.report import ScalePoint
 from dso.files import free_bytes, write_text
-from launch.run.constants import FISHER_DAMPING, aimed_kl
+from launch.run.constants import FISHER_DAMPING, LEAST_MASS, aimed_kl
 from launch.run.folder import LOW_BYTES, Plan, RunError, Stopped, failing_together, on_main
 from launch.run.measure import by_template, scale_point, thin
 from launch.run.session import Session
@@ -99,7 +99,11 @@ def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, 
     steps, batch = config.train.max_steps, trainer.env.num_envs
     progress = Progress(steps, quiet=quiet or not world.is_main)
     selection = Selection(
-        _validator(session), every=config.evaluation.eval_steps, steps=steps, kl_budget=aimed_kl(config)
+        _validator(session),
+        every=config.evaluation.eval_steps,
+        steps=steps,
+        kl_budget=aimed_kl(config),
+        min_answer_mass=config.constraints.min_answer_mass or LEAST_MASS,
     )
     keeper = Keeper(session, plan.folder, selection)
     checkpoints = Checkpoints(keeper.save, config.run.save_steps)

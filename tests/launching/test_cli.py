@@ -18,6 +18,7 @@ import pytest
 import torch
 from small_runs import contents, letters_set, write_config
 
+import dso
 import launch.commands.decisions
 import launch.commands.inspect
 from dso.decisions.decision import Decision
@@ -302,6 +303,21 @@ def test_the_parser_refuses_what_is_no_number_of_things(
         main(arguments)
     assert caught.value.code == 2
     assert "usage: dso" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"dso {dso.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["train", "freeform"])
+def test_without_arguments_only_the_config_is_asked_for(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith("error: the following arguments are required: config\n")
 
 
 def test_every_command_has_help() -> None:

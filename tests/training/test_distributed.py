@@ -27,7 +27,7 @@ from dso.evaluation.evaluator import Evaluator
 from dso.steering.model import Steering
 from envs.sampler import divide
 from launch import cli
-from launch.cluster.processes import LaunchError, open_world, process_device, read_deepspeed
+from launch.cluster.processes import ZERO, LaunchError, open_world, process_device, read_deepspeed
 from launch.config.schema import TrainConfig, load_config
 from tools.bench.scaling import EXCHANGES, Exchanges, merged, table, work
 from trainers.checkpointing import checkpoint_layers
@@ -327,6 +327,29 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unknown": ({"zero_optimisation": {}}, "zero_optimisation: not used here; remove it"),
     "list": ([1], "expected a JSON object, found list"),
 }
+
+
+def test_the_keys_of_zero_are_those_that_deepspeed_has() -> None:
+    zero = pytest.importorskip("deepspeed.runtime.zero.config")
+    fields = zero.DeepSpeedZeroConfig.model_fields
+    assert {field.alias or name for name, field in fields.items()} == ZERO
+
+
+def test_free_form_runs_read_the_same_file_by_the_same_rules(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    config = load_config("smollm2-roles-freeform", ["model.dtype=bfloat16"])
+    settings = {"bf16": {"enabled": True}, "train_batch_size": 224, "zero_optimization": {"stage": 0}}  # 56 x 4 answers
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    assert read_deepspeed(path, config, 2) == {"zero_optimization": {"stage": 0}}
+    for wrong, message in (
+        ({"train_batch_size": 56}, "train_batch_size is 56, but the config says 224"),
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage is 2, expected 0"),
+        ({"zero_optimization": {"stage": True}}, "found true"),
+        ({"zero_optimization": {"overlap_com": True}}, "did you mean overlap_comm"),
+    ):
+        path.write_text(json.dumps(wrong), encoding="utf-8")
+        with pytest.raises(LaunchError, match=message):
+            read_deepspeed(path, config, 2)
 
 
 @pytest.mark.parametrize("name", REFUSED)
