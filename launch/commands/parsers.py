@@ -80,7 +80,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from dso import __version__
 
-        parser.exit(message=f"dso {__version__}\n")
+        print(f"dso {__version__}")
+        parser.exit()
 
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
