@@ -94,7 +94,7 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
     part = batch(config, architecture, counts.training, launch)
     validated = counts.together("validation", config.evaluation.validation_stride)
     needed = memory(config, architecture, learned, part, launch, validated)
-    tokens = f"{needed.step.tokens} tokens ({part.source})"
+    tokens = f"{needed.step.tokens} tokens in {part.layout} rows ({part.source})"
     rows = [
         ("run", str(Path(config.run.output_dir) / (config.run.run_name or name))),
         ("model", _model(architecture)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ from dso.decisions.images import open_image
 from dso.evaluation.evaluator import CHUNK
 from dso.models.backbone import Backbone
 from dso.models.encoded import Encoded
+from dso.models.scoring import Layout
 from dso.steering.operators import SteeringOperator, make_operator
 from dso.steering.sites import resolve_sites
 from envs.sampler import BlockSampler, divide
 from launch.config.schema import ConfigError, TrainConfig
 from launch.estimate.architecture import Architecture
+from launch.estimate.layout import expected_layout
 from launch.estimate.memory import Activations, activations
 from launch.estimate.vision import Sight, sight
 
@@ -62,12 +64,14 @@ class Batch:
         encoded: their tokens, or stand-ins of a length that is assumed.
         sight: what a decision's images add.
         source: where the lengths are from, for people.
+        layout: how they share a forward pass.
     """
 
     size: int
     encoded: list[Encoded]
     sight: Sight
     source: str
+    layout: Layout = "packed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,13 @@ def coefficients(config: TrainConfig, architecture: Architecture) -> Coefficient
 
 def batch(config: TrainConfig, architecture: Architecture, training: DecisionSet | None, launch: Launch) -> Batch:
     """What one process passes through the model at a time."""
+    found = _lengths(config, architecture, training, launch)
+    if architecture.vision_config is not None:
+        return replace(found, layout="padded")
+    return replace(found, layout=expected_layout(architecture.model.config, config.model.attn_implementation))
+
+
+def _lengths(config: TrainConfig, architecture: Architecture, training: DecisionSet | None, launch: Launch) -> Batch:
     whole, shares = config.decisions, launch.ranks * launch.parts
     if training is None:
         size = math.ceil(whole / shares)
@@ -181,6 +192,7 @@ def memory(
         learned.operators,
         part.encoded,
         max_tokens=config.model.max_tokens,
+        layout=part.layout,
         inputs=part.sight.inputs,
         apart=part.sight.tokens > 0,
     )

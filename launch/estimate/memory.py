@@ -24,9 +24,9 @@ from torch.overrides import TorchFunctionMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dso.models.encoded import Encoded
-from dso.models.packing import tree_size
+from dso.models.packing import pack, tree_size
 from dso.models.scores import Scores
-from dso.models.scoring import score
+from dso.models.scoring import Layout, passes, score
 from dso.steering.operators import SteeringOperator
 
 ENOUGH = 2048  # tokens: what is run at most, unless one forward pass takes more
@@ -37,7 +37,7 @@ class Activations:
     """Bytes that the backward pass of a batch needs.
 
     Attributes:
-        tokens: of the batch, shared prefixes within a decision counted once.
+        tokens: of the batch, as they pass through the model: shared prefixes once in packed rows, padding too.
         kept: saved by the forward pass.
         checkpointed: the same with gradient checkpointing.
         layer: saved by the largest single layer.
@@ -90,6 +90,7 @@ def activations(
     encoded: Sequence[Encoded],
     *,
     max_tokens: int,
+    layout: Layout = "packed",
     inputs: Callable[[Tensor], dict[str, Tensor]] | None = None,
     apart: bool = False,
 ) -> Activations:
@@ -100,6 +101,7 @@ def activations(
         operators: site -> operator, on the meta device.
         encoded: the batch. Its first decisions are run, and their bytes are scaled to the batch.
         max_tokens: of one forward pass.
+        layout: how decisions share one.
         inputs: further arguments of the model's forward for given token ids, as what a vision tower hands over.
         apart: each decision has a row to itself, as those with images have; the first then stands for all.
     """
@@ -108,24 +110,37 @@ def activations(
     while not apart and count < len(encoded) and tokens + sizes[count] <= max(max_tokens, ENOUGH):
         tokens += sizes[count]
         count += 1
-    share = tokens / sum(sizes)
+    whole = sum(sizes) if apart else passed_tokens(encoded, layout, max_tokens)
+    share = (tokens if apart else passed_tokens(encoded[:count], layout, max_tokens)) / whole
     with ExitStack() as stack:
         counter = stack.enter_context(_counting(model, operators))
         if inputs:
             stack.callback(model.register_forward_pre_hook(_adding(inputs), with_kwargs=True).remove)
         stack.enter_context(FusedAttention())
-        scores = score(model, encoded[:count], layout="packed", max_tokens=max_tokens, next_token=True)
+        scores = score(model, encoded[:count], layout=layout, max_tokens=max_tokens, next_token=True)
         _loss(scores)
     inside = [bytes_ for layer, bytes_ in counter.saved.items() if layer is not None]
     kept, outside, largest = sum(counter.saved.values()), counter.saved[None], max(inside, default=0)
     return Activations(
-        tokens=sum(sizes),
+        tokens=whole,
         kept=round(kept / share),
         # one layer is whole at a time, and one forward pass is run again at a time
         checkpointed=round((outside + counter.input_bytes) / share) + largest,
         layer=largest,
         share=share,
     )
+
+
+def passed_tokens(encoded: Sequence[Encoded], layout: Layout, max_tokens: int) -> int:
+    """Tokens that pass through the model for a batch of prompts without images."""
+    total = 0
+    for rows, how in passes(encoded, layout, max_tokens, None):
+        sequences = [sequence for row in rows for sequence in encoded[row].sequences()]
+        if how == "packed":
+            total += pack(sequences).input_ids.shape[1]
+        else:
+            total += sum(map(len, sequences)) if how == "single" else len(sequences) * max(map(len, sequences))
+    return total
 
 
 def _adding(inputs: Callable[[Tensor], dict[str, Tensor]]) -> Callable:

@@ -80,6 +80,8 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
     divided = deepspeed is not None and deepspeed["zero_optimization"].get("stage") == 3
     # What no single accelerator may have room for is read into host memory, and divided from there.
     backbone = load_backbone(config, "cpu" if divided else world.device)
+    if world.is_main and (line := backbone.layout_line()):
+        print(f"dso: {line}", file=sys.stderr)
     if config.train.gradient_checkpointing and not checkpoint_layers(backbone.model):
         raise ConfigError(f"{config.model.name} has no layers that can be checkpointed", "train.gradient_checkpointing")
     seed_everything(config.train.seed)

@@ -187,7 +187,7 @@ def test_the_command_says_what_a_run_will_be_and_leaves_nothing_behind(tiny: str
     assert said["validation"] == "4 times 40 decisions"  # before the first step and after 4, 8 and 12
     assert said["test"] == "2 scales x 40 decisions"
     assert said["processes"] == "1 (no launcher)"
-    assert "tokens (a first batch, tokenised)" in said["each process"]
+    assert "tokens in packed rows (a first batch, tokenised)" in said["each process"]
     assert "(40 training prompts)" in said["host memory"]
     assert list(Path.cwd().iterdir()) == []
 
