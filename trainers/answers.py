@@ -1,4 +1,4 @@
-"""What training on written answers is made of, without TRL: how a step is divided and weighted, log-probabilities."""
+"""What training on free-form answers is made of, without TRL: how a step is divided and weighted, log-probabilities."""
 
 from __future__ import annotations
 

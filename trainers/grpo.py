@@ -1,4 +1,4 @@
-"""GRPO and RLOO on written answers, by TRL's trainers, with a steering as the only thing that is trained.
+"""GRPO and RLOO on free-form answers, by TRL's trainers, with a steering as the only thing that is trained.
 
 TRL 1.16 loads a reference model unless ``beta`` is 0 or the model is PEFT's, whose adapter it disables. A steering is
 no adapter of PEFT's, and its reference is the same model at scale 0. So TRL is told that ``beta`` is 0, and afterwards
@@ -15,26 +15,29 @@ what is left there.
 
 Three more methods are replaced. Prompts are tokenised by the backbone (answers that are begun, no doubled special
 tokens); answers are sampled by :mod:`dso.models.sampling`, which evaluation uses too; and the answers to one prompt
-share its forward pass.
+share its forward pass. Most of what is replaced is private to TRL, and a method that replaces nothing would never be
+called: :func:`require_trl` refuses a TRL without them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import trl
 from accelerate.utils import broadcast
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
 from dso.decisions.matching import Matcher
+from dso.errors import UserError
 from dso.models.sampling import sample
 from dso.steering.model import Steering
 from envs.freeform import AnswerRewards
@@ -49,7 +52,7 @@ MODULE = "dso_steering"  # the steering's name in the model while it is trained
 BASE = object()  # stands for the reference model: the same model at scale 0
 _ARGUMENTS: dict[str, Any] = {
     "beta": 0.0,
-    "activation_checkpointing": False,
+    "activation_checkpointing": False,  # needs training mode, so dropout too: trainers.checkpointing does without
     "bf16": False,  # the operators are float32; the model has the dtype that it was loaded in
     "shuffle_dataset": False,  # the sampler's order is what keeps a block together
     "remove_unused_columns": False,
@@ -61,9 +64,55 @@ _ARGUMENTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,
     "dataloader_pin_memory": False,
 }
+TRL_VERSIONS = ">=1.16,<1.17"  # that have what is replaced
+REPLACED = (
+    "_generate_single_turn",
+    "_get_per_token_logps_and_entropies",
+    "_prepare_inputs",
+    "_tokenize_prompts",
+    "create_optimizer",
+    "create_scheduler",
+)
+
+if TYPE_CHECKING:
+
+    class _TrainerOfTRL(Trainer):
+        """What GRPOTrainer and RLOOTrainer have in common beyond transformers' trainer."""
+
+        model: Any
+        ref_model: Any
+        _metrics: Any
+        max_completion_length: Any
+        temperature: float
+
+        def __init__(self, *args: Any, **kwargs: Any): ...
+
+        def _get_per_token_logps_and_entropies(
+            self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+else:
+    _TrainerOfTRL = object
 
 
-class SteeredAnswers:
+def require_trl(*trainers: type) -> None:
+    """Refuse a TRL whose trainers do not have the methods that are replaced here.
+
+    Args:
+        trainers: of TRL; both where none is given.
+
+    Raises:
+        UserError: naming the method, and the versions that have it.
+    """
+    for trainer in trainers or (GRPOTrainer, RLOOTrainer):
+        for name in REPLACED:
+            if not hasattr(trainer, name):
+                raise UserError(
+                    f"TRL {trl.__version__} has no {trainer.__name__}.{name}, which training on free-form answers "
+                    f"replaces; use a version that has it: pip install 'trl{TRL_VERSIONS}'"
+                )
+
+
+class SteeredAnswers(_TrainerOfTRL):
     """What GRPO and RLOO on a steering share; it comes before TRL's trainer among the bases.
 
     Args:
@@ -83,12 +132,19 @@ class SteeredAnswers:
         share_prompts: compute the answers to one prompt in one pass; without it TRL's own chunked head is used, which
             needs less memory where answers are long and the vocabulary is large.
         on_step: told of each step and its measurements, by the names that TRL gives them.
+        begun: steps that were done before, whose state :func:`trainers.state.freeform.load_state` restores.
         seed: of batches and sampling.
         arguments: further fields of TRL's config: ``max_completion_length``, ``temperature``, ``max_grad_norm``,
-            ``activation_checkpointing``, ``deepspeed``, ...
+            ``deepspeed``, ...
+
+    Attributes:
+        stop_requested: set by whoever wants training to end after the step.
+        stopping: whether it does, as all processes know it.
+        tokens: that the steps before ``begun`` read and sampled.
+        random: sets the generators as the first step begins, where they are to go on from a state.
 
     Raises:
-        UserError: if the answers of a step cannot be divided among the processes.
+        UserError: if the answers of a step cannot be divided among the processes, or TRL is none that this works with.
     """
 
     CONFIG: Any
@@ -115,12 +171,16 @@ class SteeredAnswers:
         fisher_damping: float = 0.1,
         share_prompts: bool = True,
         on_step: Callable[[int, dict[str, float]], None] | None = None,
+        begun: int = 0,
         seed: int = 0,
         **arguments: Any,
     ):
+        require_trl(type(self).__mro__[type(self).__mro__.index(SteeredAnswers) + 1])
         model = task.backbone.model
         self.task, self.steering, self.kl, self.share_prompts = task, steering, kl, share_prompts
-        self.stop_requested = False  # set by whoever wants training to end after the step
+        self.stop_requested = self.stopping = False
+        self.begun, self.tokens = begun, 0
+        self.random: Callable[[], None] | None = None
         self.answer_rewards = AnswerRewards(task, matcher)
         self._seed = seed
         self._ids = {task.backbone.prompt_text(d): list(task.backbone.encode(d).prompt) for d in task.decisions}
@@ -139,18 +199,18 @@ class SteeredAnswers:
             **{**_ARGUMENTS, **self.DEFAULTS, **arguments},
         )
         group = {"params": list(steering.parameters()), "penalty": sparsity}
-        self._own_optimizer = SteeringAdam([group], lr=rate(1.0), betas=betas, eps=eps)
-        self._rate = lambda step: rate(1 - step / steps) / rate(1.0)
-        self._prime(sampler, fisher_batches, fisher_damping)
+        self.own_optimizer = SteeringAdam([group], lr=rate(1.0), betas=betas, eps=eps)
+        self._rate = lambda step: rate(1 - (begun + step) / steps) / rate(1.0)
+        self._prime(sampler, 0 if begun else fisher_batches, fisher_damping)
         model.add_module(MODULE, steering.requires_grad_(True))
         super().__init__(
             model=model,
             reward_funcs=[self.answer_rewards.equiprobability, self.answer_rewards.correctness],
             args=args,
-            train_dataset=self._rows(sampler, steps),
+            train_dataset=self._rows(sampler, steps, begun),
             processing_class=task.backbone.tokenizer,
             callbacks=[_AfterStep(self, on_step)],
-            optimizers=(self._own_optimizer, None),
+            optimizers=(self.own_optimizer, None),
         )
         self.remove_callback(PrinterCallback)
         self.answer_rewards.gather = self.accelerator.gather
@@ -158,13 +218,14 @@ class SteeredAnswers:
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """The optimiser of the steering: under DeepSpeed transformers asks for one, and has AdamW by itself."""
-        self.optimizer = self._own_optimizer
-        return self.optimizer
+        self.optimizer = self.own_optimizer
+        return self.own_optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """The schedule of the learning rate."""
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._rate)
-        return self.lr_scheduler
+        scheduler = LambdaLR(optimizer or self.own_optimizer, self._rate)
+        self.lr_scheduler = scheduler
+        return scheduler
 
     def release(self) -> None:
         """Leave the model as it was found, with the steering attached to it."""
@@ -173,9 +234,10 @@ class SteeredAnswers:
         model.__dict__.pop("forward", None)  # TRL's, which reads the output layer without calling it
         model.eval()
 
-    def _rows(self, sampler: BlockSampler, steps: int) -> Dataset:
-        """The decisions of all steps, in the order in which they are asked; prompts are rendered when read."""
-        indices = [int(index) for _ in range(steps) for index in sampler.draw()]
+    def _rows(self, sampler: BlockSampler, steps: int, begun: int) -> Dataset:
+        """The decisions of the steps to do, in the order in which they are asked; prompts are rendered when read."""
+        drawn = [sampler.draw() for _ in range(steps)]
+        indices = [int(index) for step in drawn[begun:] for index in step]
         text, pick = self.task.backbone.prompt_text, self.task.pick
 
         def render(rows: dict[str, list]) -> dict[str, list]:
@@ -185,7 +247,7 @@ class SteeredAnswers:
 
     def _prime(self, sampler: BlockSampler, batches: int, damping: float) -> None:
         """Make the optimiser's state, and measure its steps in KL (:mod:`trainers.fisher`) if there are batches."""
-        optimizer = self._own_optimizer
+        optimizer = self.own_optimizer
         optimizer.priming = True
         optimizer.step()
         optimizer.priming = False
@@ -195,8 +257,9 @@ class SteeredAnswers:
         def log_probs() -> Iterator[Tensor]:
             for _ in range(batches):
                 chosen = sampler.draw()
-                table = self.task.backbone.score(self.task.pick(chosen), next_token=True).next_token
-                yield table[: len(chosen)]  # behind the prompts
+                scores = self.task.backbone.score(self.task.pick(chosen), next_token=True)
+                if (table := scores.next_token) is not None:
+                    yield table[: len(chosen)]  # behind the prompts
 
         parameters = list(self.steering.parameters())
         torch.manual_seed(self._seed)
@@ -207,9 +270,8 @@ class SteeredAnswers:
     # TRL's seams
 
     def _prepare_inputs(self, batch: Any) -> Any:
-        if not self.args.activation_checkpointing:  # which layers do in training mode only
-            for child in self.model.children():
-                child.eval()  # dropout off; the model's own flag tells TRL that this is training
+        for child in self.model.children():
+            child.eval()  # dropout off; the model's own flag tells TRL that this is training
         return super()._prepare_inputs(batch)
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict]:
@@ -272,12 +334,24 @@ class _AfterStep(TrainerCallback):
         self.trainer = trainer
         self.on_step = on_step
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # As transformers does where it resumes from a checkpoint of its own.
+        state.global_step = self.trainer._globalstep_last_logged = self.trainer.begun
+        state.num_input_tokens_seen = self.trainer.tokens
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.trainer.random is not None:  # not earlier: a loader draws where it starts
+            self.trainer.random()
+            self.trainer.random = None
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.after_step()
         asked = torch.tensor([self.trainer.stop_requested], device=self.trainer.accelerator.device)
         if bool(self.trainer.accelerator.gather(asked).any()):  # a signal may have reached one process only
-            self.trainer.stop_requested = control.should_training_stop = True
+            self.trainer.stopping = self.trainer.stop_requested = control.should_training_stop = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        logs: dict[str, float] = rest["logs"]
         if self.on_step is not None and "reward" in logs:  # the last record is of the whole run
-            self.on_step(state.global_step, logs)
+            # Epochs are of the decisions that one process had to do, which are fewer where it goes on from a state.
+            self.on_step(state.global_step, {key: value for key, value in logs.items() if key != "epoch"})

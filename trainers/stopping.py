@@ -6,9 +6,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
-from trainers.ppo import SteeringPPO
+
+class Stoppable(Protocol):
+    """What trains, and ends after the step where it is told to."""
+
+    stop_requested: bool
 
 
 class Preempted(BaseException):
@@ -34,7 +38,7 @@ class OrderlyStop:
     def __init__(self, say: Callable[[str], None] | None = None) -> None:
         self.heard: int | None = None
         self.say = say
-        self._model: SteeringPPO | None = None
+        self._model: Stoppable | None = None
         self._before: dict[int, Any] = {}
 
     @property
@@ -52,7 +56,7 @@ class OrderlyStop:
             signal.signal(number, handler)
 
     @contextmanager
-    def training(self, model: SteeringPPO) -> Iterator[None]:
+    def training(self, model: Stoppable) -> Iterator[None]:
         """Within the block signals wait for the step to end; one that came too late for that acts as it ends."""
         self._model = model
         try:

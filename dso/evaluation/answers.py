@@ -176,7 +176,7 @@ def check_answers(decisions: DecisionSet, matcher: Matcher) -> None:
         DecisionError: if one has images, or a candidate that no answer could name.
     """
     if seen := next((decision for decision in decisions if decision.images), None):
-        raise DecisionError(f"decision {seen.id!r} has images; written answers are for text so far")
+        raise DecisionError(f"decision {seen.id!r} has images; free-form answers are for text so far")
     matcher.check(decisions)
 
 

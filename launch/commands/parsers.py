@@ -13,18 +13,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a steering from a config")
-    train.add_argument("config", help="name of a shipped config, or a path to a YAML file")
-    _add_overrides(train, "train.max_steps=50")
-    resume = "go on where the run was stopped; 'auto': start it if there is nothing to go on from"
-    train.add_argument("--resume", choices=("always", "auto"), metavar="auto", nargs="?", const="always", help=resume)
-    train.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
-    train.add_argument("--quiet", action="store_true", help="print only the result")
-    train.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, for runs of a launcher")
-    train.add_argument("--dry-run", action="store_true", help="say what the run will be and need, and load nothing")
-    train.add_argument("--ranks", type=_positive, default=1, help="with --dry-run: processes of the run (default: 1)")
-
-    _add_freeform(commands)
+    _add_training(commands.add_parser("train", help="train a steering from a config"), "train.max_steps=50")
+    freeform = commands.add_parser("freeform", help="train, for configs of free-form answers; or measure such answers")
+    _add_training(freeform, "train.estimator=rloo")
+    freeform.add_argument("--measure", metavar="STEERING", help="ask with this steering instead of training; or 'none'")
     _add_config(commands)
     _add_evaluate(commands)
     _add_compare(commands)
@@ -49,15 +41,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_freeform(commands: argparse._SubParsersAction) -> None:
-    freeform = commands.add_parser("freeform", help="as train, for free-form answers; or measure them")
-    freeform.add_argument("config", help="name of a shipped config, or a path to a YAML file")
-    _add_overrides(freeform, "train.estimator=rloo")
-    freeform.add_argument("--measure", metavar="STEERING", help="ask with this steering instead of training; or 'none'")
-    freeform.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
-    freeform.add_argument("--quiet", action="store_true", help="print only the result")
-    freeform.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, for runs of a launcher")
-    freeform.set_defaults(resume=None, dry_run=False, ranks=1)
+def _add_training(train: argparse.ArgumentParser, example: str) -> None:
+    train.add_argument("config", help="name of a shipped config, or a path to a YAML file")
+    _add_overrides(train, example)
+    resume = "go on where the run was stopped; 'auto': start it if there is nothing to go on from"
+    train.add_argument("--resume", choices=("always", "auto"), metavar="auto", nargs="?", const="always", help=resume)
+    train.add_argument("--overwrite", action="store_true", help="replace a run folder of the same name")
+    train.add_argument("--quiet", action="store_true", help="print only the result")
+    train.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, for runs of a launcher")
+    train.add_argument("--dry-run", action="store_true", help="say what the run will be and need, and load nothing")
+    train.add_argument("--ranks", type=_positive, default=1, help="with --dry-run: processes of the run (default: 1)")
 
 
 def _add_config(commands: argparse._SubParsersAction) -> None:

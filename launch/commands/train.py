@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from launch.commands.common import quieten, run_name
-from launch.config.schema import ConfigError, TrainConfig, load_config
+from launch.config.schema import TrainConfig, load_config
 from launch.exits import EXIT_PREEMPTED, EXIT_STOPPED, is_main
 from launch.run import train
 from launch.run.folder import Resume, Stopped
@@ -17,10 +18,10 @@ def run(arguments: argparse.Namespace) -> int:
     config, name = load_config(arguments.config, arguments.overrides), run_name(arguments.config)
     quieten()
     if arguments.dry_run:
-        from launch.estimate.dryrun import dry_run  # it needs what no other command does, and that takes a second
+        # They need what no other command does, and that takes a second.
+        from launch.estimate import dryrun, freeform
 
-        if config.freeform:
-            raise ConfigError("there is no dry run of free-form answers yet", "train.estimator")
+        dry_run = freeform.dry_run if config.freeform else dryrun.dry_run
         print(dry_run(config, name=name, deepspeed=arguments.deepspeed, ranks=arguments.ranks))
         return 0
     try:
@@ -36,12 +37,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _trained(config: TrainConfig, name: str, arguments: argparse.Namespace) -> str:
     """Train; what a finished run prints."""
-    common = {"name": name, "overwrite": arguments.overwrite, "quiet": arguments.quiet}
+    resume: Resume = "auto" if arguments.resume == "auto" else bool(arguments.resume)
+    common: dict[str, Any] = {
+        "name": name,
+        "resume": resume,
+        "overwrite": arguments.overwrite,
+        "quiet": arguments.quiet,
+        "deepspeed": arguments.deepspeed,
+    }
     if config.freeform:
         from launch.run import freeform  # TRL is not there where no one trains free-form answers
 
-        if arguments.resume:
-            raise ConfigError("free-form runs are not resumed; leave --resume away", "train.estimator")
-        return freeform.report(freeform.train(config, deepspeed=arguments.deepspeed, **common))
-    resume: Resume = "auto" if arguments.resume == "auto" else bool(arguments.resume)
-    return train.report(train.train(config, resume=resume, deepspeed=arguments.deepspeed, **common))
+        return freeform.report(freeform.train(config, **common))
+    return train.report(train.train(config, **common))

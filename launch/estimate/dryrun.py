@@ -8,7 +8,7 @@ The config is resolved, the decisions are read if their files are there, the mod
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dso.decisions.decision import DecisionError, DecisionSet
@@ -100,16 +100,19 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
         ("model", _model(architecture)),
         ("steering", _steering(config, architecture, learned)),
         ("files", f"steering {_size(learned.checkpoint)}; state to go on from, about {_size(5 * 4 * learned.count)}"),
-        *_data(config, counts),
+        *data_rows(config, counts),
         *_training(config, counts, launch),
         ("each process", f"{part.size} decisions at a time, {tokens}"),
         ("exchanged", f"{_size(4 * learned.count)} of gradients a step" if launch.ranks > 1 else "nothing"),
         *_host(architecture, counts.trained, part),
     ]
+    return "\n".join([*lines(rows), "", *_table(config, needed, launch), ""])
+
+
+def lines(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """What a dry run says, a line a row."""
     width = max(len(key) for key, _ in rows)
-    lines = [f"{key:<{width}}  {value}" for key, value in rows]
-    head = "dry run: no weights are read, nothing is written"
-    return "\n".join([head, *lines, "", *_table(config, needed, launch), ""])
+    return ["dry run: no weights are read, nothing is written", *(f"{key:<{width}}  {value}" for key, value in rows)]
 
 
 def _launch(config: TrainConfig, deepspeed: str | None, ranks: int) -> Launch:
@@ -154,7 +157,8 @@ def _steering(config: TrainConfig, architecture: Architecture, learned: Coeffici
     )
 
 
-def _data(config: TrainConfig, counts: Counts) -> Iterable[tuple[str, str]]:
+def data_rows(config: TrainConfig, counts: Counts) -> Iterable[tuple[str, str]]:
+    """What is decided: the set, and how many decisions each split has."""
     data = config.data
     note = f"; {counts.missing} is not there, so numbers are those that the config states" if counts.missing else ""
     yield "decisions", f"{data.set}{note}"
@@ -180,10 +184,10 @@ def _training(config: TrainConfig, counts: Counts, launch: Launch) -> Iterable[t
         yield "before it", f"{train.optimizer.fisher_batches} batches to measure steps in KL, {measured:,} decisions"
     times = 1 + math.ceil(train.max_steps / evaluation.eval_steps)
     validated = counts.together("validation", evaluation.validation_stride)
-    yield "validation", f"{times} times {_number(validated)} decisions"
+    yield "validation", f"{times} times {number(validated)} decisions"
     scales = {0.0, *evaluation.scales}
     tested = counts.together("test")
-    yield "test", f"{len(scales)} scales x {_number(tested)} decisions"
+    yield "test", f"{len(scales)} scales x {number(tested)} decisions"
     sharing = f"ZeRO-{launch.stage}" if launch.ranks > 1 or launch.stage else "no launcher"
     parts = f", each share in {launch.parts} parts" if launch.parts > 1 else ""
     yield "processes", f"{launch.ranks} ({sharing}{parts})"
@@ -230,7 +234,8 @@ def _card(total: int) -> str:
     return next((f"{size} GB" for size in CARDS if total * 1.1 <= size * GB), "none")
 
 
-def _number(value: int | None) -> str:
+def number(value: int | None) -> str:
+    """A count as people read it."""
     return "an unknown number of" if value is None else f"{value:,}"
 
 

@@ -1,4 +1,4 @@
-"""What a run on written answers leaves: the steering with its evidence, the answers themselves, tables."""
+"""What a run on free-form answers leaves: the steering with its evidence, the answers themselves, tables."""
 
 from __future__ import annotations
 

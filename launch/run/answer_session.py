@@ -19,7 +19,7 @@ from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from envs.task import DecisionTask
 from launch.cluster.processes import LaunchError, process_count, process_device, read_deepspeed
-from launch.config.schema import TrainConfig
+from launch.config.schema import ConfigError, TrainConfig
 from launch.run.constants import ADAM_BETAS, FISHER_DAMPING, MAX_GRAD_NORM, adam_epsilon
 from launch.run.measure import thin
 from launch.run.session import (
@@ -32,6 +32,7 @@ from launch.run.session import (
     seed_everything,
 )
 from trainers.answers import divide
+from trainers.checkpointing import checkpoint_layers
 from trainers.parallel.ranks import Ranks, World
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ OnStep = Callable[[int, dict[str, float]], None]
 
 @dataclass(slots=True)
 class AnswerSession:
-    """Everything a run on written answers holds.
+    """Everything a run on free-form answers holds.
 
     Attributes:
         decisions: all splits.
@@ -98,6 +99,8 @@ def open_answers(
     for split in ("train", "validation", "test"):
         check_answers(decisions.select(split=split), matcher)
     backbone = load_backbone(config, world.device if world.size > 1 else None)
+    if config.train.gradient_checkpointing and not checkpoint_layers(backbone.model):
+        raise ConfigError(f"{config.model.name} has no layers that can be checkpointed", "train.gradient_checkpointing")
     seed_everything(config.train.seed)
     if steering is None:
         steering = open_steering(config, backbone, decisions)
@@ -105,8 +108,8 @@ def open_answers(
     return AnswerSession(config, world, deepspeed, backbone, decisions, matcher, steering, handle)
 
 
-def open_trainer(session: AnswerSession, on_step: OnStep) -> SteeringGRPO | SteeringRLOO:
-    """The trainer of a session; ``on_step`` is told of every step in every process."""
+def open_trainer(session: AnswerSession, on_step: OnStep, begun: int = 0) -> SteeringGRPO | SteeringRLOO:
+    """The trainer of a session; ``on_step`` is told of every step after ``begun`` in every process."""
     from trainers.grpo import SteeringGRPO, SteeringRLOO
 
     config, train, limits = session.config, session.config.train, session.config.constraints
@@ -135,11 +138,11 @@ def open_trainer(session: AnswerSession, on_step: OnStep) -> SteeringGRPO | Stee
         fisher_batches=train.optimizer.fisher_batches,
         fisher_damping=FISHER_DAMPING,
         on_step=on_step,
+        begun=begun,
         seed=train.seed,
         max_completion_length=train.freeform.max_completion_length,
         temperature=train.freeform.temperature,
         max_grad_norm=MAX_GRAD_NORM,
-        activation_checkpointing=train.gradient_checkpointing,
         deepspeed=session.deepspeed,
         ddp_timeout=int(config.run.ddp_timeout),
         output_dir=str(Path(config.run.output_dir)),
@@ -166,13 +169,16 @@ def micro_batch(config: TrainConfig, size: int) -> int | None:
 
 
 def require_trl() -> None:
-    """Refuse to start without TRL.
+    """Refuse to start without a TRL that trains here.
 
     Raises:
-        LaunchError: naming what to install.
+        UserError: naming what to install.
     """
     if importlib.util.find_spec("trl") is None:
-        raise LaunchError("written answers are trained by TRL, which is not installed: pip install 'dso[train,grpo]'")
+        raise LaunchError("free-form answers are trained by TRL, which is not installed: pip install 'dso[train,grpo]'")
+    from trainers.grpo import require_trl as require_methods
+
+    require_methods()
 
 
 def open_world(config: TrainConfig, deepspeed: str | None) -> tuple[World, dict[str, Any] | None]:

@@ -1,7 +1,8 @@
-"""Train and measure a steering on written answers: ``dso freeform CONFIG``, and this file for launchers.
+"""Train and measure a steering on free-form answers: ``dso train CONFIG``, and this file for launchers.
 
-A run is one folder: ``config.yaml`` (every value), ``metrics.jsonl``, ``validation.json``, ``steering/`` (what is
-shipped), ``answers.jsonl`` (what was said), ``curve.json``, ``curve.png`` and ``report.md``.
+A run is one folder: ``config.yaml`` (every value), ``metrics.jsonl``, ``times.jsonl`` (what the clock says), ``state/``
+(to go on from), ``validation.json``, ``steering/`` (what is shipped), ``answers.jsonl`` (what was said),
+``curve.json``, ``curve.png`` and ``report.md``.
 
 Under ``accelerate launch``, ``torchrun`` and ``deepspeed`` every process samples its share of the answers and learns
 whom the others' answers name; gradients are averaged by torch or by DeepSpeed.
@@ -9,11 +10,8 @@ whom the others' answers name; gradients are averaged by torch or by DeepSpeed.
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -26,7 +24,17 @@ from launch.run import constants
 from launch.run.answer_learn import learn
 from launch.run.answer_report import HOW, abstention_lines, answer_point, write_results
 from launch.run.answer_session import AnswerSession, open_answers, open_world, require_trl
-from launch.run.folder import Claim, Plan, RunError, Stopped, check_folder, failing_together, on_main, prepare_folder
+from launch.run.folder import (
+    Claim,
+    Plan,
+    Resume,
+    Stopped,
+    check_folder,
+    failing_together,
+    keeping,
+    on_main,
+    prepare_folder,
+)  # fmt: skip
 from launch.run.session import open_run_tracker
 from launch.run.train import Result
 from trainers.parallel.ranks import World
@@ -35,38 +43,51 @@ from trainers.tracking.tracker import check_tracker
 
 
 def train(
-    config: TrainConfig, *, name: str, overwrite: bool = False, quiet: bool = False, deepspeed: str | None = None
+    config: TrainConfig,
+    *,
+    name: str,
+    resume: Resume = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    deepspeed: str | None = None,
 ) -> Result:
     """Train on sampled answers, keep the best steering inside the constraints, measure what is said before and after.
 
     Args:
         name: of the run's folder where the config names none.
+        resume: go on from the folder's last saved state; "auto" starts the run if there is none.
         overwrite: drop an existing run of that name.
         quiet: print nothing but the result.
         deepspeed: path of DeepSpeed's configuration, for runs of a launcher.
 
     Raises:
         UserError: if the config or the folder cannot be used; an existing run is as it was then.
-        Stopped: on Ctrl-C and SIGTERM.
+        Stopped: on Ctrl-C and SIGTERM; what was learned is kept.
     """
     require_trl()
     check_tracker(config.run.report_to)
     world, claim = World(), Claim()
 
-    def prepared(plan: Plan) -> None:
+    def claimed() -> Plan:
+        plan = check_folder(config, name, resume, overwrite)
+        if plan.folder.exists():
+            claim.take(plan.folder)
+        return plan
+
+    def prepared() -> None:
         prepare_folder(plan, config)
         claim.take(plan.folder)
 
     try:
         with OrderlyStop() as stop:
             world, settings = open_world(config, deepspeed)
-            plan = on_main(world, lambda: check_folder(config, name, False, overwrite))
+            plan = on_main(world, claimed)
             with failing_together(world):  # before the folder is touched, as most mistakes show here
                 session = open_answers(config, world, settings)
-            on_main(world, lambda: prepared(plan))
+            on_main(world, prepared)
             quiet = quiet or not world.is_main
-            with _keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
-                seconds = learn(session, plan.folder, stop, tracker, quiet)
+            with keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
+                seconds = learn(session, plan, stop, tracker, quiet)
                 evaluator, said, points = measure(session, quiet)
                 on_main(world, lambda: write_results(session, plan.folder, evaluator, said, points, seconds))
                 tracker.results(points, [], plan.folder / "steering")
@@ -129,24 +150,6 @@ def report(result: Result) -> str:
             f"steering  {folder / 'steering'}   (dso generate {folder / 'steering'} --scale 0.5 PROMPT)",
         ]
     )
-
-
-@contextmanager
-def _keeping(folder: Path, main: bool) -> Iterator[None]:
-    """Where the block is left early, a folder without a steering is removed, and it is said what was kept."""
-    try:
-        yield
-    except BaseException as error:
-        kept = (folder / "steering").exists()
-        if main and not kept:
-            shutil.rmtree(folder, ignore_errors=True)
-        way = f"{folder / 'steering'} has the steering" if kept else "nothing was kept"
-        if isinstance(error, KeyboardInterrupt | Preempted):
-            raise Stopped(f"interrupted; {way}", preempted=isinstance(error, Preempted)) from error
-        if isinstance(error, OSError):
-            where = f"{error.filename}: " if error.filename else ""
-            raise RunError(f"{where}{error.strerror or error}; {way}") from error
-        raise
 
 
 if __name__ == "__main__":

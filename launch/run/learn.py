@@ -64,8 +64,8 @@ class Keeper:
             if changed := saved.differences(self.session.trainer):
                 say(f"not bit for bit the run that was stopped: {changed}")
         if self.session.trainer.world.is_main:
-            records = JsonLines(self.folder / "metrics.jsonl", size, lambda key: not _is_time(key))
-            self.outputs = [records, JsonLines(self.folder / "times.jsonl", wanted=_is_time)]
+            records = JsonLines(self.folder / "metrics.jsonl", size, lambda key: not is_time(key))
+            self.outputs = [records, JsonLines(self.folder / "times.jsonl", wanted=is_time)]
             if records.lost:
                 say(f"{records.path}: {records.lost} bytes of earlier records are missing")
 
@@ -170,7 +170,7 @@ def _diverged(session: Session, keeper: Keeper, error: TrainingDiverged) -> RunE
     return RunError("; ".join([str(error), *kept]))
 
 
-def _is_time(key: str) -> bool:
+def is_time(key: str) -> bool:
     """Whether a value of SB3's logger is what a clock says, which is never the same twice."""
     return key.startswith("time/")
 

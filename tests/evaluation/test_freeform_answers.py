@@ -146,7 +146,7 @@ def test_scale_zero_is_the_base_model() -> None:
 def test_what_cannot_be_asked_or_read_is_refused_before_anything_is_sampled() -> None:
     backbone, asked, _ = steered()
     pictured = replace(asked[0], prompt="<image> who?", images=("a.png",))
-    with pytest.raises(DecisionError, match="has images; written answers are for text"):
+    with pytest.raises(DecisionError, match="has images; free-form answers are for text"):
         AnswerEvaluator(backbone, DecisionSet((pictured, *asked[1:]), asked.groups), LETTERS)
     alike = replace(
         asked[0], candidates=tuple(Candidate(text=t, group=g) for t, g in zip("Aa", asked.groups, strict=True))

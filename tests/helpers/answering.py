@@ -1,4 +1,4 @@
-"""What the tests of written answers share: a tiny model that speaks in letters, decisions about what it says."""
+"""What the tests of free-form answers share: a tiny model that speaks in letters, decisions about what it says."""
 
 from __future__ import annotations
 

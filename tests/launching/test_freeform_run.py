@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from answer_worker import keep_last
 from answering import TOKENS, write_run
 
 from dso.decisions.matching import Matcher
@@ -13,8 +19,10 @@ from dso.evaluation.report import ScalePoint
 from dso.steering.model import Steering
 from launch.cli import main
 from launch.config.schema import TrainConfig, load_config
+from launch.run import freeform
 from launch.run.answer_session import open_matcher
 from tools.bench.cli import main as bench
+from trainers.grpo import GRPOTrainer, SteeredAnswers
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_run_leaves_its_evidence(run: tuple[Path, str]) -> None:
     folder, said = run
     files = {"answers.jsonl", "config.yaml", "curve.json", "curve.png", "metrics.jsonl", "report.md", "validation.json"}
-    assert {path.name for path in folder.iterdir()} == {*files, "steering"}
+    assert {path.name for path in folder.iterdir()} == {*files, "state", "steering", "times.jsonl"}
     assert load_config(str(folder / "config.yaml")).train.max_steps == 4
     assert "name nobody" in said
     assert str(folder / "steering") in said
@@ -142,7 +150,125 @@ def test_the_benchmark_measures_a_run_of_its_own_and_other_steerings(
     assert capsys.readouterr().out == table
 
 
+# Ending early, and going on
+
+
+def interrupted_at(call: int, do: Callable[..., Any]) -> Callable[..., Any]:
+    """``do``, but SIGTERM comes as it is called for the so manieth time."""
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return do(*args, **kwargs)
+
+    return wrapped
+
+
+def test_a_signal_while_it_measures_loses_nothing_and_resume_finishes(
+    run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, train__max_steps=4, constraints__kl_budget=5.0)
+    folder, finished = tmp_path / "runs/letters", run[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(freeform, "measure", interrupted_at(1, freeform.measure))
+        assert main(["freeform", str(config), "--quiet"]) == 75
+    said = capsys.readouterr().err
+    assert f"interrupted; {folder} has what was done; go on with the same command and --resume" in said
+    kept, wanted = (Steering.from_pretrained(f / "steering").tensors() for f in (folder, finished))
+    assert all(torch.equal(kept[key], value) for key, value in wanted.items())
+    with monkeypatch.context() as patch:
+        patch.setattr(SteeredAnswers, "_sample", None)  # nothing is trained again
+        assert main(["freeform", str(config), "--quiet", "--resume"]) == 0
+    for name in ("curve.json", "answers.jsonl", "metrics.jsonl", "validation.json"):
+        assert (folder / name).read_text("utf-8") == (finished / name).read_text("utf-8"), name
+
+
+def test_an_error_while_it_measures_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "report.md")
+
+    monkeypatch.setattr(freeform, "write_results", full)
+    assert main(["freeform", str(write_run(tmp_path)), "--quiet"]) == 2
+    folder = tmp_path / "runs/letters"
+    assert f"report.md: No space left on device; {folder} has what was done" in capsys.readouterr().err
+    assert Steering.from_pretrained(folder / "steering").tensors()
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "rloo"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(
+    estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(SteeredAnswers, "release", keep_last)
+    configs = []
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        changes = {"train__estimator": estimator, "train__max_steps": 6, "constraints__kl_budget": 0.5}
+        configs.append(
+            write_run(tmp_path / name, train__preference={"estimate": "blocked"}, evaluation__scales=[1.0], **changes)
+        )
+    whole, parts = (path.parent / "runs/letters" for path in configs)
+    assert main(["train", str(configs[0]), "--quiet"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(SteeredAnswers, "_sample", interrupted_at(3, SteeredAnswers._sample))
+        assert main(["train", str(configs[1]), "--quiet"]) == 75
+    assert f"stopped after step 3 of 6; {parts} has everything so far" in capsys.readouterr().err
+    assert not (parts / "steering").exists()
+    assert main(["train", str(configs[1]), "--quiet", "--resume"]) == 0
+    learned, wanted = (Steering.from_pretrained(folder.parent / "last").tensors() for folder in (parts, whole))
+    assert any(bool(value.any()) for value in wanted.values())
+    assert all(torch.equal(learned[key], value) for key, value in wanted.items())
+    for name in ("metrics.jsonl", "validation.json", "curve.json", "answers.jsonl"):
+        assert (parts / name).read_text("utf-8") == (whole / name).read_text("utf-8"), name
+
+
+def test_a_state_of_other_decisions_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_run(tmp_path)
+    assert main(["freeform", str(config), "--quiet"]) == 0
+    text = (tmp_path / "letters.jsonl").read_text("utf-8")
+    (tmp_path / "letters.jsonl").write_text(text.replace('"prompt": "', '"prompt": "So ', 1), "utf-8")
+    assert main(["freeform", str(config), "--quiet", "--resume"]) == 2
+    assert "saved with another set-up: decision set letters (" in capsys.readouterr().err
+
+
+def test_checkpointing_leaves_dropout_off(tmp_path: Path) -> None:
+    config = write_run(tmp_path, train__gradient_checkpointing=True, train__max_steps=1, evaluation__scales=[1.0])
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), "attention_dropout": 0.3}), "utf-8")
+    assert main(["freeform", str(config), "--quiet"]) == 0
+    records = [json.loads(line) for line in (tmp_path / "runs/letters/metrics.jsonl").read_text("utf-8").splitlines()]
+    assert [r["train/kl"] for r in records if "train/kl" in r] == [pytest.approx(0.0, abs=1e-6)]
+
+
+# What a run will be
+
+
+def test_a_dry_run_says_what_is_sampled_without_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_run(tmp_path)
+    assert main(["train", str(config), NO_MODEL, "--dry-run", "--ranks", "2"]) == 0
+    said = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert said["run"].endswith(str(tmp_path / "runs/letters"))
+    steps = "2 steps x 20 decisions (16 ambiguous, 4 unambiguous) x 4 answers = 160 answers of up to 3 tokens"
+    assert steps in said["training"]
+    assert said["each process"].endswith("40 answers a step")  # 20 x 4 of 2 processes
+    assert said["validation"].endswith("2 times 24 decisions x 4 answers")
+    assert said["test"].endswith("2 scales x 24 decisions x 4 answers")
+    assert not (tmp_path / "runs").exists()
+
+
 # Bad input
+
+
+def test_a_trl_without_what_is_replaced_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(GRPOTrainer, "_generate_single_turn")
+    assert main(["train", str(write_run(tmp_path)), NO_MODEL]) == 2
+    assert "has no GRPOTrainer._generate_single_turn" in capsys.readouterr().err
 
 
 NO_MODEL = "model.name=no/where"  # a mistake that is found before the model is looked for does not speak of it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from dso.steering.model import Steering
 from envs.task import DecisionTask
 from trainers.answers import answer_log_probs, divide, reward_weights
 from trainers.constraints import FixedKL, KLBudget
-from trainers.grpo import BASE, MODULE, SteeringGRPO, SteeringRLOO
+from trainers.grpo import BASE, MODULE, REPLACED, TRL_VERSIONS, SteeredAnswers, SteeringGRPO, SteeringRLOO
 
 BOTH = pytest.mark.parametrize("kind", [SteeringGRPO, SteeringRLOO])
 
@@ -359,6 +361,29 @@ def test_prompts_are_those_of_the_backbone() -> None:
     decision = task.decisions[row["index"]]
     assert row["prompt"] == task.backbone.prompt_text(decision)
     assert trainer._tokenize_prompts([row["prompt"]])[0] == [list(task.backbone.encode(decision).prompt)]
+
+
+@BOTH
+def test_every_method_of_trl_that_is_replaced_is_there(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed = [SteeredAnswers, kind]
+    own = {name for cls in mixed for name in vars(cls) if callable(vars(cls)[name]) and name != "__init__"}
+    replaced = {
+        name for name in own if any(hasattr(base, name) for base in kind.__mro__ if base not in (*mixed, object))
+    }
+    assert replaced == set(REPLACED)
+    trainer = kind.__mro__[2]
+    for name in REPLACED:
+        with monkeypatch.context() as patch:
+            for base in trainer.__mro__:
+                if name in vars(base):
+                    patch.delattr(base, name)
+            with pytest.raises(UserError, match=rf"has no {trainer.__name__}\.{name}, .*pip install 'trl>=1.16,<1.17'"):
+                answer_trainer(kind, *answer_task())
+
+
+def test_the_package_asks_for_the_versions_of_trl_that_work() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
+    assert f"trl{TRL_VERSIONS}" in project["optional-dependencies"]["grpo"]
 
 
 # How a step is divided

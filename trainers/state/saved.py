@@ -31,6 +31,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import dso
+from dso.decisions.decision import DecisionSet
 from dso.errors import UserError
 from dso.files import require_room, sync_folder, write_bytes
 from trainers.ppo import SteeringPPO
@@ -66,7 +67,11 @@ class SavedState:
 
     def differences(self, model: SteeringPPO) -> str:
         """What is not as it was and may change the last bits of a result; empty if nothing is known."""
-        saved, now = self.facts["made_with"], _made_with(model)
+        return self.changes("made_with", made_with(model.device, model.world.size))
+
+    def changes(self, name: str, now: Mapping[str, Any]) -> str:
+        """What of ``now`` is not as the facts called ``name`` have it, as a text."""
+        saved = self.facts[name]
         return ", ".join(f"{key} {saved.get(key)} then and {now[key]} now" for key in now if saved.get(key) != now[key])
 
 
@@ -93,7 +98,7 @@ def save_state(
     task = model.learner.pass_through(model.task.state_dict)  # which may ask the base model
     if not model.world.is_main:
         return
-    random_tensors, random_facts = _random_state(model.device)
+    random_tensors, random_facts = random_state(model.device)
     parts: dict[str, Mapping[str, Tensor]] = {
         "policy": model.policy.state_dict(),
         "task": task,
@@ -104,7 +109,7 @@ def save_state(
     facts = {
         "step": model.steps_done,
         "setup": _setup(model),
-        "made_with": _made_with(model),
+        "made_with": made_with(model.device, model.world.size),
         "timesteps": model.num_timesteps,
         "updates": model._n_updates,
         "kl": model.kl.state_dict(),
@@ -116,14 +121,31 @@ def save_state(
         "random": random_facts,
         "extra": dict(extra_facts),
     }
+    write_state(folder, model.steps_done, parts, facts)
+
+
+def write_state(
+    folder: str | Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any]
+) -> None:
+    """Write the state after a step, all or nothing, and remove the ones that it makes needless.
+
+    Args:
+        folder: of the states.
+        step: that was done.
+        parts: tensors by the name of their part.
+        facts: whatever else there is to know, as JSON; ``step`` is one of them.
+
+    Raises:
+        OSError: where it cannot be written; what was saved before is whole then.
+    """
     data = _pack({f"{name}/{key}": value for name, part in parts.items() for key, value in part.items()}, facts)
-    path = Path(folder) / f"step-{model.steps_done}.safetensors"
+    path = Path(folder) / f"step-{step}.safetensors"
     require_room(path, len(data))
     write_bytes(path, data)
     sync_folder(path.parent)  # the new one is there before an old one goes
     others = [other for other in saved_states(folder) if other != path]
     # The last one before this step stays. Later ones are of a time that the run went back from, as they were damaged.
-    before = [other for other in others if _step(other) < model.steps_done]
+    before = [other for other in others if _step(other) < step]
     for other in {*others} - {*before[:1]}:
         other.unlink(missing_ok=True)
 
@@ -162,7 +184,7 @@ def load_state(saved: SavedState, model: SteeringPPO) -> tuple[dict[str, Tensor]
     for name, value in _setup(model).items():
         if facts["setup"].get(name) != value:
             raise StateError(f"{saved.path}: saved with {name} {facts['setup'].get(name)}, now it is {value}")
-    part = {name: _below(saved.tensors, name) for name in ("policy", "task", "optimizer", "random", "extra")}
+    part = {name: below(saved.tensors, name) for name in ("policy", "task", "optimizer", "random", "extra")}
     _require_same_shapes(saved.path, part["policy"], model.policy.state_dict())
     model.policy.load_state_dict(part["policy"])
     model.task.load_state_dict({key: value.to(model.device) for key, value in part["task"].items()})
@@ -176,7 +198,7 @@ def load_state(saved: SavedState, model: SteeringPPO) -> tuple[dict[str, Tensor]
     episodes = ({"r": reward, "l": 1, "t": 0.0} for reward in facts["episodes"])
     model.ep_info_buffer = deque(episodes, maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
-    _restore_random(part["random"], facts["random"], model.device)
+    restore_random(part["random"], facts["random"], model.device)
     return {key: value.to(model.device) for key, value in part["extra"].items()}, facts["extra"]
 
 
@@ -191,25 +213,30 @@ def _setup(model: SteeringPPO) -> dict[str, Any]:
     }
 
 
-def _made_with(model: SteeringPPO) -> dict[str, Any]:
+def made_with(device: torch.device, processes: int) -> dict[str, Any]:
     """What has to be the same for a run to go on bit for bit."""
-    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": device,
+        "device": kind,
         "threads": torch.get_num_threads(),
-        "processes": model.world.size,
+        "processes": processes,
     }
 
 
 def _fingerprint(model: SteeringPPO) -> str:
     if model not in _FINGERPRINTS:
-        decisions, digest = model.task.decisions, hashlib.sha256()
-        for decision in decisions:
-            digest.update(json.dumps(decision.to_json(), sort_keys=True).encode())
-        _FINGERPRINTS[model] = f"{decisions.name} ({len(decisions)} decisions, {digest.hexdigest()[:12]})"
+        _FINGERPRINTS[model] = fingerprint(model.task.decisions)
     return _FINGERPRINTS[model]
+
+
+def fingerprint(decisions: DecisionSet) -> str:
+    """A set's name, size and the beginning of the SHA-256 of what it asks."""
+    digest = hashlib.sha256()
+    for decision in decisions:
+        digest.update(json.dumps(decision.to_json(), sort_keys=True).encode())
+    return f"{decisions.name} ({len(decisions)} decisions, {digest.hexdigest()[:12]})"
 
 
 def _pack(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> bytes:
@@ -254,7 +281,7 @@ def _require_same_shapes(path: Path, saved: Mapping[str, Tensor], own: Mapping[s
             raise StateError(f"{path}: of another steering or baseline: {key} was {found[0]}, now it is {found[1]}")
 
 
-def _random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """torch's generators, which draw answers and anchors, NumPy's, which shuffles PPO's minibatches, and Python's."""
     kind, keys, *rest = np.random.get_state()
     version, words, gauss = random.getstate()
@@ -268,7 +295,8 @@ def _random_state(device: torch.device) -> tuple[dict[str, Tensor], dict[str, An
     return tensors, {"numpy": [kind, *rest], "python": [version, gauss]}
 
 
-def _restore_random(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
+def restore_random(tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: torch.device) -> None:
+    """Set the generators to what :func:`random_state` found."""
     torch.set_rng_state(tensors["torch"])
     kind, *rest = facts["numpy"]
     np.random.set_state((kind, tensors["numpy"].numpy().astype(np.uint32), *rest))
@@ -282,5 +310,6 @@ def _step(path: Path) -> int:
     return int(NAME.fullmatch(path.name)[1])
 
 
-def _below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def below(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The tensors of one part, without its name."""
     return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
