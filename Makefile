@@ -30,7 +30,7 @@ STALE := $(shell test -x $(VENV)/bin/python && test "$$(cat $(READY) 2>/dev/null
 
 help:
 	@cat <<'TEXT'
-	make train   set up, then train a steering (CONFIG=$(CONFIG), ARGS="train.max_steps=50 ...")
+	make train   set up, then train a steering, or go on with it (CONFIG=$(CONFIG), ARGS="train.max_steps=50 ...")
 	make test    set up, then lint and run every test (ARGS="-k name")
 	make setup   make .venv, or bring it up to date
 	make clean   remove .venv and everything built; runs/ stays
@@ -40,7 +40,7 @@ setup: $(READY)
 	@echo "$(VENV) is ready"
 
 train: $(READY)
-	@$(VENV)/bin/dso train "$(CONFIG)" $(ARGS)
+	@$(VENV)/bin/dso train "$(CONFIG)" $(ARGS) $(if $(filter --overwrite,$(ARGS)),,--resume auto)
 
 test: $(READY)
 	@$(VENV)/bin/ruff check .

@@ -159,18 +159,18 @@ class SteeringPPO(PPO):
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """Decide one batch; where acting and learning share a pass, its graph is kept for :meth:`train`."""
-        self.stop_requested = self.world.agree(self.stop_requested)
-        if self.stop_requested:
+        if self.world.agree(self.stop_requested):  # a signal heard while it waits stands for the next batch
+            self.stop_requested = True
             return False
         rollout_buffer.reset()
         callback.on_rollout_start()
-        handles, starts = self._last_obs, self._last_episode_starts
+        indices, starts = self._last_obs, self._last_episode_starts
         anchors = self.updater.draw_anchors()
-        log_policy, values = self._decide(handles, anchors)
+        log_policy, values = self._decide(indices, anchors)
         if log_policy.isnan().any():
             return self._pass_over(env, callback)
         chosen = choose(log_policy)
-        stated = self.task.pool(log_policy.exp(), handles)
+        stated = self.task.pool(log_policy.exp(), indices)
         if self.hard_preference:
             stated = torch.nn.functional.one_hot(chosen, stated.shape[1]).to(stated.dtype)
         table = self.learner.pass_through(lambda: env.state_policy(stated))  # which may ask the base model
@@ -183,32 +183,32 @@ class SteeringPPO(PPO):
             return False
         self._update_info_buffer(infos, dones)
         log_probs = log_policy.gather(1, chosen[:, None])[:, 0]
-        rollout_buffer.add(handles, actions.reshape(-1, 1), rewards, starts, values, log_probs)
+        rollout_buffer.add(indices, actions.reshape(-1, 1), rewards, starts, values, log_probs)
         rollout_buffer.compute_returns_and_advantage(last_values=torch.zeros_like(values), dones=dones)
         expected = (stated * table).sum(-1)
-        self.policy.update_baseline(handles, expected)
+        self.policy.update_baseline(indices, expected)
         returns = expected if self.estimator == "expected" else table.gather(1, chosen[:, None])[:, 0]
-        ambiguous = self._ambiguous(handles)
+        ambiguous = self._ambiguous(indices)
         pooled = None if self.task.reward.pooling == "linear" else stated
-        self._lesson = Lesson(handles, ambiguous, chosen, returns, returns - values, log_probs, anchors, table, pooled)
+        self._lesson = Lesson(indices, ambiguous, chosen, returns, returns - values, log_probs, anchors, table, pooled)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def _decide(self, handles: np.ndarray, anchors: list[str]) -> tuple[Tensor, Tensor]:
+    def _decide(self, indices: np.ndarray, anchors: list[str]) -> tuple[Tensor, Tensor]:
         """log pi (N, K) and baselines (N,) of a batch, without gradient; each process passes its share."""
-        shares = self.updater.shares(handles)
+        shares = self.updater.shares(indices)
         if self.estimator != "ppo" and len(shares) == 1:
-            self._kept = self.updater.pass_through(handles, shares[0], anchors)
+            self._kept = self.updater.pass_through(indices, shares[0], anchors)
             rows, outcome = shares[0], self._kept.outcome
         else:
             rows = torch.cat(shares).sort().values
             with torch.no_grad():
-                outcome = self.learner.pass_through(lambda: self.policy.decide(handles[rows.numpy()]))
+                outcome = self.learner.pass_through(lambda: self.policy.decide(indices[rows.numpy()]))
         log_policy, values = outcome.log_policy.detach(), outcome.values.detach()
         if self.world.size == 1:
             return log_policy, values
-        table = log_policy.new_zeros(len(handles), self.task.n_candidates + 1)
+        table = log_policy.new_zeros(len(indices), self.task.n_candidates + 1)
         table[rows, :-1] = -torch.inf
         table[rows, : log_policy.shape[1]] = log_policy
         table[rows, -1] = values
@@ -265,13 +265,13 @@ class SteeringPPO(PPO):
             return
         for _ in range(self.n_epochs):
             for batch in self.rollout_buffer.get(self.batch_size):
-                handles = batch.observations.long().view(-1).cpu().numpy()
+                indices = batch.observations.long().view(-1).cpu().numpy()
                 actions = batch.actions.long().view(-1)
                 told = batch.returns, batch.advantages, batch.old_log_prob
-                yield Lesson(handles, self._ambiguous(handles), actions, *told, self.updater.draw_anchors())
+                yield Lesson(indices, self._ambiguous(indices), actions, *told, self.updater.draw_anchors())
 
-    def _ambiguous(self, handles: np.ndarray) -> Tensor:
-        return self.task.answers[torch.as_tensor(handles, device=self.task.answers.device)] < 0
+    def _ambiguous(self, indices: np.ndarray) -> Tensor:
+        return self.task.answers[torch.as_tensor(indices, device=self.task.answers.device)] < 0
 
     def _skip(self, what: str) -> None:
         """Count a step that was skipped.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from dso.errors import UserError
-from dso.files import free_bytes, sweep, write_text
+from dso.files import as_path, free_bytes, sweep, write_text
 from launch.config.schema import ConfigError, TrainConfig, changes, load_config, resolved_yaml
 from trainers.parallel.ranks import RankLost, World
 from trainers.state.saved import SavedState, has_state, read_state
@@ -73,16 +73,20 @@ def on_main(world: World, work: Callable[[], T]) -> T:
     return world.broadcast_object(result)
 
 
-def check_folder(config: TrainConfig, name: str, resume: Resume, overwrite: bool) -> Plan:
+def check_folder(config: TrainConfig, name: str, resume: Resume, overwrite: bool, claim: Claim) -> Plan:
     """What a run would go on from; refused without a change to the disk if it cannot be kept there.
+
+    A folder that is there is claimed before anything else is said of it.
 
     Raises:
         RunError: naming the folder and what to do.
         StateError: if what was saved cannot be gone on from.
     """
-    folder = Path(config.run.output_dir) / (config.run.run_name or name)
+    folder = as_path(Path(config.run.output_dir) / (config.run.run_name or name))
     if resume and overwrite:
         raise RunError("--resume goes on with a run and --overwrite drops it; give one of them")
+    if folder.is_dir():
+        claim.take(folder)
     saved = None
     if has_state(folder / "state") and resume:
         _require_same_config(folder, config)
@@ -139,14 +143,20 @@ def _require_same_config(folder: Path, config: TrainConfig) -> None:
         raise RunError(f"{folder}: {reason}; give the same one to resume, or another run.name to start")
 
 
-def prepare_folder(plan: Plan, config: TrainConfig) -> None:
-    """Make the folder of a new run, or tidy up the one that is gone on with."""
-    folder = plan.folder
+def prepare_folder(plan: Plan, config: TrainConfig, claim: Claim) -> None:
+    """Make the folder of a new run, or tidy up the one that is gone on with; nothing goes before it is claimed.
+
+    Raises:
+        RunError: if it cannot be written, or another run has begun in it since :func:`check_folder`.
+    """
+    folder, checked = plan.folder, claim.held
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim.take(folder)
+        if not checked and any(folder.iterdir()):
+            raise RunError(f"{folder}: another run began in it meanwhile; set run.run_name=... to run beside it")
         if plan.saved is None:
-            if folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            _empty(folder)
         for place in (folder, folder / "state"):
             sweep(place)
         write_text(folder / "config.yaml", resolved_yaml(config))
@@ -155,18 +165,34 @@ def prepare_folder(plan: Plan, config: TrainConfig) -> None:
         raise RunError(f"{folder}: {reason}") from error
 
 
+def _empty(folder: Path) -> None:
+    """Drop what is in a run's folder; what shows that it is a run goes last, in case this is interrupted."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.yaml"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 class Claim:
     """Keeps a second process from writing into a run's folder; the system lets go of it when this one dies."""
 
     def __init__(self) -> None:
         self._descriptor: int | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether a folder is claimed."""
+        return self._descriptor is not None
+
     def take(self, folder: Path) -> None:
-        """Claim an existing folder in place of what was claimed before.
+        """Claim an existing folder in place of what was claimed before; one that is claimed stays so throughout.
 
         Raises:
             RunError: if another process has it.
         """
+        if self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(folder)):
+            return
         self.release()
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

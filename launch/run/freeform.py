@@ -26,7 +26,6 @@ from launch.run.answer_report import HOW, abstention_lines, answer_point, write_
 from launch.run.answer_session import AnswerSession, open_answers, open_world, require_trl
 from launch.run.folder import (
     Claim,
-    Plan,
     Resume,
     Stopped,
     check_folder,
@@ -68,23 +67,13 @@ def train(
     check_tracker(config.run.report_to)
     world, claim = World(), Claim()
 
-    def claimed() -> Plan:
-        plan = check_folder(config, name, resume, overwrite)
-        if plan.folder.exists():
-            claim.take(plan.folder)
-        return plan
-
-    def prepared() -> None:
-        prepare_folder(plan, config)
-        claim.take(plan.folder)
-
     try:
         with OrderlyStop() as stop:
             world, settings = open_world(config, deepspeed)
-            plan = on_main(world, claimed)
+            plan = on_main(world, lambda: check_folder(config, name, resume, overwrite, claim))
             with failing_together(world):  # before the folder is touched, as most mistakes show here
                 session = open_answers(config, world, settings)
-            on_main(world, prepared)
+            on_main(world, lambda: prepare_folder(plan, config, claim))
             quiet = quiet or not world.is_main
             with keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
                 seconds = learn(session, plan, stop, tracker, quiet)

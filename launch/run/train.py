@@ -111,23 +111,13 @@ def _run(
     check_tracker(config.run.report_to)
     world, claim = World(), Claim()
 
-    def claimed() -> Plan:
-        plan = check_folder(config, name, resume, overwrite)
-        if plan.folder.exists():
-            claim.take(plan.folder)
-        return plan
-
-    def prepared() -> None:
-        prepare_folder(plan, config)
-        claim.take(plan.folder)
-
     try:
         with OrderlyStop() as stop, _deterministic(config.train.full_determinism):
             world, settings = open_world(config, deepspeed)
-            plan = on_main(world, claimed)
+            plan = on_main(world, lambda: check_folder(config, name, resume, overwrite, claim))
             with failing_together(world):  # before the folder is touched, as most mistakes show here
                 session = open_session(config, world, settings)
-            on_main(world, prepared)
+            on_main(world, lambda: prepare_folder(plan, config, claim))
             with keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
                 yield session, plan, stop, tracker
             world.close()  # not after an error: other processes may still be at it

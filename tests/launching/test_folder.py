@@ -19,7 +19,7 @@ from small_runs import contents
 from dso.errors import UserError
 from dso.steering.model import Steering
 from launch.config.schema import TrainConfig, load_config
-from launch.run.folder import RunError, failing_together, on_main
+from launch.run.folder import Claim, RunError, check_folder, failing_together, on_main, prepare_folder
 from launch.run.train import Result, train
 from trainers.parallel.ranks import World
 from trainers.ppo import SteeringPPO, TrainingDiverged
@@ -119,6 +119,52 @@ def test_a_run_keeps_its_folder_to_itself_until_it_ends(
     assert refused
     with taken(result.folder):  # free again
         pass
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_began_in_the_folder_meanwhile_keeps_its_files(
+    tmp_path: Path, model_folder: Path, overwrite: bool
+) -> None:
+    config, late = config_of(tmp_path, model_folder, train__max_steps=1), Claim()
+    plan = check_folder(config, "x", False, overwrite, late)  # nothing is there yet
+    with taken_by_a_run(plan.folder), pytest.raises(RunError, match="another process writes into it"):
+        prepare_folder(plan, config, late)
+    with pytest.raises(RunError, match="another run began in it meanwhile"):  # and has ended
+        prepare_folder(plan, config, late)
+    assert (plan.folder / "config.yaml").read_text() == "theirs"
+    late.release()
+
+
+@contextmanager
+def taken_by_a_run(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("theirs")
+    with taken(folder):
+        yield
+
+
+def test_a_running_run_is_never_said_to_be_overwritten(run: tuple[TrainConfig, Result]) -> None:
+    with taken(run[1].folder):
+        message = refusal(run[0])
+    assert "another process writes into it" in message and "--overwrite" not in message
+
+
+def test_a_folder_that_is_a_link_is_overwritten_where_it_leads(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, train__max_steps=1)
+    link, target = tmp_path / "runs" / "letters", tmp_path / "elsewhere"
+    target.mkdir()
+    link.parent.mkdir()
+    link.symlink_to(target)
+    train(config, name="x", overwrite=True, quiet=True)
+    (target / "left.txt").write_text("over")
+    train(config, name="x", overwrite=True, quiet=True)
+    assert link.is_symlink() and (target / "report.md").is_file() and not (target / "left.txt").exists()
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = config_of(tmp_path, model_folder, run__output_dir="~/mine")
+    assert check_folder(config, "x", False, False, Claim()).folder == tmp_path / "mine" / "letters"
 
 
 # Places and disks

@@ -12,6 +12,7 @@ from small_runs import learn, make_trainer
 from stable_baselines3.common.callbacks import CallbackList
 
 from trainers.callbacks import Progress
+from trainers.parallel.ranks import World
 from trainers.stopping import OrderlyStop, Preempted
 
 
@@ -105,3 +106,17 @@ def test_other_threads_are_left_without_it() -> None:
     thread.join()
     assert not failed
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_during_the_wait_for_the_others_ends_training_one_step_later() -> None:
+    trainer = make_trainer()
+
+    class Heard(World):
+        def agree(self, flag: bool) -> bool:
+            trainer.stop_requested = True  # as a signal would, after this process has said that it heard none
+            return flag
+
+    trainer.world = Heard()
+    trainer.learn(8 * trainer.env.num_envs)
+    assert trainer.steps_done == 1
+    assert trainer.stop_requested

@@ -116,7 +116,7 @@ def save_state(
         "mass_floor": model.mass_floor.state_dict(),
         "guard": model.guard_state(),
         "sampler": model.env.inner.sampler.state_dict(),
-        "handles": [int(handle) for handle in model.env.inner.indices],
+        "handles": [int(index) for index in model.env.inner.indices],
         "episodes": [episode["r"] for episode in model.ep_info_buffer or ()],
         "random": random_facts,
         "extra": dict(extra_facts),
@@ -193,8 +193,8 @@ def load_state(saved: SavedState, model: SteeringPPO) -> tuple[dict[str, Tensor]
     model.kl.load_state_dict(facts["kl"])
     model.mass_floor.load_state_dict(facts["mass_floor"])
     model.load_guard_state(facts["guard"])
-    handles = model.env.inner.restore(facts["sampler"], facts["handles"])
-    model._last_obs, model._last_episode_starts = handles, np.ones(len(handles), dtype=bool)
+    indices = model.env.inner.restore(facts["sampler"], facts["handles"])
+    model._last_obs, model._last_episode_starts = indices, np.ones(len(indices), dtype=bool)
     episodes = ({"r": reward, "l": 1, "t": 0.0} for reward in facts["episodes"])
     model.ep_info_buffer = deque(episodes, maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
