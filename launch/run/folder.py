@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
+
 from dso.errors import UserError
 from dso.files import as_path, free_bytes, sweep, write_text
 from launch.config.schema import ConfigError, TrainConfig, changes, load_config, resolved_yaml
@@ -24,6 +26,11 @@ Resume = bool | Literal["auto"]
 FREE_BYTES = 200_000_000  # what a run needs to start
 LOW_BYTES = 20_000_000  # below this it saves and ends, while there still is room for what it says and keeps
 RESULTS = ("validation.json", "steering", "curve.json", "curve.png", "report.md")
+
+LESS_MEMORY = (
+    "turn down model.max_tokens, raise train.gradient_accumulation_steps or set train.gradient_checkpointing=true, "
+    "none of which changes the run"
+)
 
 
 class RunError(UserError):
@@ -236,4 +243,13 @@ def keeping(folder: Path, main: bool) -> Iterator[None]:
         if isinstance(error, OSError):
             where = f"{error.filename}: " if error.filename else ""
             raise RunError(f"{where}{error.strerror or error}; {way}") from error
+        if _is_out_of_memory(error):
+            raise RunError(f"out of memory; {LESS_MEMORY}. {way}") from error
         raise
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator, the host or torch's CPU allocator, which has no error of its own, had no room."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

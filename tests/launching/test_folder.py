@@ -13,13 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from running import FILES, config_of, full_after, outcome, steps_of
 from small_runs import contents
 
 from dso.errors import UserError
 from dso.steering.model import Steering
 from launch.config.schema import TrainConfig, load_config
-from launch.run.folder import Claim, RunError, check_folder, failing_together, on_main, prepare_folder
+from launch.run.folder import Claim, RunError, check_folder, failing_together, keeping, on_main, prepare_folder
 from launch.run.train import Result, train
 from trainers.parallel.ranks import World
 from trainers.ppo import SteeringPPO, TrainingDiverged
@@ -345,3 +346,23 @@ def test_the_config_says_how_often_to_save(tmp_path: Path, model_folder: Path) -
     config_of(tmp_path, model_folder)
     with pytest.raises(UserError, match="run.save_steps: must be at least 1, found 0"):
         load_config(str(tmp_path / "own.yaml"), ["run.save_steps=0"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+    ids=["host", "accelerator", "torch's CPU allocator"],
+)
+def test_running_out_of_memory_says_what_to_turn_down(tmp_path: Path, error: Exception) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "step-3.safetensors").write_bytes(b"")
+    said = r"^out of memory; turn down model.max_tokens, .* and --resume$"
+    with pytest.raises(RunError, match=said) as raised, keeping(tmp_path, main=True):
+        raise error
+    assert raised.value.__cause__ is error and (tmp_path / "state" / "step-3.safetensors").exists()
+    with pytest.raises(RuntimeError, match="a bug"), keeping(tmp_path, main=True):
+        raise RuntimeError("a bug")
