@@ -75,4 +75,4 @@ def check_tracker(kind: str) -> None:
     if kind in NEEDS:
         found = importlib.util.find_spec(kind)
         if found is None or found.origin is None:  # a folder named wandb is a package of its own kind
-            raise UserError(f"run.tracking: {kind} is not installed; pip install 'dso[{NEEDS[kind]}]'")
+            raise UserError(f"run.report_to: {kind} is not installed; pip install 'dso[{NEEDS[kind]}]'")
