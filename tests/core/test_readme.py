@@ -1,0 +1,57 @@
+"""README's commands run one after the other, as a user types them, on a model and a set that take seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_runs import write_config
+
+ROOT = Path(__file__).parents[2]
+LONGEST = 150  # lines that are read to their end
+STANDS_FOR = {"smollm2-roles": "smollm2-roles.yaml", "FILE.jsonl": "decisions.jsonl", "MODEL": "model"}
+NOT_HERE = {"make", "pip", "deepspeed"}  # have tests of their own, or need a network
+
+
+def readme_commands() -> list[list[str]]:
+    text = (ROOT / "README.md").read_text("utf-8")
+    shell = [part.partition("```")[0] for part in text.split("```bash\n")[1:]]
+    return [shlex.split(line, comments=True) for block in shell for line in block.splitlines() if line.strip()]
+
+
+def test_the_readme_is_read_to_its_end() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= LONGEST
+
+
+def test_the_commands_run_in_their_order(model_folder: Path, tmp_path: Path) -> None:
+    os.symlink(model_folder, tmp_path / "model")
+    config = json.loads(write_config(tmp_path, Path("model")).read_text("utf-8"))  # JSON is YAML
+    config["run"] = {"output_dir": "runs"}
+    os.rename(tmp_path / "letters.jsonl", tmp_path / "decisions.jsonl")
+    config["data"]["set"] = "decisions.jsonl"
+    (tmp_path / "smollm2-roles.yaml").write_text(json.dumps(config), encoding="utf-8")
+    ran = []
+    for words in readme_commands():
+        if words[0] in NOT_HERE:
+            continue
+        words = [STANDS_FOR.get(word, word) for word in words]
+        words = [word.replace("=MODEL", "=model").replace("=FILE.jsonl", "=decisions.jsonl") for word in words]
+        if words[1] in ("evaluate", "compare"):
+            words += ["--set", "decisions.jsonl"]
+        command = [sys.executable, "-m", "launch.cli", *words[1:]]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        ran.append(words[1])
+    assert ran == ["train", "generate", "inspect", "evaluate", "compare", "decisions", "train"]
+    assert json.loads((tmp_path / "runs" / "mine" / "curve.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("words", readme_commands(), ids=" ".join)
+def test_every_program_is_known(words: list[str]) -> None:
+    assert words[0] in NOT_HERE | {"dso"}
