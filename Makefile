@@ -26,12 +26,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A virtual environment holds absolute paths: one that was moved, or whose Python is gone, is made again.
 STALE := $(shell test -x $(VENV)/bin/python && test "$$(cat $(READY) 2>/dev/null)" = "$$(pwd)" || echo stale)
 
-.PHONY: help setup train test clean stale
+.PHONY: help setup train test docs clean stale
 
 help:
 	@cat <<'TEXT'
 	make train   set up, then train a steering, or go on with it (CONFIG=$(CONFIG), ARGS="train.max_steps=50 ...")
 	make test    set up, then lint and run every test (ARGS="-k name")
+	make docs    set up, then build the docs as a site in build/site
 	make setup   make .venv, or bring it up to date
 	make clean   remove .venv and everything built; runs/ stays
 	TEXT
@@ -46,6 +47,9 @@ test: $(READY)
 	@$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+docs: $(READY)
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
 	@rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache

@@ -25,7 +25,7 @@ $ dso train smollm2-roles train.max_steps=50 constraints.kl_budget=0.1 run.run_n
 `train.estimator` says which trainer runs, and with it which keys there are. A key that would have no effect is
 refused; what an override makes moot in a file is dropped. Keys marked ↻ may change when a run goes on with `--resume`.
 Where a second default follows `free-form`, it is that of `grpo` and `rloo`. Numbers that are in
-no config are in [launch/run/constants.py](../launch/run/constants.py).
+no config are in `launch/run/constants.py`.
 """
 NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any value"}
 
