@@ -62,6 +62,8 @@ class FusedAttention(TorchFunctionMode):
     ) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             return _fused(*args, **(kwargs or {}))
+        if func in (Tensor.__bool__, Tensor.item) and args[0].is_meta:
+            return True  # whether nothing is masked: sdpa then needs no mask, as with rows of equal length
         return func(*args, **(kwargs or {}))
 
 
@@ -117,7 +119,9 @@ def activations(
         if inputs:
             stack.callback(model.register_forward_pre_hook(_adding(inputs), with_kwargs=True).remove)
         stack.enter_context(FusedAttention())
-        scores = score(model, encoded[:count], layout=layout, max_tokens=max_tokens, next_token=True)
+        scores = score(
+            model, encoded[:count], layout="packed" if apart else layout, max_tokens=max_tokens, next_token=True
+        )
         _loss(scores)
     inside = [bytes_ for layer, bytes_ in counter.saved.items() if layer is not None]
     kept, outside, largest = sum(counter.saved.values()), counter.saved[None], max(inside, default=0)

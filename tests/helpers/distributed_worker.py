@@ -152,7 +152,7 @@ def stopped(config: str, rank: int) -> int:
     settings = str(Path(config).with_name("zero2.json"))
     SteeringPPO.train = train
     try:
-        return command(["train", config, "--deepspeed", settings, f"train.steps={STEPS}", "run.name=stopped"])
+        return command(["train", config, "--deepspeed", settings, f"train.max_steps={STEPS}", "run.run_name=stopped"])
     finally:
         SteeringPPO.train = learned
 

@@ -333,7 +333,7 @@ def test_every_command_has_help() -> None:
 def test_evaluate_measures_what_the_run_measured(trained: Trained, tmp_path: Path, call: Any) -> None:
     data = trained.config.parent / "letters.jsonl"
     code, out, err = call(
-        "evaluate", trained.steering, "--set", data, "--scales", "1,0.5", "--bootstrap", 20, "--contexts", 2,
+        "evaluate", trained.steering, "--set", data, "--scales", "1,0.5", "--contexts", 2,
         "--json", tmp_path / "points.json", "--figure", tmp_path / "points.png",
     )  # fmt: skip
     assert (code, err) == (0, "")

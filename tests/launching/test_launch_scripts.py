@@ -86,7 +86,7 @@ class Machine:
         self.program("scontrol", SCONTROL)
         self.program("scancel", 'touch "$LOG.told"')
         known = 'echo "rank|$RANK|$LOCAL_RANK|$WORLD_SIZE" >>"$LOG"'
-        self.program("py", f"case $* in *__path__*) echo /site/configs ;; *) {known} ;; esac")
+        self.program("py", f"case $* in *FOLDER*) echo /site/configs ;; *) {known} ;; esac")
 
     def calls(self) -> list[list[str]]:
         return [line.split("|") for line in self.log.read_text(encoding="utf-8").splitlines()]
@@ -397,7 +397,7 @@ def test_a_dry_run_prints_the_command_and_starts_nothing(machine: Machine, tmp_p
     first = [str(hosts)] if script == HOSTS else []
     done = machine.run(script, *first, "mine", "--dry-run", "train.max_steps=5")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^\+ (deepspeed|srun) .*launch\.train mine .*train\.steps=5$", done.stdout, re.M)
+    assert re.search(r"^\+ (deepspeed|srun) .*launch\.train mine .*train\.max_steps=5$", done.stdout, re.M)
     assert {call[0] for call in machine.calls()} <= {"py"}  # which says where the configs are
 
 

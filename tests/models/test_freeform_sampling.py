@@ -33,6 +33,7 @@ def test_sharing_prompts_changes_no_answer(architecture: str, monkeypatch: pytes
 
 def test_shared_prompts_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = Backbone(tiny("Llama"), byte_tokenizer())
+    assert backbone.company  # found out with passes of its own
     lengths = []
     hook = backbone.model.model.embed_tokens.register_forward_hook(
         lambda _, __, out: lengths.append(out.shape[0] * out.shape[1])
