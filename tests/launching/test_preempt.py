@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from running import outcome, rows_of
 from small_runs import write_config
 
@@ -22,7 +24,18 @@ from launch.train import script_arguments
 ROOT = Path(__file__).parents[2]
 
 
-def test_sigterm_exits_with_75_and_the_same_command_goes_on(tmp_path: Path, model_folder: Path) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as the processes that the test starts: sums are rounded alike."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_sigterm_exits_with_75_and_the_same_command_goes_on(
+    tmp_path: Path, model_folder: Path, one_thread: None
+) -> None:
     config = write_config(tmp_path, model_folder, train__max_steps=60, evaluation__eval_steps=20, run__save_steps=7)
     whole = train(load_config(str(config), ["run.run_name=whole"]), name="x", quiet=True).folder
     # As a launcher starts it: the file itself, with --config, in a process with hash seeds of its own.
