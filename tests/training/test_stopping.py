@@ -86,7 +86,8 @@ def test_a_run_that_is_asked_to_stop_ends_at_a_whole_step(number: int) -> None:
                 hear(number)
             return True
 
-    with OrderlyStop() as stop, stop.training(trainer):
+    heard = KeyboardInterrupt if number == signal.SIGINT else Preempted
+    with OrderlyStop() as stop, pytest.raises(heard), stop.training(trainer):  # told at the end, as nobody else is
         learn(trainer, 9, CallbackList([Interrupt(9, quiet=True)]))
     assert (trainer.steps_done, trainer._n_updates) == (2, 2)
 
