@@ -24,7 +24,6 @@ import resource
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -60,7 +59,7 @@ PHASES: dict[str, tuple[Callable[..., Any], ...]] = {
     "write": (),  # what write_bytes does once it has a temporary file
 }
 CODES = {function.__code__: phase for phase, functions in PHASES.items() for function in functions}
-WRITES, BEGINS = write_bytes.__code__, tempfile.mkstemp.__code__
+WRITES, BEGINS = write_bytes.__code__, os.open  # by which it makes its temporary file
 PATIENCE = 600  # seconds after which a process that hangs says where, and ends; a run takes a few
 HALF = 10_000  # bytes, less than a state and more than the records of these runs
 Trick = Callable[[Path], None]  # what is done to a process before it runs; tells a file of what comes of it
@@ -80,9 +79,9 @@ class Watch:
         self._within = ["other"]
         self._kill = phase, call, number, notes
 
-    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+    def __call__(self, frame: FrameType, event: str, done: Any) -> None:
         code = frame.f_code
-        if event == "return" and code is BEGINS and frame.f_back.f_code is WRITES:
+        if event == "c_return" and done is BEGINS and code is WRITES:
             self._within[-1] = "write"
         elif event == "return" and (code in CODES or code is WRITES):
             self._within.pop()
@@ -134,7 +133,7 @@ def kill_writing(notes: Path) -> None:
 
 
 def survey(notes: Path) -> None:
-    """Have this process tell its CPU time, and how many calls each phase has, when it ends."""
+    """Have this process tell its CPU time, a multiple of what it takes unwatched, and the calls of each phase."""
     watch, real, started = Watch(), os._exit, time.process_time()
 
     def tell(code: int) -> None:
@@ -223,7 +222,6 @@ def kill(runs: Runs, kills: int, seed: int) -> None:
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     tqdm.set_lock(threading.RLock())  # its own is shared by forks: one killed while it holds it would stop all others
     launch.run.train.scale_figure = lambda *_, **__: None  # it would take most of the time
-    launch.run.constants.RESAMPLES = 2
     load_backbone(runs.config)  # what transformers compiles once a process is there in all
     rng = random.Random(seed)
     known = []
@@ -242,14 +240,14 @@ def kill(runs: Runs, kills: int, seed: int) -> None:
         elif kind == "term":
             trick = partial(kill_at, "step", known[victim]["step"] // 2, number=signal.SIGTERM)
         elif kind == "time":
-            trick = partial(kill_after, rng.uniform(0, 0.35 * known[victim][kind]))
+            trick = partial(kill_after, rng.uniform(0, 0.25 * known[victim][kind]))
         else:
             trick = partial(kill_at, kind, rng.randint(1, int(0.95 * known[victim][kind])))
         ended = runs.go(name, trick, victim)
         result = {"kind": kind, "victim": victim, "moment": runs.notes.read_text(), "ended": ended}
         result["left"] = runs.files(name)
         if kind == "time":
-            runs.go(name, partial(kill_after, rng.uniform(0, 0.3 * known[victim][kind])), victim)
+            runs.go(name, partial(kill_after, rng.uniform(0, 0.2 * known[victim][kind])), victim)
         again = runs.go(name)
         found = {} if any(again) else runs.outcome(name)
         differs = [key for key in wanted if found.get(key) != wanted[key]]
@@ -275,12 +273,13 @@ def launched(phase: str, call: str, rank: str, *arguments: str) -> int:
 
 
 if __name__ == "__main__":
+    launch.run.constants.RESAMPLES = 2  # of the intervals, in all runs alike: they are not what is tested
     at = next((place for place, word in enumerate(sys.argv) if word == "--launched"), None)
     if at is not None:  # the launcher puts an option of its own before
         raise SystemExit(launched(*sys.argv[at + 1 :]))
     given = load_config(sys.argv[1])
     if len(sys.argv) > 4:
         import deepspeed  # noqa: F401  (before the forks, as it takes seconds)
-    found = Runs(given, sys.argv[4] if len(sys.argv) > 4 else None, Path(given.run.folder).parent / "notes")
+    found = Runs(given, sys.argv[4] if len(sys.argv) > 4 else None, Path(given.run.output_dir).parent / "notes")
     kill(found, int(sys.argv[2]), int(sys.argv[3]))
     say(refused(found))

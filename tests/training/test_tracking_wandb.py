@@ -114,7 +114,7 @@ def test_an_offline_run_holds_what_was_logged(offline: Offline) -> None:
     assert logged.exit_code == 0
     assert logged.config["train"]["max_steps"] == 6
     assert logged.config["constraints"]["kl_budget"] == 0.2
-    assert logged.config["run"]["tracking"] == "wandb"
+    assert logged.config["run"]["report_to"] == "wandb"
     assert logged.run.project == "dso"
     assert logged.run.display_name == "letters"
     assert list(logged.run.tags) == ["test"]
