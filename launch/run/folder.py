@@ -147,7 +147,7 @@ def _require_same_config(folder: Path, config: TrainConfig) -> None:
     if changed := changes(before, config):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         reason = f"was trained with another config: {changed[0]}{more}"
-        raise RunError(f"{folder}: {reason}; give the same one to resume, or another run.name to start")
+        raise RunError(f"{folder}: {reason}; give the same one to resume, or another run.run_name to start")
 
 
 def prepare_folder(plan: Plan, config: TrainConfig, claim: Claim) -> None:

@@ -1,4 +1,4 @@
-"""Train and measure a steering on free-form answers: ``dso train CONFIG``, and this file for launchers.
+"""Train and measure a steering on free-form answers: ``dso train CONFIG`` where the config names GRPO or RLOO.
 
 A run is one folder: ``config.yaml`` (every value), ``metrics.jsonl``, ``times.jsonl`` (what the clock says), ``state/``
 (to go on from), ``validation.json``, ``steering/`` (what is shipped), ``answers.jsonl`` (what was said),
@@ -12,33 +12,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
 from dso.evaluation.answers import AnswerEvaluator, Answers
 from dso.evaluation.report import ScalePoint, scale_table
 from dso.steering.model import Steering
-from launch.cluster.processes import leave
 from launch.config.schema import TrainConfig
 from launch.run import constants
 from launch.run.answer_learn import learn
 from launch.run.answer_report import HOW, abstention_lines, answer_point, write_results
 from launch.run.answer_session import AnswerSession, open_answers, open_world, require_trl
-from launch.run.folder import (
-    Claim,
-    Resume,
-    Stopped,
-    check_folder,
-    failing_together,
-    keeping,
-    on_main,
-    prepare_folder,
-)  # fmt: skip
-from launch.run.session import open_run_tracker
+from launch.run.folder import Resume, on_main
+from launch.run.opening import opened
 from launch.run.train import Result
 from trainers.parallel.ranks import World
-from trainers.stopping import OrderlyStop, Preempted
-from trainers.tracking.tracker import check_tracker
 
 
 def train(
@@ -64,27 +53,13 @@ def train(
         Stopped: on Ctrl-C and SIGTERM; what was learned is kept.
     """
     require_trl()
-    check_tracker(config.run.report_to)
-    world, claim = World(), Claim()
-
-    try:
-        with OrderlyStop() as stop:
-            world, settings = open_world(config, deepspeed)
-            plan = on_main(world, lambda: check_folder(config, name, resume, overwrite, claim))
-            with failing_together(world):  # before the folder is touched, as most mistakes show here
-                session = open_answers(config, world, settings)
-            on_main(world, lambda: prepare_folder(plan, config, claim))
-            quiet = quiet or not world.is_main
-            with keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
-                seconds = learn(session, plan, stop, tracker, quiet)
-                evaluator, said, points = measure(session, quiet)
-                on_main(world, lambda: write_results(session, plan.folder, evaluator, said, points, seconds))
-                tracker.results(points, [], plan.folder / "steering")
-            world.close()
-    except Preempted as error:
-        raise Stopped("stopped by SIGTERM; nothing was changed", preempted=True) from error
-    finally:
-        claim.release()
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "quiet": quiet, "deepspeed": deepspeed}
+    with opened(config, open_world, open_answers, name=name, **options) as (session, plan, stop, tracker, world):
+        quiet = quiet or not world.is_main
+        seconds = learn(session, plan, stop, tracker, quiet)
+        evaluator, said, points = measure(session, quiet)
+        on_main(world, lambda: write_results(session, plan.folder, evaluator, said, points, seconds))
+        tracker.results(points, [], plan.folder / "steering")
     return Result(plan.folder, points)
 
 
@@ -139,9 +114,3 @@ def report(result: Result) -> str:
             f"steering  {folder / 'steering'}   (dso generate {folder / 'steering'} --scale 0.5 PROMPT)",
         ]
     )
-
-
-if __name__ == "__main__":
-    from launch.cli import main
-
-    leave(main(["freeform", *sys.argv[1:]]))

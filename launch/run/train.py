@@ -26,26 +26,12 @@ from dso.models.embedded import HUB_IDS
 from launch.cluster.processes import open_world
 from launch.config.schema import TrainConfig
 from launch.run import constants
-from launch.run.folder import (
-    Claim,
-    Plan,
-    Resume,
-    RunError,
-    Stopped,
-    check_folder,
-    failing_together,
-    keeping,
-    on_main,
-    prepare_folder,
-)  # fmt: skip
+from launch.run.folder import Resume, RunError, Stopped, on_main
 from launch.run.learn import learn
 from launch.run.measure import scale_points
-from launch.run.session import Session, open_run_tracker, open_session
-from trainers.parallel.ranks import World
-from trainers.stopping import OrderlyStop, Preempted
-from trainers.tracking.base import Tracker
+from launch.run.opening import Run, opened
+from launch.run.session import Session, open_session
 from trainers.tracking.records import decision_samples
-from trainers.tracking.tracker import check_tracker
 
 __all__ = ["Result", "RunError", "Stopped", "learn_only", "report", "train"]
 
@@ -80,10 +66,11 @@ def train(
         UserError: if the config or the folder cannot be used; an existing run is as it was then.
         Stopped: on Ctrl-C and SIGTERM, after the state was saved.
     """
-    with _run(config, name, resume, overwrite, quiet, deepspeed) as (session, plan, stop, tracker):
+    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "quiet": quiet, "deepspeed": deepspeed}
+    with _run(config, name=name, **options) as (session, plan, stop, tracker, world):
         seconds = learn(session, plan, stop, tracker, quiet=quiet)
         points = _measure(session, quiet)
-        on_main(session.trainer.world, lambda: _write_results(session, plan.folder, points, seconds))
+        on_main(world, lambda: _write_results(session, plan.folder, points, seconds))
         samples = _samples(session) if config.run.report_to == "wandb" else []  # by every process, as a model runs
         tracker.results(points, samples, plan.folder / "steering")
     return Result(plan.folder, points)
@@ -91,40 +78,18 @@ def train(
 
 def learn_only(config: TrainConfig, *, name: str) -> Path:
     """Train without measuring the test split: for sweeps that measure many steerings together."""
-    with _run(config, name, resume=False, overwrite=True) as (session, plan, stop, tracker):
+    with _run(config, name=name, overwrite=True) as (session, plan, stop, tracker, world):
         learn(session, plan, stop, tracker)
         session.handle.detach()
-        on_main(session.trainer.world, lambda: session.steering.save_pretrained(plan.folder / "steering"))
+        on_main(world, lambda: session.steering.save_pretrained(plan.folder / "steering"))
     return plan.folder
 
 
 @contextmanager
-def _run(
-    config: TrainConfig,
-    name: str,
-    resume: Resume,
-    overwrite: bool,
-    quiet: bool = False,
-    deepspeed: str | None = None,
-) -> Iterator[tuple[Session, Plan, OrderlyStop, Tracker]]:
-    """The objects of a run and its folder, which no other process has meanwhile."""
-    check_tracker(config.run.report_to)
-    world, claim = World(), Claim()
-
-    try:
-        with OrderlyStop() as stop, _deterministic(config.train.full_determinism):
-            world, settings = open_world(config, deepspeed)
-            plan = on_main(world, lambda: check_folder(config, name, resume, overwrite, claim))
-            with failing_together(world):  # before the folder is touched, as most mistakes show here
-                session = open_session(config, world, settings)
-            on_main(world, lambda: prepare_folder(plan, config, claim))
-            with keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
-                yield session, plan, stop, tracker
-            world.close()  # not after an error: other processes may still be at it
-    except Preempted as error:
-        raise Stopped("stopped by SIGTERM; nothing was changed", preempted=True) from error
-    finally:
-        claim.release()
+def _run(config: TrainConfig, **options: Any) -> Iterator[Run[Session]]:
+    """:func:`launch.run.opening.opened` for this trainer."""
+    with _deterministic(config.train.full_determinism), opened(config, open_world, open_session, **options) as run:
+        yield run
 
 
 @contextmanager

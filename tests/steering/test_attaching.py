@@ -176,7 +176,8 @@ def test_an_adapters_layer_is_known_by_the_layer_it_adapts(model):
     steering = Steering.for_model(model, sites=[".*q_proj"])
     layer = model.model.layers[0].self_attn
     layer.q_proj = type("Linear", (Adapter,), {})(layer.q_proj)
-    steering.attach(model).detach()
+    handle = steering.attach(model)
+    assert attached(model) == [handle]
 
 
 # ---------------------------------------------------------------- offloaded and quantised
