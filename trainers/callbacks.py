@@ -127,7 +127,7 @@ class Selection(BaseCallback):
         if self.model.steps_done < self.steps:
             return
         self._check(self.steps)
-        for _ in range(self.TRIES):
+        while sum(row.scale != 1 for row in self.history) < self.TRIES:  # those before a resume are among them
             kept = self.best is not None and self.best.step > 0
             if kept or (scale := self.turned_down(self.history[-1])) is None:
                 return
@@ -145,7 +145,7 @@ class Selection(BaseCallback):
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Go on where :meth:`state` was taken."""
         self.history = [Validation(**row) for row in facts["history"]]
-        best = (facts["best"], facts.get("best_scale", 1.0))  # earlier versions kept operators as they were only
+        best = (facts["best"], facts["best_scale"])
         self.best = next((row for row in self.history if (row.step, row.scale) == best), None)
         self.best_tensors = dict(tensors)
 
@@ -162,7 +162,7 @@ class Selection(BaseCallback):
 
     def _measure(self, step: int, scale: float = 1.0) -> Validation:
         row = self.measure(step) if scale == 1 else self.measure(step, scale)
-        better = self.offer(row, self.model.policy.steering.scaled_tensors(scale))
+        better = self.offer(row, self.model.steering.scaled_tensors(scale))
         if self.on_measured is not None:
             self.on_measured(row, better)
         return row
@@ -250,7 +250,7 @@ class Progress(BaseCallback):
         step, measured = self.model.steps_done, self.model.measured
         if step <= self._shown or not measured:
             return
-        said = {name: f"{measured[name]:.3f}" for name in ("running_bias", "kl")}
+        said = {name: f"{measured[name]:.3f}" for name in ("running_bias", "kl", "abstention") if name in measured}
         self.bar.set_postfix(said, refresh=False)
         self.bar.update(step - self._shown)
         if self.bar.disable and step // self.every > self._shown // self.every:

@@ -21,14 +21,18 @@ called: :func:`require_trl` refuses a TRL without them.
 
 from __future__ import annotations
 
-import os
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from datasets import Dataset
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -47,6 +51,10 @@ from trainers.answers import answer_log_probs, divide, reward_weights
 from trainers.constraints import FixedKL, KLBudget, sparsity
 from trainers.fisher import fisher_diagonal, whitening
 from trainers.optimizer import SteeringAdam
+from trainers.parallel.ranks import World
+from trainers.state.generators import random_state, restore_random
+from trainers.state.saved import require_same_shapes
+from trainers.trainer import Contents
 
 MODULE = "dso_steering"  # the steering's name in the model while it is trained
 BASE = object()  # stands for the reference model: the same model at scale 0
@@ -64,6 +72,7 @@ _ARGUMENTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,
     "dataloader_pin_memory": False,
 }
+CLOCKS = {"step_time": "time/step"}  # what TRL measures that is never the same twice, and what it is called here
 TRL_VERSIONS = ">=1.16,<1.17"  # that have what is replaced
 REPLACED = (
     "_generate_single_turn",
@@ -128,25 +137,23 @@ class SteeredAnswers(_TrainerOfTRL):
         micro_batch: answers of one forward and backward pass in one process; None for all of its answers of a step.
         betas, eps: of Adam.
         sparsity: lambda of the L1 penalty on the operators, taken as a proximal step.
-        fisher_batches, fisher_damping: of the whitening (:mod:`trainers.fisher`); 0 batches for none.
         share_prompts: compute the answers to one prompt in one pass; without it TRL's own chunked head is used, which
             needs less memory where answers are long and the vocabulary is large.
-        on_step: told of each step and its measurements, by the names that TRL gives them.
-        begun: steps that were done before, whose state :func:`trainers.state.freeform.load_state` restores.
+        world: the processes, which a launcher started.
         seed: of batches and sampling.
         arguments: further fields of TRL's config: ``max_completion_length``, ``temperature``, ``max_grad_norm``,
             ``deepspeed``, ...
 
     Attributes:
-        stop_requested: set by whoever wants training to end after the step.
-        stopping: whether it does, as all processes know it.
-        tokens: that the steps before ``begun`` read and sampled.
-        random: sets the generators as the first step begins, where they are to go on from a state.
+        stop_requested, measured: see :class:`trainers.trainer.SteeringTrainer`.
+        begun: steps that were done before a restore.
 
     Raises:
         UserError: if the answers of a step cannot be divided among the processes, or TRL is none that this works with.
     """
 
+    estimator: str
+    skipped_in_a_row = 0  # no step is skipped
     CONFIG: Any
     DEFAULTS: dict[str, Any] = {}
 
@@ -167,26 +174,27 @@ class SteeredAnswers(_TrainerOfTRL):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         sparsity: float = 0.0,
-        fisher_batches: int = 0,
-        fisher_damping: float = 0.1,
         share_prompts: bool = True,
-        on_step: Callable[[int, dict[str, float]], None] | None = None,
-        begun: int = 0,
+        world: World | None = None,
         seed: int = 0,
         **arguments: Any,
     ):
         require_trl(type(self).__mro__[type(self).__mro__.index(SteeredAnswers) + 1])
         model = task.backbone.model
         self.task, self.steering, self.kl, self.share_prompts = task, steering, kl, share_prompts
-        self.stop_requested = self.stopping = False
-        self.begun, self.tokens = begun, 0
-        self.random: Callable[[], None] | None = None
+        self.world = world or World()
+        self.stop_requested = False
+        self.measured: dict[str, float] = {}
+        self.logger = Logger(None, [])
+        self.begun = self._tokens = 0
+        self._random: Callable[[], None] | None = None  # sets the generators as the first step begins
+        self._callback: BaseCallback | None = None
         self.answer_rewards = AnswerRewards(task, matcher)
-        self._seed = seed
+        self._seed, self._counts = seed, (ambiguous, unambiguous)
         self._ids = {task.backbone.prompt_text(d): list(task.backbone.encode(d).prompt) for d in task.decisions}
         sampler = BlockSampler(task.decisions, ambiguous, unambiguous, seed)
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        batch, portions = divide(sampler.size, num_generations, ranks, micro_batch)
+        self._drawn = [sampler.draw().tolist() for _ in range(steps)]
+        batch, portions = divide(sampler.size, num_generations, self.world.size, micro_batch)
         args = self.CONFIG(
             max_steps=steps,
             seed=seed,
@@ -200,16 +208,18 @@ class SteeredAnswers(_TrainerOfTRL):
         )
         group = {"params": list(steering.parameters()), "penalty": sparsity}
         self.own_optimizer = SteeringAdam([group], lr=rate(1.0), betas=betas, eps=eps)
-        self._rate = lambda step: rate(1 - (begun + step) / steps) / rate(1.0)
-        self._prime(sampler, 0 if begun else fisher_batches, fisher_damping)
+        self._rate = lambda step: rate(1 - (self.begun + step) / steps) / rate(1.0)
+        self.own_optimizer.priming = True  # makes its state
+        self.own_optimizer.step()
+        self.own_optimizer.priming = False
         model.add_module(MODULE, steering.requires_grad_(True))
         super().__init__(
             model=model,
             reward_funcs=[self.answer_rewards.equiprobability, self.answer_rewards.correctness],
             args=args,
-            train_dataset=self._rows(sampler, steps, begun),
+            train_dataset=self._rows(),
             processing_class=task.backbone.tokenizer,
-            callbacks=[_AfterStep(self, on_step)],
+            callbacks=[_Steps(self)],
             optimizers=(self.own_optimizer, None),
         )
         self.remove_callback(PrinterCallback)
@@ -234,10 +244,9 @@ class SteeredAnswers(_TrainerOfTRL):
         model.__dict__.pop("forward", None)  # TRL's, which reads the output layer without calling it
         model.eval()
 
-    def _rows(self, sampler: BlockSampler, steps: int, begun: int) -> Dataset:
+    def _rows(self) -> Dataset:
         """The decisions of the steps to do, in the order in which they are asked; prompts are rendered when read."""
-        drawn = [sampler.draw() for _ in range(steps)]
-        indices = [int(index) for step in drawn[begun:] for index in step]
+        indices = [index for step in self._drawn[self.begun :] for index in step]
         text, pick = self.task.backbone.prompt_text, self.task.pick
 
         def render(rows: dict[str, list]) -> dict[str, list]:
@@ -245,14 +254,35 @@ class SteeredAnswers(_TrainerOfTRL):
 
         return Dataset.from_dict({"index": indices}).with_transform(render)
 
-    def _prime(self, sampler: BlockSampler, batches: int, damping: float) -> None:
-        """Make the optimiser's state, and measure its steps in KL (:mod:`trainers.fisher`) if there are batches."""
-        optimizer = self.own_optimizer
-        optimizer.priming = True
-        optimizer.step()
-        optimizer.priming = False
-        if not batches:
-            return
+    # What a run asks of its trainer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.task.backbone.device
+
+    @property
+    def decisions_a_step(self) -> int:
+        """Decisions of a step, over all processes."""
+        return len(self._drawn[0])
+
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps that were taken."""
+        return self.state.global_step
+
+    @property
+    def num_timesteps(self) -> int:
+        """Decisions that were asked, as Stable-Baselines3 counts."""
+        return self.steps_done * self.decisions_a_step
+
+    def set_logger(self, logger: Logger) -> None:
+        """Where records go from now on."""
+        self.logger = logger
+
+    def whiten(self, batches: int, damping: float) -> None:
+        """See :meth:`trainers.trainer.SteeringTrainer.whiten`."""
+        sampler = BlockSampler(self.task.decisions, *self._counts, self._seed)
 
         def log_probs() -> Iterator[Tensor]:
             for _ in range(batches):
@@ -262,10 +292,96 @@ class SteeredAnswers(_TrainerOfTRL):
                     yield table[: len(chosen)]  # behind the prompts
 
         parameters = list(self.steering.parameters())
-        torch.manual_seed(self._seed)
-        for parameter, size in zip(parameters, whitening(fisher_diagonal(log_probs, parameters), damping), strict=True):
-            optimizer.state[parameter]["size"] = broadcast(size)  # a GPU may round it differently in each process
-        sampler.seed(self._seed)  # the steps draw what they would have drawn without
+        own = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=own), self.evaluating():  # processes sample different answers afterwards
+            torch.manual_seed(self._seed)
+            sizes = whitening(fisher_diagonal(log_probs, parameters), damping)
+        for parameter, size in zip(parameters, sizes, strict=True):
+            # A GPU may round it differently in each process.
+            self.own_optimizer.state[parameter]["size"] = broadcast(size)
+
+    def learn_until(self, steps: int, callback: BaseCallback) -> None:
+        """See :meth:`trainers.trainer.SteeringTrainer.learn_until`; the model is as it was found afterwards."""
+        self.args.max_steps, self._callback = steps, callback
+        callback.init_callback(self)
+        try:
+            with self.evaluating():
+                callback.on_training_start({}, {})
+            if self.steps_done < steps:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
+                    self.train()
+            with self.evaluating():
+                callback.on_training_end()
+        finally:
+            self.release()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block dropout is off in the whole model."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def contents(self) -> Contents:
+        """See :meth:`trainers.trainer.SteeringTrainer.contents`."""
+        task = self.task.state_dict()  # which may ask the base model, in all processes
+        generators = gather_object([random_state(self.device)])
+        parts = {
+            "steering": self.steering.tensors(),
+            "task": task,
+            "optimizer": {
+                f"{number}/{key}": value
+                for number, parameter in enumerate(self.steering.parameters())
+                for key, value in self.own_optimizer.state[parameter].items()
+            },
+            "random": {f"{rank}/{key}": v for rank, (found, _) in enumerate(generators) for key, v in found.items()},
+        }
+        facts = {
+            "steps": self.steps_done,
+            "tokens": self.state.num_input_tokens_seen,
+            "kl": self.kl.state_dict(),
+            "random": [said for _, said in generators],
+        }
+        return Contents(parts, facts)
+
+    def restore(self, contents: Contents) -> None:
+        """See :meth:`trainers.trainer.SteeringTrainer.restore`."""
+        parts, facts = contents
+        require_same_shapes(parts["steering"], self.steering.tensors())
+        self.steering.load_tensors({key: value.to(self.device) for key, value in parts["steering"].items()})
+        self.task.load_state_dict({key: value.to(self.device) for key, value in parts["task"].items()})
+        for number, parameter in enumerate(self.steering.parameters()):
+            entries = self.own_optimizer.state[parameter]
+            for key in entries:
+                entries[key].copy_(parts["optimizer"][f"{number}/{key}"])
+        self.kl.load_state_dict(facts["kl"])
+        self.beta = self.kl.coefficient
+        self.begun, self._tokens = facts["steps"], facts["tokens"]
+        self.take_up()
+        self.train_dataset = self._rows()
+        if self.world.rank < len(facts["random"]):
+            start = f"{self.world.rank}/"
+            own = {key.removeprefix(start): v for key, v in parts["random"].items() if key.startswith(start)}
+            self._random = partial(restore_random, own, facts["random"][self.world.rank], self.device)
+            self._random()
+
+    def take_up(self) -> None:
+        """Count on from the steps that were done before, as transformers does with a checkpoint of its own."""
+        self.state.global_step = self._globalstep_last_logged = self.begun
+        self.state.num_input_tokens_seen = self._tokens
+
+    def before_step(self) -> None:
+        """What is measured and saved at the start of a step."""
+        if self._random is not None:  # not earlier: a loader draws where it starts
+            self._random()
+            self._random = None
+        if self._callback is not None:
+            with self.evaluating():
+                self._callback.on_rollout_start()
 
     # TRL's seams
 
@@ -309,10 +425,18 @@ class SteeredAnswers(_TrainerOfTRL):
         metrics["abstention"].append(self.answer_rewards.abstention)
         metrics["sparsity"].append(sparsity(self.steering.parameters()))
 
+    def record(self, measured: dict[str, float]) -> None:
+        """A step's record, of what TRL measured."""
+        self.measured = measured
+        for key, value in measured.items():
+            self.logger.record(CLOCKS.get(key, f"train/{key}"), value)
+        self.logger.dump(self.num_timesteps)
+
 
 class SteeringGRPO(SteeredAnswers, GRPOTrainer):
     """GRPO (Shao et al. 2024, arXiv 2402.03300) on a steering; ``scale_rewards="group"`` gives it as published."""
 
+    estimator = "grpo"
     CONFIG = GRPOConfig
     DEFAULTS = {"loss_type": "dr_grpo", "scale_rewards": "none"}
 
@@ -323,35 +447,32 @@ class SteeringGRPO(SteeredAnswers, GRPOTrainer):
 class SteeringRLOO(SteeredAnswers, RLOOTrainer):
     """RLOO (Ahmadian et al. 2024, arXiv 2402.14740) on a steering."""
 
+    estimator = "rloo"
     CONFIG = RLOOConfig
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
         return self._sample(prompt_ids)
 
 
-class _AfterStep(TrainerCallback):
-    def __init__(self, trainer: SteeredAnswers, on_step: Callable[[int, dict[str, float]], None] | None):
+class _Steps(TrainerCallback):
+    """Where a trainer of TRL tells of its steps."""
+
+    def __init__(self, trainer: SteeredAnswers):
         self.trainer = trainer
-        self.on_step = on_step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # As transformers does where it resumes from a checkpoint of its own.
-        state.global_step = self.trainer._globalstep_last_logged = self.trainer.begun
-        state.num_input_tokens_seen = self.trainer.tokens
+        self.trainer.take_up()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.trainer.random is not None:  # not earlier: a loader draws where it starts
-            self.trainer.random()
-            self.trainer.random = None
+        self.trainer.before_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.after_step()
-        asked = torch.tensor([self.trainer.stop_requested], device=self.trainer.accelerator.device)
-        if bool(self.trainer.accelerator.gather(asked).any()):  # a signal may have reached one process only
-            self.trainer.stopping = self.trainer.stop_requested = control.should_training_stop = True
+        if self.trainer.world.agree(self.trainer.stop_requested):  # a signal may have reached one process only
+            self.trainer.stop_requested = control.should_training_stop = True
 
     def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         logs: dict[str, float] = rest["logs"]
-        if self.on_step is not None and "reward" in logs:  # the last record is of the whole run
+        if "reward" in logs:  # the last record is of the whole run
             # Epochs are of the decisions that one process had to do, which are fewer where it goes on from a state.
-            self.on_step(state.global_step, {key: value for key, value in logs.items() if key != "epoch"})
+            self.trainer.record({key: value for key, value in logs.items() if key != "epoch"})

@@ -11,6 +11,7 @@ of them, and in one process; what is divided are the passes, and what is added u
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -23,6 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from dso.errors import UserError
+from dso.steering.model import Steering
 from envs.sampler import BlockSampler
 from envs.task import DecisionTask
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, NoMassFloor, sparsity, step_unit
@@ -31,6 +33,9 @@ from trainers.learner import Learner
 from trainers.lesson import ESTIMATORS, Lesson
 from trainers.parallel.ranks import World
 from trainers.policy import SteeringPolicy, choose
+from trainers.state.generators import random_state, restore_random
+from trainers.state.saved import require_same_shapes
+from trainers.trainer import Contents
 from trainers.update import Passed, Updater
 from trainers.vec import DecisionVecEnv
 
@@ -146,9 +151,24 @@ class SteeringPPO(PPO):
         return self.policy.task
 
     @property
+    def steering(self) -> Steering:
+        """What is learned."""
+        return self.policy.steering
+
+    @property
+    def decisions_a_step(self) -> int:
+        """Decisions of a batch."""
+        return self.env.num_envs
+
+    @property
     def steps_done(self) -> int:
         """Batches that were decided and learned from, or skipped."""
         return self.num_timesteps // self.env.num_envs
+
+    def learn_until(self, steps: int, callback: BaseCallback) -> None:
+        """See :meth:`trainers.trainer.SteeringTrainer.learn_until`."""
+        left = max(0, steps * self.env.num_envs - self.num_timesteps)
+        self.learn(left, callback, log_interval=1, reset_num_timesteps=False)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         found = super()._setup_learn(*args, **kwargs)
@@ -286,14 +306,6 @@ class SteeringPPO(PPO):
             reason = f"step {self.steps_done}: {steps} skipped, as {what} not finite"
             raise TrainingDiverged(f"{reason}; lower the learning rate")
 
-    def guard_state(self) -> dict[str, int]:
-        """The counts of skipped steps, for checkpoints."""
-        return {"skipped": self.skipped_steps, "in_a_row": self.skipped_in_a_row}
-
-    def load_guard_state(self, state: dict[str, int]) -> None:
-        """Restore :meth:`guard_state`."""
-        self.skipped_steps, self.skipped_in_a_row = state["skipped"], state["in_a_row"]
-
     def optimizer_state(self) -> dict[str, Tensor]:
         """See :meth:`trainers.learner.Learner.optimizer_state`; to be called in every process."""
         return self.learner.optimizer_state()
@@ -301,6 +313,43 @@ class SteeringPPO(PPO):
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`optimizer_state` in every process, after the policy's own tensors."""
         self.learner.load_optimizer_state(state)
+
+    def contents(self) -> Contents:
+        """See :meth:`trainers.trainer.SteeringTrainer.contents`."""
+        optimizer = self.optimizer_state()
+        task = self.learner.pass_through(self.task.state_dict)  # which may ask the base model
+        tensors, generators = random_state(self.device)
+        parts = {"policy": self.policy.state_dict(), "task": task, "optimizer": optimizer, "random": tensors}
+        facts = {
+            "timesteps": self.num_timesteps,
+            "updates": self._n_updates,
+            "kl": self.kl.state_dict(),
+            "mass_floor": self.mass_floor.state_dict(),
+            "skipped": [self.skipped_steps, self.skipped_in_a_row],
+            "sampler": self.env.inner.sampler.state_dict(),
+            "indices": [int(index) for index in self.env.inner.indices],
+            "episodes": [episode["r"] for episode in self.ep_info_buffer or ()],
+            "random": generators,
+        }
+        return Contents(parts, facts)
+
+    def restore(self, contents: Contents) -> None:
+        """See :meth:`trainers.trainer.SteeringTrainer.restore`."""
+        parts, facts = contents
+        require_same_shapes(parts["policy"], self.policy.state_dict())
+        self.policy.load_state_dict(parts["policy"])
+        self.task.load_state_dict({key: value.to(self.device) for key, value in parts["task"].items()})
+        self.load_optimizer_state(dict(parts["optimizer"]))
+        self.num_timesteps, self._n_updates = facts["timesteps"], facts["updates"]
+        self.kl.load_state_dict(facts["kl"])
+        self.mass_floor.load_state_dict(facts["mass_floor"])
+        self.skipped_steps, self.skipped_in_a_row = facts["skipped"]
+        indices = self.env.inner.restore(facts["sampler"], facts["indices"])
+        self._last_obs, self._last_episode_starts = indices, np.ones(len(indices), dtype=bool)
+        episodes = ({"r": reward, "l": 1, "t": 0.0} for reward in facts["episodes"])
+        self.ep_info_buffer = deque(episodes, maxlen=self._stats_window_size)
+        self.ep_success_buffer = deque(maxlen=self._stats_window_size)
+        restore_random(parts["random"], facts["random"], self.device)
 
     def whiten(self, batches: int, damping: float = 0.03) -> None:
         """Measure steps in KL from here on (:mod:`trainers.fisher`), by a few batches of the training decisions.

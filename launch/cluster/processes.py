@@ -21,6 +21,7 @@ from dso.errors import UserError
 from launch.config.reading import nearest
 from launch.config.schema import TrainConfig
 from launch.run.constants import MAX_GRAD_NORM
+from trainers.answers import divide
 from trainers.parallel.ranks import Ranks, World
 
 STAGES = (0, 1, 2, 3)
@@ -62,25 +63,54 @@ class LaunchError(UserError):
 def open_world(config: TrainConfig, deepspeed: str | None) -> tuple[World, dict[str, Any] | None]:
     """The processes of a run, and DeepSpeed's configuration where there is one.
 
+    Free-form answers are learned from by transformers' trainer: it needs DeepSpeed for no number of processes, and
+    takes its configuration with what it fills in from its own arguments.
+
     Args:
-        deepspeed: path of a JSON file; None for one process without DeepSpeed.
+        deepspeed: path of a JSON file; None for none.
 
     Raises:
-        LaunchError: in every process alike, before they meet.
+        UserError: in every process alike, before they meet.
     """
     size = process_count()
-    if deepspeed is None:
-        if size > 1:
-            reason = f"a launcher started {size} processes, but without --deepspeed FILE each would train by itself"
-            raise LaunchError(f"{reason}; give a file, such as configs/deepspeed/zero2.json")
-        return World(), None
-    settings = read_deepspeed(deepspeed, config, size)
-    if importlib.util.find_spec("deepspeed") is None:
-        raise LaunchError("--deepspeed needs DeepSpeed: pip install 'dso[train,distributed]'")
+    if config.freeform:
+        divide(config.decisions, config.train.freeform.num_generations, size, micro_batch(config, size))
+    elif deepspeed is None and size > 1:
+        reason = f"a launcher started {size} processes, but without --deepspeed FILE each would train by itself"
+        raise LaunchError(f"{reason}; give a file, such as configs/deepspeed/zero2.json")
+    settings = None
+    if deepspeed is not None:
+        settings = read_deepspeed(deepspeed, config, size)
+        if importlib.util.find_spec("deepspeed") is None:
+            extras = "train,grpo,distributed" if config.freeform else "train,distributed"
+            raise LaunchError(f"--deepspeed needs DeepSpeed: pip install 'dso[{extras}]'")
+    if settings is not None and config.freeform:
+        divided = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+        filled = dict.fromkeys((*divided, "gradient_clipping"), "auto")
+        settings = {**settings, **filled, "zero_allow_untested_optimizer": True}
+        _prepare_deepspeed()
+    if size == 1 and (settings is None or config.freeform):
+        return World(), settings
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     return Ranks(process_device(config.model.device), config.run.ddp_timeout), settings
+
+
+def _prepare_deepspeed() -> None:
+    """Import it before transformers does, which would let it look for an accelerator."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from trainers.parallel.engine import import_deepspeed
+
+    import_deepspeed()
+
+
+def micro_batch(config: TrainConfig, size: int) -> int | None:
+    """Free-form answers of one pass in one of ``size`` processes; None where each passes its whole share at once."""
+    parts = config.train.gradient_accumulation_steps
+    answers = config.decisions * config.train.freeform.num_generations
+    return None if parts == 1 else max(1, answers // (size * parts))
 
 
 def read_deepspeed(path: str | Path, config: TrainConfig, size: int) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 
+from dso.evaluation.report import scale_table
 from launch.commands import train
 from launch.commands.common import quieten
 from launch.config.schema import ConfigError, load_config
-from launch.run import freeform
+from launch.run.freeform import explained
+from launch.run.train import said
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -19,5 +21,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.measure:
         return train.run(arguments)
     quieten()
-    print(freeform.measured(config, arguments.measure, arguments.quiet))
+    points = said(config, arguments.measure, arguments.quiet)
+    print(scale_table(points) + "\n" + explained(points))
     return 0

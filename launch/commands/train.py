@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
 from launch.commands.common import quieten, run_name
-from launch.config.schema import TrainConfig, load_config
+from launch.config.schema import load_config
 from launch.exits import EXIT_PREEMPTED, EXIT_STOPPED, is_main
 from launch.run import train
 from launch.run.folder import Resume, Stopped
@@ -25,28 +24,19 @@ def run(arguments: argparse.Namespace) -> int:
         print(dry_run(config, name=name, deepspeed=arguments.deepspeed, ranks=arguments.ranks))
         return 0
     try:
-        said = _trained(config, name, arguments)
+        resume: Resume = "auto" if arguments.resume == "auto" else bool(arguments.resume)
+        result = train.train(
+            config,
+            name=name,
+            resume=resume,
+            overwrite=arguments.overwrite,
+            quiet=arguments.quiet,
+            deepspeed=arguments.deepspeed,
+        )
     except Stopped as stop:
         if is_main():
             print(f"dso: {stop}", file=sys.stderr)
         return EXIT_PREEMPTED if stop.preempted else EXIT_STOPPED
     if is_main():
-        print(said)
+        print(train.report(result))
     return 0
-
-
-def _trained(config: TrainConfig, name: str, arguments: argparse.Namespace) -> str:
-    """Train; what a finished run prints."""
-    resume: Resume = "auto" if arguments.resume == "auto" else bool(arguments.resume)
-    common: dict[str, Any] = {
-        "name": name,
-        "resume": resume,
-        "overwrite": arguments.overwrite,
-        "quiet": arguments.quiet,
-        "deepspeed": arguments.deepspeed,
-    }
-    if config.freeform:
-        from launch.run import freeform  # TRL is not there where no one trains free-form answers
-
-        return freeform.report(freeform.train(config, **common))
-    return train.report(train.train(config, **common))

@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from launch.cluster.processes import read_deepspeed
+from launch.cluster.processes import micro_batch, read_deepspeed
 from launch.config.schema import TrainConfig
 from launch.estimate.dryrun import Counts, data_rows, lines, number
-from launch.run.answer_session import micro_batch, open_matcher
+from launch.run.trainer import open_matcher
 from trainers.answers import divide
 
 

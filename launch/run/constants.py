@@ -66,3 +66,11 @@ def aimed_kl(config: TrainConfig) -> float | None:
     """Nats that training aims at, and that validation may use on decisions; None without a budget."""
     budget = config.constraints.kl_budget
     return None if budget is None else constants(config).kl_margin * budget
+
+
+def kept_limits(config: TrainConfig) -> dict[str, float | None]:
+    """What :class:`trainers.callbacks.Selection` holds a steering to."""
+    limits = config.constraints
+    if config.freeform:
+        return {"kl_budget": limits.kl_budget, "max_accuracy_loss": limits.max_accuracy_loss}
+    return {"kl_budget": aimed_kl(config), "min_answer_mass": limits.min_answer_mass or LEAST_MASS}

@@ -1,116 +1,120 @@
-"""Train and measure a steering on free-form answers: ``dso train CONFIG`` where the config names GRPO or RLOO.
-
-A run is one folder: ``config.yaml`` (every value), ``metrics.jsonl``, ``times.jsonl`` (what the clock says), ``state/``
-(to go on from), ``validation.json``, ``steering/`` (what is shipped), ``answers.jsonl`` (what was said),
-``curve.json``, ``curve.png`` and ``report.md``.
-
-Under ``accelerate launch``, ``torchrun`` and ``deepspeed`` every process samples its share of the answers and learns
-whom the others' answers name; gradients are averaged by torch or by DeepSpeed.
-"""
+"""Measuring decisions by what the model says to them: sampled free-form answers, and what a run keeps of them."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from tqdm import tqdm
-
+from dso.decisions.decision import DecisionSet
+from dso.decisions.matching import Matcher
 from dso.evaluation.answers import AnswerEvaluator, Answers
-from dso.evaluation.report import ScalePoint, scale_table
-from dso.steering.model import Steering
+from dso.evaluation.report import ScalePoint, clean, markdown_rows
+from dso.files import write_text
+from dso.models.backbone import Backbone
+from dso.steering.handle import Handle
 from launch.config.schema import TrainConfig
-from launch.run import constants
-from launch.run.answer_learn import learn
-from launch.run.answer_report import HOW, abstention_lines, answer_point, write_results
-from launch.run.answer_session import AnswerSession, open_answers, open_world, require_trl
-from launch.run.folder import Resume, on_main
-from launch.run.opening import opened
-from launch.run.train import Result
+from launch.run.measure import scale_point
 from trainers.parallel.ranks import World
 
-
-def train(
-    config: TrainConfig,
-    *,
-    name: str,
-    resume: Resume = False,
-    overwrite: bool = False,
-    quiet: bool = False,
-    deepspeed: str | None = None,
-) -> Result:
-    """Train on sampled answers, keep the best steering inside the constraints, measure what is said before and after.
-
-    Args:
-        name: of the run's folder where the config names none.
-        resume: go on from the folder's last saved state; "auto" starts the run if there is none.
-        overwrite: drop an existing run of that name.
-        quiet: print nothing but the result.
-        deepspeed: path of DeepSpeed's configuration, for runs of a launcher.
-
-    Raises:
-        UserError: if the config or the folder cannot be used; an existing run is as it was then.
-        Stopped: on Ctrl-C and SIGTERM; what was learned is kept.
-    """
-    require_trl()
-    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "quiet": quiet, "deepspeed": deepspeed}
-    with opened(config, open_world, open_answers, name=name, **options) as (session, plan, stop, tracker, world):
-        quiet = quiet or not world.is_main
-        seconds = learn(session, plan, stop, tracker, quiet)
-        evaluator, said, points = measure(session, quiet)
-        on_main(world, lambda: write_results(session, plan.folder, evaluator, said, points, seconds))
-        tracker.results(points, [], plan.folder / "steering")
-    return Result(plan.folder, points)
+ANSWERS = "answers.jsonl"  # of a run
+SHOWN = 12  # decisions whose answers the report shows
+HOW = (
+    "Numbers are of sampled answers, read by a matcher of words: bias is of the frequencies of the people that were "
+    "named (log-odds are not measured, as a frequency may be 0), accuracy is the share of answers that name the right "
+    "person, mass the share that names anybody, relative to the base model. KL is in nats a token, mean over an "
+    "answer's tokens."
+)
 
 
-def measure(
-    session: AnswerSession, quiet: bool = False, scales: Sequence[float] | None = None
-) -> tuple[AnswerEvaluator, list[Answers], list[ScalePoint]]:
-    """What is said at the scales given, or else at 0 and those of the config, on the first test split."""
-    config = session.config
-    split = "test"
-    decisions = session.split(split, config.evaluation.test_stride)
-    scales = sorted({0.0, *config.evaluation.scales}) if scales is None else scales
-    hidden = quiet or not sys.stderr.isatty()
-    if not quiet and hidden:
-        print(f"asking {len(decisions)} decisions of {split} at {len(scales)} scales", file=sys.stderr)
-    with tqdm(total=len(decisions) * len(scales), desc="ask", unit="decision", disable=hidden) as bar:
-        evaluator = session.evaluator(decisions, bar.update)
-        said = [evaluator.measure(scale) for scale in scales]
-    base = next((answers for scale, answers in zip(scales, said, strict=True) if scale == 0), None)
-    points = [
-        answer_point(scale, answers, evaluator, config.data.target, constants.RESAMPLES, base if scale else None)
-        for scale, answers in zip(scales, said, strict=True)
-    ]
-    return evaluator, said, points
-
-
-def measured(config: TrainConfig, source: str, quiet: bool = False) -> str:
-    """What is said with a trained steering, or without one, as tables; nothing is written.
+class FreeformAnswers:
+    """See :class:`launch.run.measure.Measures`.
 
     Args:
-        source: folder or Hub id of a steering, whatever it was trained by; "none" for the base model alone.
-
-    Raises:
-        UserError: if the config, the steering or the model cannot be used.
+        config: of the run: how answers are sampled, and the target.
+        backbone, decisions, matcher, handle, progress: see :class:`dso.evaluation.answers.AnswerEvaluator`.
+        world: the processes that share the work.
     """
-    bare = source == "none"
-    steering = None if bare else Steering.from_pretrained(source)
-    session = open_answers(config, World(), steering=steering)
-    _, _, points = measure(session, quiet, [0.0] if bare else None)
-    return "\n".join([scale_table(points), abstention_lines(points), HOW])
+
+    limits = (HOW, "The matcher looks at words, not at meaning; a sample of what it read is in the run's report.")
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        backbone: Backbone,
+        decisions: DecisionSet,
+        matcher: Matcher,
+        handle: Handle | None,
+        world: World,
+        progress: Callable[[int], None] | None = None,
+    ):
+        train = config.train
+        self._target = config.data.target
+        self._said: list[Answers] = []
+        self._evaluator = AnswerEvaluator(
+            backbone,
+            decisions,
+            matcher,
+            handle,
+            samples=config.evaluation.samples,
+            max_new_tokens=train.freeform.max_completion_length,
+            temperature=train.freeform.temperature,
+            seed=train.seed,
+            progress=progress,
+            rank=world.rank,
+            size=world.size,
+            add=world.all_sum,
+        )
+        self.what = (
+            f"{config.evaluation.samples} answers of up to {train.freeform.max_completion_length} tokens, sampled at "
+            f"temperature {train.freeform.temperature:g} and read by the matcher's rule {matcher.rule!r}, to each of "
+            f"{len(decisions)} decisions"
+        )
+
+    def points(self, scales: Sequence[float], bootstrap: int) -> list[ScalePoint]:
+        """See :meth:`launch.run.measure.Measures.points`."""
+        evaluator = self._evaluator
+        self._said = [evaluator.measure(scale) for scale in scales]
+        base = next((said.measurement for scale, said in zip(scales, self._said, strict=True) if scale == 0), None)
+        found = []
+        for scale, said in zip(scales, self._said, strict=True):
+            before = base if scale else None
+            point = scale_point(scale, said.measurement, evaluator.decisions, self._target, bootstrap, before)
+            found.append(replace(point, accuracy=evaluator.accuracy(said)))
+        return found
+
+    def example(self) -> str:
+        """One of the answers that were sampled last."""
+        texts = (text for answers in self._said[-1].texts for text in answers if text.strip())
+        return next(texts, "").strip()
+
+    def write(self, folder: Path, points: Sequence[ScalePoint]) -> list[str]:
+        """See :meth:`launch.run.measure.Measures.write`: every answer, with the group that it was read to name."""
+        evaluator, lines = self._evaluator, []
+        for said, point in zip(self._said, points, strict=True):
+            for decision, texts in zip(evaluator.asked, said.texts, strict=True):
+                groups = [evaluator.matcher.group(text, decision) for text in texts]
+                record = {"id": decision.id, "scale": point.scale, "answers": list(texts), "groups": groups}
+                lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        write_text(folder / ANSWERS, "".join(lines))
+        return ["Some answers, and whom they were read to name:\n", self._shown(points)]
+
+    def _shown(self, points: Sequence[ScalePoint]) -> str:
+        asked, matcher = self._evaluator.asked, self._evaluator.matcher
+        rows = [("context", "scale", "answer", "names")]
+        for place in range(0, len(asked), max(1, len(asked) // SHOWN)):
+            decision = asked[place]
+            for said, point in ((self._said[0], points[0]), (self._said[-1], points[-1])):
+                text = said.texts[place][0]
+                named = matcher.match(text, decision)
+                name = "-" if named is None else decision.candidates[named].text.strip()
+                answer = text.strip().replace("\n", " ")
+                rows.append((clean(decision.context), f"{point.scale:g}", clean(answer), clean(name)))
+        return markdown_rows(rows)
 
 
-def report(result: Result) -> str:
-    """What a finished run prints."""
-    folder = result.folder
-    return "\n".join(
-        [
-            scale_table(result.points),
-            abstention_lines(result.points),
-            HOW,
-            f"answers   {folder / 'answers.jsonl'}",
-            f"report    {folder / 'report.md'}",
-            f"steering  {folder / 'steering'}   (dso generate {folder / 'steering'} --scale 0.5 PROMPT)",
-        ]
-    )
+def explained(points: Sequence[ScalePoint]) -> str:
+    """What is said beside a table of such figures: how often nobody is named, a line a scale, and what they are."""
+    rows = [f"scale {p.scale:.2f}: {p.bias.abstention:.3f} of the answers name nobody" for p in points]
+    return "\n".join([*rows, HOW])

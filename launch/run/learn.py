@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger
 
-from dso.evaluation.report import ScalePoint
 from dso.files import free_bytes, write_text
-from launch.run.constants import FISHER_DAMPING, LEAST_MASS, aimed_kl
+from launch.run.constants import FISHER_DAMPING, kept_limits
 from launch.run.folder import LOW_BYTES, Plan, RunError, Stopped, failing_together, on_main
-from launch.run.measure import by_template, scale_point, thin
-from launch.run.session import Session
-from trainers.callbacks import Checkpoints, Measure, Progress, Selection, Validation
+from launch.run.session import Session, fingerprints
+from launch.run.validation import CutShort, Validator, validation_line
+from trainers.callbacks import Checkpoints, Progress, Selection, Validation
 from trainers.ppo import TrainingDiverged
 from trainers.state.saved import SavedState, load_state, save_state, saved_states
 from trainers.stopping import OrderlyStop
 from trainers.tracking.base import Tracker
 from trainers.tracking.jsonlines import JsonLines
-
-
-class CutShort(Exception):
-    """A validation that is not waited for, as the run is to stop; it is made anew when the run goes on."""
 
 
 class Keeper:
@@ -37,12 +32,15 @@ class Keeper:
         session: of the run.
         folder: of the run.
         selection: whose best operators and measurements are part of the state.
+        validator: whose measurement of the base model is, too.
     """
 
-    def __init__(self, session: Session, folder: Path, selection: Selection):
+    def __init__(self, session: Session, folder: Path, selection: Selection, validator: Validator):
         self.session = session
         self.folder = folder
         self.selection = selection
+        self.validator = validator
+        self._setup = fingerprints(session.config, session.decisions)
         self.outputs: list[JsonLines] = []
         self._started = time.monotonic()
 
@@ -55,8 +53,9 @@ class Keeper:
         """Begin, or go on from a state."""
         size = None
         if saved is not None:
-            tensors, facts = load_state(saved, self.session.trainer)
+            tensors, facts = load_state(saved, self.session.trainer, self._setup)
             self.selection.restore(tensors, facts["selection"])
+            self.validator.base_mass = facts["base_mass"]
             self._started -= facts["seconds"]
             size = facts["metrics"]
             for reason in saved.passed_over:
@@ -77,11 +76,11 @@ class Keeper:
         """
         trainer, world = self.session.trainer, self.session.trainer.world
         tensors, selection = self.selection.state()
-        facts = {"selection": selection, "seconds": self.seconds}
+        facts = {"selection": selection, "base_mass": self.validator.base_mass, "seconds": self.seconds}
         if world.is_main:
             facts["metrics"] = self.outputs[0].sync()  # records are on the disk before the state that counts on them
         with failing_together(world):
-            save_state(self.folder / "state", trainer, tensors, facts)
+            save_state(self.folder / "state", trainer, tensors, facts, self._setup)
             if world.is_main and (free := free_bytes(self.folder)) < LOW_BYTES:
                 done = f"stopped after step {trainer.steps_done}, which is saved"
                 room = f"only {free / 1e6:.1f} MB are free on the disk of {self.folder}"
@@ -89,41 +88,37 @@ class Keeper:
 
 
 def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, quiet: bool = False) -> float:
-    """Train to the last step and load the best operators; the seconds that it took, those before a resume too.
+    """Train to the last step, load the best operators and save them; the seconds that it took, before a resume too.
 
     Raises:
         Stopped: on a signal, after the state was saved.
         RunError: where it cannot go on; it says what was kept.
     """
     config, trainer, world = session.config, session.trainer, session.trainer.world
-    steps, batch = config.train.max_steps, trainer.env.num_envs
+    steps, batch = config.train.max_steps, trainer.decisions_a_step
     progress = Progress(steps, quiet=quiet or not world.is_main)
-    selection = Selection(
-        _validator(session),
-        every=config.evaluation.eval_steps,
-        steps=steps,
-        kl_budget=aimed_kl(config),
-        min_answer_mass=config.constraints.min_answer_mass or LEAST_MASS,
-    )
-    keeper = Keeper(session, plan.folder, selection)
+    validator = Validator(session)
+    selection = Selection(validator, every=config.evaluation.eval_steps, steps=steps, **kept_limits(config))
+    keeper = Keeper(session, plan.folder, selection, validator)
     checkpoints = Checkpoints(keeper.save, config.run.save_steps)
 
     def measured(row: Validation, better: bool) -> None:
-        progress.say(_line(row, better))
+        progress.say(validation_line(row, better))
         checkpoints.due = True
 
     selection.on_measured = measured
     stop.say = progress.say
     keeper.open(plan.saved, progress.say)
-    if plan.saved is None and config.train.optimizer.fisher_batches:
-        trainer.whiten(config.train.optimizer.fisher_batches, FISHER_DAMPING)
+    if plan.saved is None:
+        validator.begin()
+        if config.train.optimizer.fisher_batches:
+            trainer.whiten(config.train.optimizer.fisher_batches, FISHER_DAMPING)
     told = tracker.outputs(batch, plan.folder / "metrics.jsonl" if plan.saved else None)
     trainer.set_logger(Logger(str(plan.folder), [*keeper.outputs, *told]))
     try:
         with stop.training(trainer):
-            left = max(0, steps * batch - trainer.num_timesteps)
-            callbacks = CallbackList([progress, selection, checkpoints])
-            _until_stopped(lambda: trainer.learn(left, callbacks, log_interval=1, reset_num_timesteps=False))
+            with suppress(CutShort):
+                trainer.learn_until(steps, CallbackList([progress, selection, checkpoints]))
             if world.agree(trainer.stop_requested):  # also where it was asked for after the last step, in one of them
                 raise _stopped(session, keeper, stop)
             if reason := selection.nothing_kept():
@@ -134,17 +129,16 @@ def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, 
         progress.close()
         trainer.logger.close()
     history = [row.to_json() | {"decisions": row.step * batch} for row in selection.history]
-    on_main(world, lambda: write_text(plan.folder / "validation.json", json.dumps(history, indent=1) + "\n"))
     session.steering.load_tensors(selection.best_tensors)
-    tracker.selected(asdict(selection.best))
+
+    def written() -> None:
+        write_text(plan.folder / "validation.json", json.dumps(history, indent=1) + "\n")
+        session.steering.save_pretrained(plan.folder / "steering")  # of use, whatever becomes of its measurement
+
+    on_main(world, written)
+    if selection.best is not None:
+        tracker.selected(asdict(selection.best))
     return keeper.seconds
-
-
-def _until_stopped(work: Callable[[], object]) -> None:
-    try:
-        work()
-    except CutShort:
-        return
 
 
 def _stopped(session: Session, keeper: Keeper, stop: OrderlyStop) -> Stopped:
@@ -173,59 +167,3 @@ def _diverged(session: Session, keeper: Keeper, error: TrainingDiverged) -> RunE
 def is_time(key: str) -> bool:
     """Whether a value of SB3's logger is what a clock says, which is never the same twice."""
     return key.startswith("time/")
-
-
-def _line(row: Validation, better: bool) -> str:
-    at = "" if row.scale == 1 else f", turned down to {row.scale:.2f}"
-    log_odds = "" if row.log_odds is None else f" (log-odds {row.log_odds:.3f})"
-    order = "" if row.order_effect is None else f"  order {row.order_effect:.2f}"
-    training = "" if row.training_kl is None else f" (training {row.training_kl:.3f})"
-    return (
-        f"validation at step {row.step}{at}: bias {row.bias:.3f}{log_odds}{order}  "
-        f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}{training}  "
-        f"answer mass x{row.answer_mass:.2f}{'  kept' if better else ''}"
-    )
-
-
-def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation:
-    """What selection looks at in a measured point; ``base_mass`` is the base model's answer mass."""
-    bias, log_odds, order = point.bias.probability, point.bias.log_odds.signed_root, point.bias.order_effect
-    return Validation(
-        step=step,
-        bias=bias.signed_root,
-        log_odds=None if math.isnan(log_odds) else log_odds,
-        order_effect=None if math.isnan(order) else order,
-        accuracy=point.accuracy.value,
-        kl=point.kl,
-        answer_mass=point.answer_mass / base_mass if base_mass else math.nan,
-        gap=None if bias.gap is None else bias.gap.value,
-    )
-
-
-def _validator(session: Session) -> Measure:
-    config = session.config
-
-    def look_up(_: int) -> None:
-        # Several processes would have to leave at the same place: they finish the measurement.
-        if session.trainer.stop_requested and session.trainer.world.size == 1:
-            raise CutShort
-
-    evaluation = config.evaluation
-    decisions = thin(session.decisions.select(split="validation"), evaluation.validation_stride)
-    evaluator = session.evaluator(decisions, keep_reference=True, progress=look_up)
-    base = evaluator.measure(0.0)
-    base_mass = scale_point(0.0, base, decisions, config.data.target, 0).answer_mass
-    known = None
-    if evaluation.training_decisions and config.constraints.kl_budget is not None:
-        training = session.decisions.select(split="train")
-        sample = by_template(training, evaluation.training_decisions)
-        known = session.evaluator(sample, keep_reference=True, progress=look_up)
-
-    def measure(step: int, scale: float = 1.0) -> Validation:
-        # An untrained steering is the identity: the base's numbers, which are already there.
-        turned = scale if step else 0.0
-        point = scale_point(turned, evaluator.measure(turned), decisions, config.data.target, 0)
-        training_kl = None if known is None else float(known.measure(turned).kl.mean())
-        return replace(validation_row(step, point, base_mass), training_kl=training_kl, scale=scale)
-
-    return measure

@@ -1,9 +1,15 @@
-"""From measurements to evidence: a decision set at several scales as scale points."""
+"""From measurements to evidence: a decision set at several scales as scale points.
+
+What a run measures is of one of two kinds: the probabilities of candidates (:mod:`launch.run.candidates`), or sampled
+answers (:mod:`launch.run.freeform`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -12,6 +18,31 @@ from dso.evaluation.bias import accuracy, bias_report
 from dso.evaluation.comparison import cuts
 from dso.evaluation.evaluator import Evaluator, Measurement
 from dso.evaluation.report import ScalePoint
+
+
+class Measures(Protocol):
+    """One decision set, which can be measured at any scale of a steering.
+
+    Attributes:
+        what: is measured, as a part of a sentence: "960 decisions".
+        limits: of such figures, a sentence or more each.
+    """
+
+    what: str
+    limits: tuple[str, ...]
+
+    def points(self, scales: Sequence[float], bootstrap: int) -> list[ScalePoint]:
+        """Each scale; where 0 is one of them, the others' bias is cut against it.
+
+        Args:
+            scales: to measure.
+            bootstrap: resamples behind each interval; with 0 there are no intervals of bias, which is cheap.
+        """
+        ...
+
+    def write(self, folder: Path, points: Sequence[ScalePoint]) -> list[str]:
+        """Keep in a run's folder what only this kind has to show of the last points; what the report ends with."""
+        ...
 
 
 def thin(decisions: DecisionSet, stride: int) -> DecisionSet:

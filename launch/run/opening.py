@@ -1,11 +1,15 @@
-"""How a run begins and ends, whichever trainer is behind it: its processes, its folder, its objects and its tracker."""
+"""How a run begins and ends: its processes, its folder, its objects and its tracker."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+import torch
+
+from launch.cluster.processes import open_world
 from launch.config.schema import TrainConfig
 from launch.run.folder import (
     Claim,
@@ -18,76 +22,90 @@ from launch.run.folder import (
     on_main,
     prepare_folder,
 )  # fmt: skip
-from launch.run.session import open_run_tracker
+from launch.run.session import Session, fingerprints, open_decisions, open_run_tracker, open_session
 from trainers.parallel.ranks import World
 from trainers.stopping import OrderlyStop, Preempted
 from trainers.tracking.base import Tracker
 from trainers.tracking.tracker import check_tracker
 
-S = TypeVar("S")
-Settings = dict[str, Any] | None  # DeepSpeed's
-OpenWorld = Callable[[TrainConfig, str | None], tuple[World, Settings]]
-OpenSession = Callable[[TrainConfig, World, Settings], S]
 
-
-class Run(NamedTuple, Generic[S]):
-    """What a run works with.
+class Start(NamedTuple):
+    """A run whose folder no other process has meanwhile; nothing of it is changed, and no model is open yet.
 
     Attributes:
-        session: the objects that its config names.
         plan: its folder, and the state that it goes on from.
+        claim: of the folder.
         stop: who hears of signals.
-        tracker: who else hears of the run.
         world: the processes that run together.
+        deepspeed: its configuration, if there is one.
     """
 
-    session: S
     plan: Plan
+    claim: Claim
     stop: OrderlyStop
-    tracker: Tracker
     world: World
+    deepspeed: dict[str, Any] | None
 
 
 @contextmanager
-def opened(
+def claimed(
     config: TrainConfig,
-    open_world: OpenWorld,
-    open_session: OpenSession[S],
     *,
     name: str,
     resume: Resume = False,
     overwrite: bool = False,
-    quiet: bool = False,
     deepspeed: str | None = None,
-) -> Iterator[Run[S]]:
-    """The objects of a run and its folder, which no other process has meanwhile.
-
-    Args:
-        open_world, open_session: of the trainer that the config names.
-        name: of the run's folder where the config names none.
-        resume: go on from the folder's last saved state; "auto" starts the run if there is none.
-        overwrite: drop an existing run of that name.
-        quiet: print nothing but the result.
-        deepspeed: path of DeepSpeed's configuration, for runs of a launcher.
+) -> Iterator[Start]:
+    """What a run begins with; see :func:`launch.run.train.train`.
 
     Raises:
         UserError: if the config or the folder cannot be used; an existing run is as it was then.
-        Stopped: on Ctrl-C and SIGTERM; what was learned is kept.
+        Stopped: on Ctrl-C and SIGTERM.
     """
     check_tracker(config.run.report_to)
     claim = Claim()
 
+    def planned() -> Plan:
+        plan = check_folder(config, name, resume, overwrite, claim)
+        if plan.saved is not None:
+            plan.saved.require(fingerprints(config, open_decisions(config)))
+        return plan
+
     try:
-        with OrderlyStop() as stop:
+        with _deterministic(config.train.full_determinism), OrderlyStop() as stop:
             world, settings = open_world(config, deepspeed)
-            plan = on_main(world, lambda: check_folder(config, name, resume, overwrite, claim))
-            with failing_together(world):  # before the folder is touched, as most mistakes show here
-                session = open_session(config, world, settings)
-            on_main(world, lambda: prepare_folder(plan, config, claim))
-            with keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
-                yield Run(session, plan, stop, tracker, world)
+            yield Start(on_main(world, planned), claim, stop, world, settings)
             world.close()  # not after an error: other processes may still be at it
     except Preempted as error:
         raise Stopped("stopped by SIGTERM; nothing was changed", preempted=True) from error
     finally:
         claim.release()
+
+
+@contextmanager
+def opened(config: TrainConfig, start: Start, quiet: bool = False) -> Iterator[tuple[Session, Tracker]]:
+    """The objects of a run, and who else hears of it; its folder is ready.
+
+    Raises:
+        UserError: if the config names what cannot be used; an existing run is as it was then.
+        Stopped: on Ctrl-C and SIGTERM; what was learned is kept.
+    """
+    plan, world = start.plan, start.world
+    with failing_together(world):  # before the folder is touched, as most mistakes show here
+        session = open_session(config, world, start.deepspeed)
+    on_main(world, lambda: prepare_folder(plan, config, start.claim))
+    with keeping(plan.folder, world.is_main), open_run_tracker(config, plan.folder, world, quiet) as tracker:
+        yield session, tracker
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Within the block operations that have no deterministic form on this device are refused."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,8 +1,7 @@
-"""From a config to the objects of a run: backbone, decisions, steering, environment, trainer."""
+"""From a config to the objects of a run: backbone, decisions, steering, trainer."""
 
 from __future__ import annotations
 
-import math
 import random
 import sys
 from collections.abc import Callable
@@ -16,31 +15,25 @@ from tqdm import tqdm
 
 from dso.decisions.decision import DecisionSet, check_target
 from dso.decisions.sets import load_decisions
-from dso.evaluation.evaluator import Evaluator
+from dso.evaluation.answers import check_answers
 from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
-from envs.reward import RewardConfig
 from envs.task import DecisionTask
-from envs.vector import DecisionVectorEnv
 from launch.config.schema import ConfigError, TrainConfig, to_dict
-from launch.run.constants import (
-    ADAM_BETAS,
-    LOWEST_RATE,
-    MAX_GRAD_NORM,
-    MAX_SKIPPED,
-    WARMUP,
-    adam_epsilon,
-    constants,
-)
+from launch.run.candidates import Candidates
+from launch.run.freeform import FreeformAnswers
+from launch.run.measure import Measures, thin
+from launch.run.trainer import open_matcher, open_trainer, require_trl, reward_config
 from trainers.checkpointing import checkpoint_layers
-from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget
-from trainers.measuring import SharedEvaluator
 from trainers.parallel.ranks import World
 from trainers.ppo import SteeringPPO
+from trainers.state.saved import fingerprint
 from trainers.tracking.base import Tracker
 from trainers.tracking.tracker import open_tracker
-from trainers.vec import DecisionVecEnv
+from trainers.trainer import SteeringTrainer
+
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(slots=True)
@@ -57,13 +50,28 @@ class Session:
     decisions: DecisionSet
     steering: Steering
     handle: Handle
-    trainer: SteeringPPO
+    trainer: SteeringTrainer
 
-    def evaluator(self, decisions: DecisionSet, **options: Any) -> Evaluator | SharedEvaluator:
-        """An evaluator of some decisions with the steering; with several processes, for all of them together."""
-        if not self.trainer.learner.shared:
-            return Evaluator(self.backbone, decisions, self.handle, **options)
-        return SharedEvaluator(self.trainer.learner, self.backbone, decisions, self.handle, **options)
+    def split(self, name: str) -> DecisionSet:
+        """The decisions of one split that the run asks."""
+        return split_of(self.config, self.decisions, name)
+
+    def measures(
+        self, decisions: DecisionSet, progress: Callable[[int], None] | None = None, keep_reference: bool = False
+    ) -> Measures:
+        """What measures some decisions with the steering; the processes share the work.
+
+        Args:
+            decisions: to measure.
+            progress: told of how many decisions were passed or asked since the last time.
+            keep_reference: keep the base's distributions, as the decisions are measured again and again.
+        """
+        if self.config.freeform:
+            matcher, world = open_matcher(self.config), self.trainer.world
+            return FreeformAnswers(self.config, self.backbone, decisions, matcher, self.handle, world, progress)
+        assert isinstance(self.trainer, SteeringPPO)  # as open_trainer has it for all other configs
+        learner, target = self.trainer.learner, self.config.data.target
+        return Candidates(self.backbone, decisions, self.handle, learner, target, progress, keep_reference)
 
 
 def open_session(config: TrainConfig, world: World | None = None, deepspeed: dict[str, Any] | None = None) -> Session:
@@ -75,6 +83,8 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
     Raises:
         UserError: naming what is wrong, as a ConfigError, DecisionError, ModelNotFound or SteeringError.
     """
+    if config.freeform:
+        require_trl()
     world = world or World()
     decisions = open_decisions(config)
     divided = deepspeed is not None and deepspeed["zero_optimization"].get("stage") == 3
@@ -94,26 +104,8 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
         steering.to(backbone.device)
     training = decisions.select(split="train")
     task = DecisionTask(backbone, training, config.data.target, reward_config(config), handle)
-    return Session(config, backbone, decisions, steering, handle, _trainer(config, task, steering, world, deepspeed))
-
-
-def reward_config(config: TrainConfig) -> RewardConfig:
-    """How decisions are rewarded."""
-    train, fixed = config.train, constants(config)
-    preference = train.preference
-    return RewardConfig(
-        form=train.reward,
-        width=fixed.smooth_width,
-        abstain=train.freeform.abstain_reward,
-        estimate=preference.estimate,
-        decay=fixed.decay,
-        context_decay=fixed.context_decay,
-        batch_weight=preference.batch_weight,
-        local_weight=fixed.local_weight,
-        unit_weight=fixed.unit_weight,
-        common_weight=preference.common_weight,
-        pooling=preference.pooling,
-    )
+    trainer = open_trainer(config, task, steering, world, deepspeed)
+    return Session(config, backbone, decisions, steering, handle, trainer)
 
 
 def open_decisions(config: TrainConfig) -> DecisionSet:
@@ -125,13 +117,29 @@ def open_decisions(config: TrainConfig) -> DecisionSet:
     data = config.data
     decisions = load_decisions(data.set, **data.options)
     check_target(data.target, decisions.groups)
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         decisions.select(split=split, kind="ambiguous")
     training = decisions.select(split="train")
     if config.train.unambiguous and all(decision.ambiguous for decision in training):
         reason = f"the split 'train' of {data.set} has no unambiguous decisions; set it to 0"
         raise ConfigError(reason, "train.unambiguous")
+    if config.freeform:
+        matcher = open_matcher(config)
+        for split in SPLITS:
+            check_answers(decisions.select(split=split), matcher)
     return decisions
+
+
+def split_of(config: TrainConfig, decisions: DecisionSet, name: str) -> DecisionSet:
+    """The decisions of one split, of its contexts and units as :func:`launch.run.measure.thin` leaves them."""
+    strides = {"validation": config.evaluation.validation_stride, "test": config.evaluation.test_stride}
+    return thin(decisions.select(split=name), strides.get(name, 1))
+
+
+def fingerprints(config: TrainConfig, decisions: DecisionSet) -> dict[str, str]:
+    """What tells the decisions of a run from others, under the names that messages call them by."""
+    names = {"decision set": "train", "validation decisions": "validation", "test decisions": "test"}
+    return {name: fingerprint(split_of(config, decisions, split)) for name, split in names.items()}
 
 
 def load_backbone(config: TrainConfig, device: str | torch.device | None = None) -> Backbone:
@@ -204,63 +212,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _trainer(
-    config: TrainConfig, task: DecisionTask, steering: Steering, world: World, deepspeed: dict[str, Any] | None
-) -> SteeringPPO:
-    train, limits = config.train, config.constraints
-    env = DecisionVecEnv(DecisionVectorEnv(task, train.ambiguous, train.unambiguous, seed=train.seed, infos=False))
-    return SteeringPPO(
-        env,
-        policy_kwargs={
-            "steering": steering,
-            "baseline": train.baseline,
-            "optimizer_kwargs": {"betas": ADAM_BETAS, "eps": adam_epsilon(config)},
-        },
-        estimator=train.estimator,
-        kl=kl_constraint(config),
-        mass_floor=None if limits.min_answer_mass is None else AnswerMassFloor(limits.min_answer_mass),
-        unambiguous_weight=train.unambiguous_weight,
-        sparsity=limits.sparsity,
-        hard_preference=train.preference.hard,
-        learning_rate=schedule(train.optimizer.learning_rate),
-        n_epochs=train.ppo.n_epochs,
-        clip_range=train.ppo.clip_range,
-        max_grad_norm=MAX_GRAD_NORM,
-        accumulation=train.gradient_accumulation_steps,
-        max_skipped=MAX_SKIPPED,
-        world=world,
-        deepspeed=deepspeed,
-        seed=train.seed,
-    )
-
-
-def kl_constraint(config: TrainConfig) -> KLBudget | FixedKL:
-    """The price of KL that a config asks for."""
-    limits, fixed = config.constraints, constants(config)
-    if limits.kl_budget is None:
-        return FixedKL(limits.beta)
-    return KLBudget(
-        limits.kl_budget,
-        fixed.dual_learning_rate,
-        fixed.initial_beta,
-        margin=fixed.kl_margin,
-        floor=limits.minimum_beta,
-    )
-
-
-def schedule(highest: float) -> Callable[[float], float]:
-    """The learning rate as a function of the share of training that remains (1 to 0), as Stable-Baselines3 takes it.
-
-    It rises linearly over the warm-up, then falls by a cosine. The first step has a rate above 0.
-    """
-
-    def rate(remaining: float) -> float:
-        done = 1 - remaining
-        if done < WARMUP:
-            return highest * max(done / WARMUP, LOWEST_RATE)
-        fallen = (done - WARMUP) / (1 - WARMUP)
-        return highest * (LOWEST_RATE + (1 - LOWEST_RATE) * (0.5 * (1 + math.cos(math.pi * fallen))))
-
-    return rate

@@ -1,47 +1,38 @@
 """Train a steering: ``dso train CONFIG``, and ``launch/train.py`` for launchers that start scripts.
 
 A run is one folder: ``config.yaml`` (every value), ``metrics.jsonl``, ``times.jsonl`` (what the clock says), ``state/``
-(to go on from), ``validation.json``, ``steering/`` (what is shipped), ``curve.json``, ``curve.png`` and ``report.md``.
+(to go on from), ``validation.json``, ``steering/`` (what is shipped), ``curve.json``, ``curve.png`` and ``report.md``;
+one on free-form answers has ``answers.jsonl`` (what was said) as well. The config names the trainer, and with it
+whether candidates or free-form answers are measured; everything else is the same.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from dso.evaluation.card import model_card
-from dso.evaluation.figure import scale_figure
-from dso.evaluation.report import ScalePoint, contexts_table, markdown_table, scale_table
-from dso.files import write_text
-from dso.models.embedded import HUB_IDS
-from launch.cluster.processes import open_world
+from dso.evaluation.report import ScalePoint
+from dso.steering.model import Steering
 from launch.config.schema import TrainConfig
 from launch.run import constants
 from launch.run.folder import Resume, RunError, Stopped, on_main
+from launch.run.freeform import FreeformAnswers
 from launch.run.learn import learn
-from launch.run.measure import scale_points
-from launch.run.opening import Run, opened
-from launch.run.session import Session, open_session
+from launch.run.measure import Measures
+from launch.run.opening import claimed, opened
+from launch.run.report import Result, found_result, report, write_results
+from launch.run.session import Session, load_backbone, open_decisions, split_of
+from launch.run.trainer import open_matcher
+from trainers.parallel.ranks import World
+from trainers.ppo import SteeringPPO
 from trainers.tracking.records import decision_samples
 
-__all__ = ["Result", "RunError", "Stopped", "learn_only", "report", "train"]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What a finished run yields: its folder and the measured scales of the first test split."""
-
-    folder: Path
-    points: list[ScalePoint]
+__all__ = ["Result", "RunError", "Stopped", "learn_only", "report", "said", "train"]
 
 
 def train(
@@ -55,6 +46,8 @@ def train(
 ) -> Result:
     """Train, keep the best steering inside the constraints, measure it and write the report.
 
+    A run that is finished already is not touched where it is to be resumed: its result is what it wrote.
+
     Args:
         name: of the run's folder where the config names none.
         resume: go on from the folder's last saved state; "auto" starts the run if there is none.
@@ -66,104 +59,73 @@ def train(
         UserError: if the config or the folder cannot be used; an existing run is as it was then.
         Stopped: on Ctrl-C and SIGTERM, after the state was saved.
     """
-    options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "quiet": quiet, "deepspeed": deepspeed}
-    with _run(config, name=name, **options) as (session, plan, stop, tracker, world):
-        seconds = learn(session, plan, stop, tracker, quiet=quiet)
-        points = _measure(session, quiet)
-        on_main(world, lambda: _write_results(session, plan.folder, points, seconds))
-        samples = _samples(session) if config.run.report_to == "wandb" else []  # by every process, as a model runs
-        tracker.results(points, samples, plan.folder / "steering")
+    with claimed(config, name=name, resume=resume, overwrite=overwrite, deepspeed=deepspeed) as start:
+        plan, world = start.plan, start.world
+        quiet = quiet or not world.is_main
+        if result := on_main(world, lambda: found_result(config, plan)):
+            if not quiet:
+                print(f"{plan.folder} is finished; this is its result", file=sys.stderr)
+            return result
+        with opened(config, start, quiet) as (session, tracker):
+            seconds = learn(session, plan, start.stop, tracker, quiet=quiet)
+            measures, points = measure(session, quiet)
+            on_main(world, lambda: write_results(session, plan.folder, measures, points, seconds))
+            tracker.results(points, _samples(session), plan.folder / "steering")
     return Result(plan.folder, points)
 
 
 def learn_only(config: TrainConfig, *, name: str) -> Path:
     """Train without measuring the test split: for sweeps that measure many steerings together."""
-    with _run(config, name=name, overwrite=True) as (session, plan, stop, tracker, world):
-        learn(session, plan, stop, tracker)
+    with claimed(config, name=name, overwrite=True) as start, opened(config, start) as (session, tracker):
+        learn(session, start.plan, start.stop, tracker)
         session.handle.detach()
-        on_main(world, lambda: session.steering.save_pretrained(plan.folder / "steering"))
-    return plan.folder
+    return start.plan.folder
+
+
+def measure(session: Session, quiet: bool) -> tuple[Measures, list[ScalePoint]]:
+    """The test split at the scales of the config, and at 0: the base model is what the others are held against."""
+    scales = sorted({0.0, *session.config.evaluation.scales})
+    decisions = session.split("test")
+    with _told(len(decisions), len(scales), quiet) as progress:
+        measures = session.measures(decisions, progress)
+        return measures, measures.points(scales, constants.RESAMPLES)
+
+
+def said(config: TrainConfig, source: str, quiet: bool = False) -> list[ScalePoint]:
+    """What is said to the test split with a trained steering, or without one; nothing is written.
+
+    Args:
+        config: of free-form answers.
+        source: folder or Hub id of a steering, whatever it was trained by; "none" for the base model alone.
+        quiet: show no progress.
+
+    Raises:
+        UserError: if the config, the steering or the model cannot be used.
+    """
+    bare = source == "none"
+    steering = None if bare else Steering.from_pretrained(source)
+    decisions, matcher = split_of(config, open_decisions(config), "test"), open_matcher(config)
+    backbone = load_backbone(config)
+    handle = None if steering is None else steering.to(backbone.device).attach(backbone.model)
+    scales = [0.0] if bare else sorted({0.0, *config.evaluation.scales})
+    with _told(len(decisions), len(scales), quiet) as progress:
+        answers = FreeformAnswers(config, backbone, decisions, matcher, handle, World(), progress)
+        return answers.points(scales, constants.RESAMPLES)
 
 
 @contextmanager
-def _run(config: TrainConfig, **options: Any) -> Iterator[Run[Session]]:
-    """:func:`launch.run.opening.opened` for this trainer."""
-    with _deterministic(config.train.full_determinism), opened(config, open_world, open_session, **options) as run:
-        yield run
-
-
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    """Within the block operations that have no deterministic form on this device are refused."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+def _told(decisions: int, scales: int, quiet: bool) -> Iterator[Callable[[int], Any]]:
+    """A bar over the decisions of a test at some scales, or a line where the output is piped."""
+    hidden = quiet or not sys.stderr.isatty()
+    if not quiet and hidden:
+        print(f"measuring {scales} scales on {decisions} decisions of test", file=sys.stderr)
+    with tqdm(total=decisions * scales, desc="measure", unit="decision", disable=hidden) as bar:
+        yield bar.update
 
 
 def _samples(session: Session) -> list[list[Any]]:
-    decisions = session.decisions.select(split="test")
-    return session.trainer.learner.pass_through(lambda: decision_samples(session.backbone, decisions, session.handle))
-
-
-def _measure(session: Session, quiet: bool) -> list[ScalePoint]:
-    config = session.config
-    split = "test"
-    scales = sorted({0.0, *config.evaluation.scales})  # the base model is what the others are held against
-    decisions = session.decisions.select(split=split)
-    quiet = quiet or not session.trainer.world.is_main
-    hidden = quiet or not sys.stderr.isatty()
-    if not quiet and hidden:
-        print(f"measuring {len(scales)} scales on {len(decisions)} decisions of {split}", file=sys.stderr)
-    with tqdm(total=len(decisions) * len(scales), desc="measure", unit="decision", disable=hidden) as bar:
-        evaluator = session.evaluator(decisions, progress=bar.update)
-        return scale_points(evaluator, scales, config.data.target, constants.RESAMPLES)
-
-
-def _write_results(session: Session, folder: Path, points: list[ScalePoint], seconds: float) -> None:
-    config, split = session.config, "test"
-    curve = [point.to_json(contexts=False) for point in points]
-    session.steering.config = replace(session.steering.config, scale_curve=tuple(curve))
-    decisions = session.decisions.select(split=split)
-    training = {
-        "decision set": f"{config.data.set}, split train",
-        "estimator": config.train.estimator,
-        "steps x decisions": f"{config.train.max_steps} x {config.decisions}",
-        "KL budget (nats)": config.constraints.kl_budget,
-        "seed": config.train.seed,
-        "seconds": round(seconds),
-    }
-    data = f"{len(decisions)} decisions of the split {split} of {config.data.set}"
-    card = model_card(
-        session.steering.config,
-        points,
-        name=folder.name,
-        data=data,
-        training=training,
-        source=str(folder / "steering"),
-        base_model=HUB_IDS.get(config.model.name),
-        kl_budget=config.constraints.kl_budget,
-    )
-    session.steering.save_pretrained(folder / "steering", card)
-    write_text(folder / "curve.json", json.dumps([point.to_json() for point in points], indent=1))
-    scale_figure(points, folder / "curve.png", config.constraints.kl_budget, title=f"{folder.name}: {split}")
-    worst = contexts_table(points[0].bias, points[-1].bias, markdown=True)
-    report = [f"# {folder.name}\n", f"Measured on: {data}\n", markdown_table(points), "![curve](curve.png)\n", worst]
-    write_text(folder / "report.md", "\n".join(report))
-
-
-def report(result: Result) -> str:
-    """What a finished run prints."""
-    folder = result.folder
-    return "\n".join(
-        [
-            scale_table(result.points),
-            f"picture   {folder / 'curve.png'}",
-            f"report    {folder / 'report.md'}",
-            f"steering  {folder / 'steering'}   (dso generate {folder / 'steering'} --scale 0.5 PROMPT)",
-        ]
-    )
+    """Decisions before and after, for who shows them; made by every process, as a model runs."""
+    trainer, decisions = session.trainer, session.split("test")
+    if session.config.run.report_to != "wandb" or not isinstance(trainer, SteeringPPO):
+        return []
+    return trainer.learner.pass_through(lambda: decision_samples(session.backbone, decisions, session.handle))

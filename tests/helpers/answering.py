@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from small_runs import letters_set, replaced
+from stable_baselines3.common.logger import KVWriter, Logger
 from tiny import byte_tokenizer, tiny_llama
 
 from dso.decisions.decision import DecisionSet
@@ -56,7 +58,11 @@ def answer_task(
 
 
 def answer_trainer(kind: Any, task: DecisionTask, steering: Steering, **options: Any) -> Any:
-    """A trainer of :mod:`trainers.grpo`; what a test depends on is given here or by the test."""
+    """A trainer of :mod:`trainers.grpo`; what a test depends on is given here or by the test.
+
+    ``on_step`` is told of each step and what was recorded of it.
+    """
+    on_step = options.pop("on_step", None)
     kl: KLBudget | FixedKL = options.pop("kl", FixedKL(0.0))
     rate = options.pop("rate", lambda left: 0.01)
     defaults = {
@@ -68,7 +74,23 @@ def answer_trainer(kind: Any, task: DecisionTask, steering: Steering, **options:
         "max_completion_length": TOKENS,
         "output_dir": tempfile.gettempdir(),  # TRL would make a folder where the tests are started; nothing is written
     }
-    return kind(task, steering, LETTERS, kl, rate, **{**defaults, **options})
+    trainer = kind(task, steering, LETTERS, kl, rate, **{**defaults, **options})
+    if on_step is not None:
+        trainer.set_logger(Logger(None, [Told(on_step, trainer.decisions_a_step)]))
+    return trainer
+
+
+class Told(KVWriter):
+    """Tells of the records of training as they are written."""
+
+    def __init__(self, on_step: Callable[[int, dict[str, float]], None], decisions: int):
+        self.on_step, self.decisions = on_step, decisions
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        self.on_step(step // self.decisions, {key.partition("/")[2]: value for key, value in key_values.items()})
+
+    def close(self) -> None:
+        pass
 
 
 def write_run(folder: Path, **changes: Any) -> Path:

@@ -39,6 +39,7 @@ from running import outcome
 from tqdm import tqdm
 
 import launch.run.constants
+import launch.run.report
 import launch.run.train
 import launch.train
 from dso.errors import UserError
@@ -221,7 +222,7 @@ def say(found: Any) -> None:
 def kill(runs: Runs, kills: int, seed: int) -> None:
     torch.set_num_threads(1)  # a pool of threads does not outlive a fork
     tqdm.set_lock(threading.RLock())  # its own is shared by forks: one killed while it holds it would stop all others
-    launch.run.train.scale_figure = lambda *_, **__: None  # it would take most of the time
+    launch.run.report.scale_figure = lambda *_, **__: None  # it would take most of the time
     load_backbone(runs.config)  # what transformers compiles once a process is there in all
     rng = random.Random(seed)
     known = []

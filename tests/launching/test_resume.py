@@ -17,7 +17,8 @@ from running import FILES, config_of, outcome, rows_of, steps_of
 from small_runs import contents
 
 import dso
-import launch.run.train
+import launch.run.opening
+import launch.run.report
 from dso.decisions.decision import DecisionError
 from dso.errors import UserError
 from dso.evaluation.evaluator import Evaluator
@@ -90,16 +91,16 @@ def test_a_validation_is_not_waited_for(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, run: tuple[TrainConfig, Result], at: int
 ) -> None:
     config = config_of(tmp_path, model_folder)
-    real, seen = Evaluator.measure, []
+    real, seen = Evaluator.curve, []
 
-    def preempted(self: Evaluator, scale: float) -> Any:
-        seen.append(scale)
+    def preempted(self: Evaluator, scales: list[float]) -> Any:
+        seen.extend(scales)
         if seen.count(1.0) == at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(self, scale)
+        return real(self, scales)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "measure", preempted)
+        patch.setattr(Evaluator, "curve", preempted)
         with pytest.raises(Stopped, match=f"stopped after step {2 * at} of 6"):
             train(config, name="x", quiet=True)
     folder = tmp_path / "runs" / "letters"
@@ -157,7 +158,7 @@ def test_an_interrupt_before_anything_was_learned_leaves_nothing(
     def interrupted(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Evaluator, "measure", interrupted)
+    monkeypatch.setattr(Evaluator, "curve", interrupted)
     with pytest.raises(Stopped, match="^interrupted; nothing was kept$") as caught:
         train(config_of(tmp_path, model_folder), name="x", quiet=True)
     assert caught.value.preempted
@@ -167,7 +168,7 @@ def test_an_interrupt_before_anything_was_learned_leaves_nothing(
 def test_sigterm_while_the_model_is_loaded_changes_nothing(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch.run.train, "open_session", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(launch.run.opening, "open_session", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match="nothing was changed") as caught:
         train(config_of(tmp_path, model_folder), name="x", quiet=True)
     assert caught.value.preempted
@@ -180,7 +181,7 @@ def test_an_interrupt_while_measuring_keeps_what_was_learned(
 ) -> None:
     config = config_of(tmp_path, model_folder, train__max_steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(launch.run.train, "scale_figure", lambda *_, **__: os.kill(os.getpid(), number))
+        patch.setattr(launch.run.report, "scale_figure", lambda *_, **__: os.kill(os.getpid(), number))
         with pytest.raises(Stopped, match="interrupted; .*letters has what was done; go on .* --resume") as caught:
             train(config, name="x", quiet=True)
     assert caught.value.preempted == (number == signal.SIGTERM)

@@ -23,8 +23,9 @@ from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 from launch.config.schema import ConfigError, TrainConfig, load_config, resolved_yaml
 from launch.run.measure import by_template, scale_points
-from launch.run.session import open_session, schedule
+from launch.run.session import open_session
 from launch.run.train import Result, train
+from launch.run.trainer import schedule
 from trainers.constraints import FixedKL, KLBudget
 
 

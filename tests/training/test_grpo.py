@@ -294,7 +294,8 @@ def test_the_proximal_step_leaves_exact_zeros() -> None:
 
 def test_whitening_gives_every_coordinate_its_own_step() -> None:
     task, steering = answer_task()
-    trainer = answer_trainer(SteeringGRPO, task, steering, fisher_batches=3)
+    trainer = answer_trainer(SteeringGRPO, task, steering)
+    trainer.whiten(3, damping=0.1)
     sizes = [trainer.optimizer.state[p]["size"] for p in steering.parameters()]
     assert any(float(size.std()) > 0.1 for size in sizes)
     plain = answer_trainer(SteeringGRPO, *answer_task())

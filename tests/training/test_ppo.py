@@ -678,7 +678,7 @@ def test_numbers_that_are_no_longer_finite_end_training_with_a_message(estimator
     trainer = make_trainer(estimator=estimator, n_epochs=1, learning_rate=1e30, max_skipped=3)
     with pytest.raises(TrainingDiverged, match="3 steps in a row were skipped, as .* not finite; lower the learning"):
         learn(trainer, 8)
-    assert trainer.guard_state() == {"skipped": 3, "in_a_row": 3}
+    assert (trainer.skipped_steps, trainer.skipped_in_a_row) == (3, 3)
 
 
 @EVERY
@@ -717,7 +717,7 @@ def test_a_batch_that_cannot_be_decided_is_passed_over() -> None:
     trainer.policy.steering.load_tensors(before)
     learn(trainer, 1)
     assert trainer.skipped_in_a_row == 0
-    trainer.load_guard_state({"skipped": 7, "in_a_row": 1})
+    trainer.skipped_steps, trainer.skipped_in_a_row = 7, 1
     trainer.policy.steering.load_tensors({key: value * torch.nan for key, value in before.items()})
     with pytest.raises(TrainingDiverged, match="step 5: 2 steps in a row were skipped, as the policy is not finite"):
         learn(trainer, 1)

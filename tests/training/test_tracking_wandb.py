@@ -271,7 +271,7 @@ def test_a_server_that_serves_gets_everything_and_the_same_run_again(
 def test_a_server_that_hangs_in_mid_run_costs_a_bounded_time_and_no_data(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = launch.run.train._measure
+    results = launch.run.train.measure
 
     def measure(*arguments: Any) -> Any:
         until = time.monotonic() + SLACK
@@ -281,7 +281,7 @@ def test_a_server_that_hangs_in_mid_run_costs_a_bounded_time_and_no_data(
         return results(*arguments)
 
     with serving("well") as server:
-        monkeypatch.setattr(launch.run.train, "_measure", measure)
+        monkeypatch.setattr(launch.run.train, "measure", measure)
         folder, said, took = run_online(tmp_path, model_folder, monkeypatch, server.url, timeout=5.0)
     assert took < 2 * 5.0 + SLACK
     assert len([line for line in said if line.startswith("dso:")]) == 1
@@ -371,7 +371,7 @@ def test_an_error_ends_the_run_as_failed_also_that_of_a_sweep(
     def broken(*_: Any) -> None:
         raise RuntimeError("the measurement broke")
 
-    monkeypatch.setattr(launch.run.train, "_measure", broken)
+    monkeypatch.setattr(launch.run.train, "measure", broken)
     with pytest.raises(RuntimeError, match="the measurement broke"):
         train(config, name="unused", quiet=True)
     folder = Path(config.run.output_dir) / "letters"

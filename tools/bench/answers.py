@@ -1,4 +1,4 @@
-"""Written answers of the embedded model: what is said before and after training on it, and with other steerings.
+"""Free-form answers of the embedded model: what is said before and after training on it, and with other steerings.
 
 Every figure is of the same test decisions (names and templates that no training saw) and the same seeds of sampling.
 """
@@ -13,13 +13,10 @@ from pathlib import Path
 from dso.evaluation.comparison import cut_text
 from dso.evaluation.report import ScalePoint, interval_text
 from dso.files import write_text
-from dso.steering.model import Steering
 from launch.commands.common import quieten
 from launch.config.schema import TrainConfig, load_config
-from launch.run.answer_session import open_answers
-from launch.run.freeform import measure, train
+from launch.run.train import said, train
 from tools.bench.sweeps import RUNS, finished
-from trainers.parallel.ranks import World
 
 Row = tuple[str, ScalePoint]
 
@@ -36,7 +33,7 @@ def freeform(arguments: argparse.Namespace) -> None:
         rows += [("base", points[0])] if not rows else []
         rows.append((f"{config.train.estimator} s{seed}", points[-1]))
     for source in arguments.also:
-        rows.append((source, _measured(config, source)))
+        rows.append((source, said(config, source)[-1]))
     records = [{"steering": name, **point.to_json(contexts=False)} for name, point in rows]
     write_text(Path(arguments.results) / "freeform.json", json.dumps(records, indent=1) + "\n")
     print(table(rows))
@@ -60,8 +57,3 @@ def _trained(config: TrainConfig, folder: Path) -> list[ScalePoint]:
     if finished(folder, config) and (folder / "curve.json").exists():
         return [ScalePoint.from_json(record) for record in json.loads((folder / "curve.json").read_text("utf-8"))]
     return train(config, name=folder.name, overwrite=True).points
-
-
-def _measured(config: TrainConfig, source: str) -> ScalePoint:
-    session = open_answers(config, World(), steering=Steering.from_pretrained(source))
-    return measure(session, scales=[0.0, 1.0])[2][1]

@@ -7,7 +7,7 @@ scaling      steps of 1 and 2 processes: decisions a second, exchanges, memory w
 estimators   expected, reinforce, ppo and the published form: decisions until bias halves, bias at equal KL
 groups       gender x race, four groups
 transfer     trained steerings on sets they never saw: held-out occupations, WinoBias, pronouns
-freeform     written answers of the embedded model: what is said before and after
+freeform     free-form answers of the embedded model: what is said before and after
 scenes       the embedded vision-language model: both planted associations before and after, and a sheet of pictures
 """
 
@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "scenes":
             sweep.add_argument("--sheet", default="docs/scenes.png", help="where the pictures with answers are written")
 
-    freeform = names.add_parser("freeform", help="written answers before and after")
+    freeform = names.add_parser("freeform", help="free-form answers before and after")
     freeform.add_argument("--config", default="smollm2-roles-freeform", help="(default: smollm2-roles-freeform)")
     freeform.add_argument("--seeds", default="0")
     freeform.add_argument("--also", action="append", default=[], metavar="STEERING", help="measure this one too")

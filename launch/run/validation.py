@@ -1,0 +1,96 @@
+"""Measuring the validation split as training goes on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from dso.evaluation.report import ScalePoint
+from launch.run.folder import RunError
+from launch.run.freeform import FreeformAnswers
+from launch.run.measure import by_template
+from launch.run.session import Session
+from trainers.callbacks import Validation
+
+
+class CutShort(Exception):
+    """A validation that is not waited for, as the run is to stop; it is made anew when the run goes on."""
+
+
+class Validator:
+    """Measures the validation split, and some decisions of the training if the config asks for it.
+
+    Args:
+        session: of the run.
+
+    Attributes:
+        base_mass: the base model's answer mass, which :meth:`begin` measures.
+    """
+
+    def __init__(self, session: Session):
+        config = session.config
+        self._session = session
+        self._measures = session.measures(session.split("validation"), self._look_up, keep_reference=True)
+        self._known = None
+        if config.evaluation.training_decisions and config.constraints.kl_budget is not None:
+            sample = by_template(session.split("train"), config.evaluation.training_decisions)
+            self._known = session.measures(sample, self._look_up, keep_reference=True)
+        self._base: ScalePoint | None = None
+        self.base_mass = math.nan
+
+    def begin(self) -> None:
+        """Measure the base model.
+
+        Raises:
+            RunError: if nothing could be learned from what it says.
+        """
+        (self._base,) = self._measures.points([0.0], 0)
+        self.base_mass = self._base.answer_mass
+        if isinstance(self._measures, FreeformAnswers) and not self.base_mass:  # every answer would earn the same
+            raise RunError(
+                f"none of the base model's answers names a candidate ({self._measures.what}; one is "
+                f"{self._measures.example()[:40]!r}); change the prompts, the matcher, "
+                "train.freeform.max_completion_length or train.freeform.temperature"
+            )
+
+    def __call__(self, step: int, scale: float = 1.0) -> Validation:
+        """See :class:`trainers.callbacks.Measure`."""
+        # An untrained steering is the identity: the base's numbers, which are already there.
+        turned = scale if step else 0.0
+        point = self._base if step == 0 and self._base is not None else self._measures.points([turned], 0)[0]
+        training_kl = None if self._known is None else self._known.points([turned], 0)[0].kl
+        return replace(validation_row(step, point, self.base_mass), training_kl=training_kl, scale=scale)
+
+    def _look_up(self, _: int) -> None:
+        # Several processes would have to leave at the same place: they finish the measurement.
+        trainer = self._session.trainer
+        if trainer.stop_requested and trainer.world.size == 1:
+            raise CutShort
+
+
+def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation:
+    """What selection looks at in a measured point; ``base_mass`` is the base model's answer mass."""
+    bias, log_odds, order = point.bias.probability, point.bias.log_odds.signed_root, point.bias.order_effect
+    return Validation(
+        step=step,
+        bias=bias.signed_root,
+        log_odds=None if math.isnan(log_odds) else log_odds,
+        order_effect=None if math.isnan(order) else order,
+        accuracy=point.accuracy.value,
+        kl=point.kl,
+        answer_mass=point.answer_mass / base_mass if base_mass else math.nan,
+        gap=None if bias.gap is None else bias.gap.value,
+    )
+
+
+def validation_line(row: Validation, better: bool) -> str:
+    """What is printed of a measurement; ``better`` where it is the best so far."""
+    at = "" if row.scale == 1 else f", turned down to {row.scale:.2f}"
+    log_odds = "" if row.log_odds is None else f" (log-odds {row.log_odds:.3f})"
+    order = "" if row.order_effect is None else f"  order {row.order_effect:.2f}"
+    training = "" if row.training_kl is None else f" (training {row.training_kl:.3f})"
+    return (
+        f"validation at step {row.step}{at}: bias {row.bias:.3f}{log_odds}{order}  "
+        f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}{training}  "
+        f"answer mass x{row.answer_mass:.2f}{'  kept' if better else ''}"
+    )
