@@ -115,19 +115,24 @@ def check_folder(config: TrainConfig, name: str, resume: Resume, overwrite: bool
 
 def _require_nothing_learned(folder: Path, config: TrainConfig, resume: Resume) -> None:
     """Whether a folder may be begun anew without being told to: if its run ended before it had anything to keep."""
-    if not resume:
-        raise RunError(
-            f"{folder}: exists; resume it with --resume, replace it with --overwrite, or set run.run_name=..."
-        )
     if not _is_run(folder):
         raise RunError(
             f"{folder}: is no run (it has no config.yaml), so nothing is started there; set run.run_name=..."
         )
-    if results := [name for name in RESULTS if (folder / name).exists()]:
+    if not resume:
+        if (folder / "config.yaml").exists():
+            _require_same_config(folder, config)
+        ways = "resume it with --resume, replace it" if has_state(folder / "state") else "replace it"
+        raise RunError(f"{folder}: exists; {ways} with --overwrite, or set run.run_name=...")
+    if results := _results(folder):
         reason = f"has results ({', '.join(results)}) but no state to go on from"
         raise RunError(f"{folder}: {reason}; replace it with --overwrite, or set run.run_name=...")
     if (folder / "config.yaml").exists():
         _require_same_config(folder, config)
+
+
+def _results(folder: Path) -> list[str]:
+    return [name for name in RESULTS if (folder / name).exists()]
 
 
 def _is_run(folder: Path) -> bool:
@@ -146,8 +151,10 @@ def _require_same_config(folder: Path, config: TrainConfig) -> None:
         raise RunError(f"{folder}: cannot be resumed, as its config is of no use here: {error}") from error
     if changed := changes(before, config):
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        reason = f"was trained with another config: {changed[0]}{more}"
-        raise RunError(f"{folder}: {reason}; give the same one to resume, or another run.run_name to start")
+        ways = "give the same one to resume it, or set run.run_name=... to start beside it"
+        if not has_state(folder / "state") and not _results(folder):
+            ways = "nothing was learned there: replace it with --overwrite, or set run.run_name=..."
+        raise RunError(f"{folder}: was trained with another config: {changed[0]}{more}; {ways}")
 
 
 def prepare_folder(plan: Plan, config: TrainConfig, claim: Claim) -> None:

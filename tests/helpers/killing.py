@@ -43,6 +43,7 @@ import launch.run.report
 import launch.run.train
 import launch.train
 from dso.errors import UserError
+from dso.evaluation.answers import AnswerEvaluator
 from dso.evaluation.evaluator import Evaluator
 from dso.files import write_bytes
 from launch.cli import main
@@ -55,7 +56,7 @@ from trainers.ppo import SteeringPPO
 
 PHASES: dict[str, tuple[Callable[..., Any], ...]] = {
     "save": (Keeper.save,),
-    "evaluation": (Evaluator.settings,),
+    "evaluation": (Evaluator.settings, AnswerEvaluator.measure),
     "step": (SteeringPPO.collect_rollouts, SteeringPPO.train),
     "write": (),  # what write_bytes does once it has a temporary file
 }
@@ -120,17 +121,17 @@ def kill_after(seconds: float, notes: Path) -> None:
 
 def kill_writing(notes: Path) -> None:
     """Have the kernel kill this process when it has written a part of the state at step 3."""
-    real = SteeringPPO.train
+    real = Keeper.save
 
-    def train(self: SteeringPPO) -> None:
-        real(self)
-        if self.steps_done == 3:
+    def save(self: Keeper) -> None:
+        if self.session.trainer.steps_done == 3:
             notes.write_text(f"{HALF} bytes written")
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (HALF, HALF))
+        real(self)
 
-    SteeringPPO.train = train
+    Keeper.save = save
 
 
 def survey(notes: Path) -> None:
@@ -281,6 +282,10 @@ if __name__ == "__main__":
     given = load_config(sys.argv[1])
     if len(sys.argv) > 4:
         import deepspeed  # noqa: F401  (before the forks, as it takes seconds)
+    if given.freeform:
+        from trainers.grpo import GRPOTrainer, RLOOTrainer
+
+        CODES |= {kind.training_step.__code__: "step" for kind in (GRPOTrainer, RLOOTrainer)}
     found = Runs(given, sys.argv[4] if len(sys.argv) > 4 else None, Path(given.run.output_dir).parent / "notes")
     kill(found, int(sys.argv[2]), int(sys.argv[3]))
     say(refused(found))

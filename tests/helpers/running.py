@@ -42,7 +42,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     facts = dict(saved.facts)
     facts["extra"] = {key: value for key, value in facts["extra"].items() if key != "seconds"}
     tensors = {key: (value.dtype, tuple(value.shape), value.numpy().tobytes()) for key, value in saved.tensors.items()}
-    return {name: files[name] for name in TIMELESS} | {"facts": json.dumps(facts), "tensors": tensors}
+    names = [*TIMELESS, *(["answers.jsonl"] if "answers.jsonl" in files else [])]
+    return {name: files[name] for name in names} | {"facts": json.dumps(facts), "tensors": tensors}
 
 
 def full_after(monkeypatch: pytest.MonkeyPatch, writes: int) -> None:

@@ -55,6 +55,22 @@ def test_an_existing_folder_is_left_alone(run: tuple[TrainConfig, Result]) -> No
     assert "give one of them" in refusal(run[0], resume=True, overwrite=True)
 
 
+def test_another_config_is_offered_what_fits(run: tuple[TrainConfig, Result], tmp_path: Path) -> None:
+    """--overwrite only where nothing is lost; the name of another folder everywhere."""
+    other = run[0].model_copy(update={"train": run[0].train.model_copy(update={"max_steps": 7})})
+    changed = "letters: was trained with another config: train.max_steps was 6 and is 7; "
+    beside = "give the same one to resume it, or set run.run_name=... to start beside it"
+    for options in ({}, {"resume": True}, {"resume": "auto"}):
+        assert refusal(other, **options).endswith(changed + beside)
+    folder = tmp_path / "letters"  # of a run that was killed before it had anything
+    folder.mkdir()
+    (folder / "config.yaml").write_bytes((run[1].folder / "config.yaml").read_bytes())
+    idle = other.model_copy(update={"run": other.run.model_copy(update={"output_dir": str(tmp_path)})})
+    for options in ({}, {"resume": "auto"}):
+        ways = "nothing was learned there: replace it with --overwrite, or set run.run_name=..."
+        assert refusal(idle, **options).endswith(changed + ways)
+
+
 def test_overwrite_replaces_a_run_only_once_the_new_one_can_start(tmp_path: Path, model_folder: Path) -> None:
     first = train(config_of(tmp_path, model_folder, train__max_steps=1), name="x", quiet=True)
     broken = config_of(tmp_path, model_folder, model__name="./none")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from answering import write_run
 from running import outcome
 from small_runs import write_config
 
@@ -29,6 +30,7 @@ SETTINGS = {
     "run__ddp_timeout": 60,  # which a process waits that meets no other
     "evaluation__scales": [1.0],
 }
+FREEFORM = {"train__max_steps": 5, "constraints__kl_budget": 5.0, "run__save_steps": 1, "evaluation__scales": [1.0]}
 TIMEOUT = 3000  # the machine may be busy
 ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -42,8 +44,7 @@ class Killed(NamedTuple):
     config: Path
 
 
-def killed(folder: Path, model: Path, number: int, *deepspeed: str) -> Killed:
-    config = write_config(folder, model, **SETTINGS)
+def killed(folder: Path, config: Path, number: int, *deepspeed: str) -> Killed:
     command = [
         sys.executable,
         str(KILLING),
@@ -71,15 +72,21 @@ def assert_unharmed(kill: dict[str, Any], processes: int) -> None:
     assert not [name for name in kill["files"] if name.endswith(".part")], kill
 
 
-def test_killed_at_twenty_random_moments(tmp_path: Path, model_folder: Path) -> None:
-    kills = killed(tmp_path, model_folder, 20).kills
+@pytest.mark.parametrize(("kind", "number"), [("candidates", 20), ("free-form", 10)])
+def test_killed_at_random_moments(kind: str, number: int, tmp_path: Path, model_folder: Path) -> None:
+    if kind == "candidates":
+        config = write_config(tmp_path, model_folder, **SETTINGS)
+    else:
+        pytest.importorskip("trl")
+        config = write_run(tmp_path, **FREEFORM)
+    kills = killed(tmp_path, config, number).kills
     kinds = ("save", "evaluation", "step", "write", "time")
-    assert Counter(kill["kind"] for kill in kills) == dict.fromkeys(kinds, 4) | {"half": 1, "term": 1}
+    assert Counter(kill["kind"] for kill in kills) == dict.fromkeys(kinds, number // 5) | {"half": 1, "term": 1}
     for kill in kills:
         assert_unharmed(kill, processes=1)
-    assert len({kill["moment"] for kill in kills[:20]}) == 20
+    assert len({kill["moment"] for kill in kills[:number]}) == number
     assert any(name.endswith(".part") for kill in kills for name in kill["left"] if kill["kind"] == "write")
-    half = kills[20]["left"]
+    half = kills[number]["left"]
     assert [size for name, size in half.items() if name.startswith("state/.step-3.")] == [10_000]
     assert half["state/step-2.safetensors"] > 20_000
 
@@ -91,7 +98,8 @@ def test_killed_at_twenty_random_moments(tmp_path: Path, model_folder: Path) -> 
 def pair(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Killed:
     """Runs of two processes under DeepSpeed of which one is killed at a time."""
     pytest.importorskip("deepspeed")
-    return killed(tmp_path_factory.mktemp("pair"), model_folder, 5, ZERO2)
+    folder = tmp_path_factory.mktemp("pair")
+    return killed(folder, write_config(folder, model_folder, **SETTINGS), 5, ZERO2)
 
 
 def test_one_of_two_processes_killed(pair: Killed) -> None:
@@ -108,7 +116,7 @@ def test_one_of_two_processes_killed(pair: Killed) -> None:
 @pytest.mark.slow
 def test_one_of_two_processes_killed_at_twenty_moments(tmp_path: Path, model_folder: Path) -> None:
     pytest.importorskip("deepspeed")
-    kills = killed(tmp_path, model_folder, 20, ZERO2).kills
+    kills = killed(tmp_path, write_config(tmp_path, model_folder, **SETTINGS), 20, ZERO2).kills
     assert len({(kill["victim"], kill["moment"]) for kill in kills[:20]}) == 20
     for kill in kills:
         assert_unharmed(kill, processes=2)

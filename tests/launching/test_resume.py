@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -24,7 +25,8 @@ from dso.errors import UserError
 from dso.evaluation.evaluator import Evaluator
 from launch.config.schema import TrainConfig, load_config, resolved_yaml
 from launch.run.folder import RunError, Stopped
-from launch.run.train import Result, train
+from launch.run.train import Result, report, train
+from trainers.callbacks import Selection
 from trainers.ppo import SteeringPPO
 from trainers.state.saved import has_state, saved_states
 
@@ -142,6 +144,59 @@ def test_deterministic_mode_is_for_the_run_only(tmp_path: Path, model_folder: Pa
     assert not torch.are_deterministic_algorithms_enabled()
     before = outcome(first.folder)
     assert outcome(train(config, name="x", overwrite=True, quiet=True).folder) == before
+
+
+def untouched(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {name: (data, (folder / name).stat().st_mtime_ns) for name, data in contents(folder).items()}
+
+
+@pytest.mark.parametrize("resume", [True, "auto"])
+def test_a_finished_run_gives_its_result_without_a_model(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, resume: Any
+) -> None:
+    config = config_of(tmp_path, model_folder, train__max_steps=2)
+    first = train(config, name="x", quiet=True)
+    before = untouched(first.folder)
+    monkeypatch.setattr(launch.run.opening, "open_session", lambda *_: pytest.fail("a model was opened"))
+    again = train(config, name="x", resume=resume, quiet=True)
+    assert report(again) == report(first)
+    assert untouched(first.folder) == before
+
+
+def test_a_finished_run_that_kept_nothing_measures_nothing_more(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Selection, "broken", lambda _, row: ["any limit"] if row.step else [])
+    monkeypatch.setattr(Selection, "turned_down", lambda _, row: row.scale / 2)
+    config = config_of(tmp_path, model_folder, train__max_steps=2)
+    folder = train(config, name="x", quiet=True).folder
+    before = outcome(folder)
+    history = json.loads((folder / "validation.json").read_text())
+    assert [(row["step"], row["scale"]) for row in history] == [(0, 1), (2, 1), (2, 0.5), (2, 0.25), (2, 0.125)]
+    (folder / "report.md").unlink()
+    assert outcome(train(config, name="x", resume=True, quiet=True).folder) == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_other_decisions_of_any_split_cannot_be_gone_on_with(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, split: str, finished: bool
+) -> None:
+    config = config_of(tmp_path, model_folder, train__max_steps=2)
+    folder = train(config, name="x", quiet=True).folder
+    if not finished:
+        (folder / "report.md").unlink()
+    before = contents(folder)
+    lines = Path(config.data.set).read_text().splitlines()
+    place = next(n for n, line in enumerate(lines) if json.loads(line)["split"] == split)
+    record = json.loads(lines[place])
+    lines[place] = json.dumps(record | {"prompt": "So " + record["prompt"]})
+    Path(config.data.set).write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(launch.run.opening, "open_session", lambda *_: pytest.fail("a model was opened"))
+    called = {"train": "decision set", "validation": "validation decisions", "test": "test decisions"}[split]
+    with pytest.raises(UserError, match=rf"^\S+safetensors: saved with {called} letters \(.*\), now it is letters \("):
+        train(config, name="x", resume=True, quiet=True)
+    assert contents(folder) == before
 
 
 def test_a_finished_run_can_be_measured_again(tmp_path: Path, model_folder: Path) -> None:
