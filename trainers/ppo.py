@@ -12,7 +12,7 @@ of them, and in one process; what is divided are the passes, and what is added u
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import numpy as np
@@ -77,7 +77,11 @@ class SteeringPPO(PPO):
         ValueError: on an unknown estimator, a setting that would have no effect, or fewer decisions than parts.
     """
 
+    env: DecisionVecEnv
     policy: SteeringPolicy
+    clip_range: Callable[[float], float]
+    _last_obs: np.ndarray
+    _last_episode_starts: np.ndarray
 
     def __init__(
         self,
@@ -188,14 +192,15 @@ class SteeringPPO(PPO):
         anchors = self.updater.draw_anchors()
         log_policy, values = self._decide(indices, anchors)
         if log_policy.isnan().any():
-            return self._pass_over(env, callback)
+            return self._pass_over(callback)
         chosen = choose(log_policy)
         stated = self.task.pool(log_policy.exp(), indices)
         if self.hard_preference:
             stated = torch.nn.functional.one_hot(chosen, stated.shape[1]).to(stated.dtype)
-        table = self.learner.pass_through(lambda: env.state_policy(stated))  # which may ask the base model
+        table = self.learner.pass_through(lambda: self.env.state_policy(stated))  # which may ask the base model
         actions = chosen.cpu().numpy()
-        new_obs, rewards, dones, infos = env.step(actions)
+        self.env.step_async(actions)
+        new_obs, rewards, dones, infos = self.env.step_wait()
         self.num_timesteps += env.num_envs
         self._last_obs, self._last_episode_starts = new_obs, dones  # the batch is over, whatever a callback says
         callback.update_locals(locals())
@@ -235,12 +240,14 @@ class SteeringPPO(PPO):
         table = self.world.all_sum(table)
         return table[:, :-1], table[:, -1]
 
-    def _pass_over(self, env: VecEnv, callback: BaseCallback) -> bool:
+    def _pass_over(self, callback: BaseCallback) -> bool:
         """Leave a batch that cannot be decided; :meth:`train` counts it."""
+        env = self.env
         self._lesson = self._kept = None
         self.num_timesteps += env.num_envs
         self._last_obs = env.pass_over()
-        rewards, dones, infos = np.full(env.num_envs, np.nan), np.ones(env.num_envs, dtype=bool), [{}] * env.num_envs
+        rewards, dones = np.full(env.num_envs, np.nan), np.ones(env.num_envs, dtype=bool)
+        infos: list[dict[str, Any]] = [{}] * env.num_envs
         callback.update_locals({"rewards": rewards, "dones": dones, "infos": infos})
         if not callback.on_step():
             return False

@@ -110,9 +110,10 @@ class Evaluator:
         with unsteered(self.backbone.model):
             for number, chunk in enumerate(self._chunks):
                 base = self._base(number, chunk)
+                reference = base.asked()[0]
                 for place, (handle, scale) in enumerate(settings):
                     scores = base if handle is None or scale == 0 else self._scores(chunk, handle, scale)
-                    collected[place].append((scores.policy().exp(), scores.answer_mass(), scores.kl(base.next_token)))
+                    collected[place].append((scores.policy().exp(), scores.answer_mass(), scores.kl(reference)))
         back = np.argsort([index for chunk in self._chunks for index in chunk])
         return [
             Measurement(*(torch.cat(parts).cpu().numpy()[back] for parts in zip(*rows, strict=True)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from pathlib import Path
+from typing import Any
 
 from dso.errors import UserError
 from dso.files import cache_folder, replace_folder
@@ -54,7 +55,7 @@ def _convert(source: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder.parent).free < FREE_BYTES:
         raise OSError(f"no space to convert the model: {folder.parent} has less than {FREE_BYTES // 10**6} MB free")
-    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # The weights are plain floats from here on; the quantiser's traces would make transformers refuse to save them.
     model.hf_quantizer = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dso.models.encoded import Encoded
 from dso.models.packing import pack
+from dso.models.vision import ImageInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,21 +71,21 @@ def run_single(model, sequences: Sequence[Sequence[int]], starts: Sequence[int],
     return Run(reads, torch.cat(tables), torch.cat(states) if states else None)
 
 
-def run_with_images(model, encoded: Sequence[Encoded], hidden: bool = False) -> Run:
-    """Prompts with images as right-padded rows; the candidates of a prompt share its row as far as they can.
+def run_with_images(model, encoded: Sequence[Encoded], images: Sequence[ImageInputs], hidden: bool = False) -> Run:
+    """Prompts with their images as right-padded rows; the candidates of a prompt share its row as far as they can.
 
     Inputs with a value for each token are padded with zeros, like the mask. Images are not: the prompts of one pass
     have image tensors of equal shapes, as some models (Mllama) notice how a batch is filled up.
     """
     rows: list[tuple[int, ...]] = []
     places, merged = [], []
-    for e in encoded:
+    for e, brought in zip(encoded, images, strict=True):
         own = e.distinct_sequences()
         for sequence in e.sequences():
             number = next(n for n, row in enumerate(own) if row[: len(sequence)] == sequence)
             places.append((len(rows) + number, sequence))
         rows += own
-        merged += [(e.images, len(row)) for row in own]
+        merged += [(brought, len(row)) for row in own]
     starts = [len(e.prompt) - 1 for e in encoded for _ in e.candidates]
     keep = sorted({c for (_, s), start in zip(places, starts, strict=True) for c in range(start, len(s))})
     device, dtype = _device(model), unwrapped(model).dtype
@@ -93,8 +94,8 @@ def run_with_images(model, encoded: Sequence[Encoded], hidden: bool = False) -> 
         "attention_mask": _pad([torch.ones(1, len(row), dtype=torch.long) for row in rows]),
     }
     for name in merged[0][0].tokens:
-        inputs[name] = _pad([images.tokens[name][:, :length] for images, length in merged])
-    loaded = [images.load() for images, _ in merged]
+        inputs[name] = _pad([brought.tokens[name][:, :length] for brought, length in merged])
+    loaded = [brought.load() for brought, _ in merged]
     inputs |= {name: torch.cat([tensors[name] for tensors in loaded]) for name in loaded[0]}
     inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     return _pick(*_forward(model, keep, hidden, **inputs), keep, places, starts)
@@ -131,7 +132,7 @@ def _forward(model, keep: Sequence[int], hidden: bool, **inputs: Tensor) -> tupl
     inner = unwrapped(model)
     kept = torch.tensor(keep).to(inputs["input_ids"].device)
     options = {"logits_to_keep": kept, "use_cache": False}
-    known = {name: value for name, value in options.items() if takes(type(inner), name)}
+    known = {name: value for name, value in options.items() if takes(type(inner).forward, name)}
     caught: list[Tensor] = []
     own = threading.get_ident()  # the layer is that of all threads that score at the same time
 
@@ -152,9 +153,9 @@ def _forward(model, keep: Sequence[int], hidden: bool, **inputs: Tensor) -> tupl
 
 
 @cache
-def takes(kind: type, name: str) -> bool:
-    """Whether a class of models takes an argument of that name."""
-    parameters: dict[str, Any] = dict(inspect.signature(kind.forward).parameters)
+def takes(forward: Callable[..., Any], name: str) -> bool:
+    """Whether a class's ``forward`` takes an argument of that name."""
+    parameters = inspect.signature(forward).parameters
     return name in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 

@@ -37,6 +37,7 @@ def load_parts(name: str, revision: str | None, dtype: str, **options: Any) -> t
     where = {"revision": revision, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(source, **where)
+        kind: Any  # one of transformers' auto classes
         if sees(config):
             processor = load_processor(source, revision, config)
             tokenizer, kind = processor.tokenizer, AutoModelForImageTextToText

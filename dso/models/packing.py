@@ -81,7 +81,8 @@ def fill_rows(sequences: Sequence[Sequence[Sequence[int]]], max_tokens: int) -> 
     """
     order = sorted(range(len(sequences)), key=lambda index: list(map(tuple, sequences[index])))
     rows: list[list[int]] = []
-    size, previous = 0, ()
+    size = 0
+    previous: Sequence[int] = ()
     for index in order:
         added = _new_nodes(previous, sequences[index])
         if rows and size + added <= max_tokens:

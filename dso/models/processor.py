@@ -11,7 +11,7 @@ from typing import Any
 from dso.errors import UserError
 
 
-def images_only(kind: type) -> type:
+def images_only(kind: Any) -> Any:
     """A processor class without its video part.
 
     Raises:
@@ -23,7 +23,7 @@ def images_only(kind: type) -> type:
         needed = "needs torchvision, which is not installed; install it with: pip install torchvision"
         raise UserError(f"{kind.__name__} {needed}")
 
-    class ImagesOnly(kind):  # type: ignore[misc, valid-type]
+    class ImagesOnly(kind):  # type: ignore[misc]
         @classmethod
         def get_attributes(cls) -> list[str]:
             return list(kept)
@@ -49,7 +49,7 @@ def load_processor(source: str, revision: str | None, config: Any) -> Any:
     from transformers import PROCESSOR_MAPPING, AutoProcessor
     from transformers.utils import is_torchvision_available
 
-    kind = PROCESSOR_MAPPING.get(type(config), None)
+    kind: Any = PROCESSOR_MAPPING.get(type(config), None)
     try:
         if kind is None or is_torchvision_available() or "video_processor" not in kind.get_attributes():
             processor = AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)

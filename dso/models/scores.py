@@ -104,7 +104,7 @@ class Scores:
         Raises:
             ValueError: if it was not asked for.
         """
-        table, positions = self._asked()
+        table, positions = self.asked()
         return positions.split(table.to(device))
 
     def kl(self, reference: Tensor) -> Tensor:
@@ -113,10 +113,15 @@ class Scores:
         Raises:
             ValueError: if these scores have no next-token distributions.
         """
-        table, positions = self._asked()
+        table, positions = self.asked()
         return positions.mean(kl_divergence(table, reference))
 
-    def _asked(self) -> tuple[Tensor, Positions]:
+    def asked(self) -> tuple[Tensor, Positions]:
+        """``next_token`` and ``positions``.
+
+        Raises:
+            ValueError: if they were not asked for.
+        """
         if self.next_token is None or self.positions is None:
             raise ValueError("there are no next-token distributions; score with next_token=True")
         return self.next_token, self.positions

@@ -144,7 +144,11 @@ def _score_batch(
     """Log-probabilities (n, width) of one pass, the distributions decision by decision, the states behind prompts."""
     run = _run(model, encoded, layout, hidden)
     log_probs = torch.log_softmax(run.logits.float(), dim=-1)
-    cells, rows, targets, firsts, answers = [], [], [], [], []
+    cells: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    firsts: list[int] = []
+    answers: list[int] = []
     stops: dict[int, Tensor] = {}
     reads_of = iter(run.reads)
     for number, e in enumerate(encoded):
@@ -183,8 +187,8 @@ def _longer(candidates: Sequence[tuple[int, ...]]) -> dict[int, list[tuple[int, 
 
 def _run(model, encoded: Sequence[Encoded], layout: Layout, hidden: bool) -> Run:
     """One forward pass over decisions that :func:`passes` put together."""
-    if encoded[0].images is not None:
-        return run_with_images(model, encoded, hidden)
+    if images := [e.images for e in encoded if e.images is not None]:
+        return run_with_images(model, encoded, images, hidden)
     sequences = [sequence for e in encoded for sequence in e.sequences()]
     starts = [len(e.prompt) - 1 for e in encoded for _ in e.candidates]
     runs = {"packed": run_packed, "padded": run_padded, "single": run_single}

@@ -89,9 +89,10 @@ class Vision:
         self.memory = ImageMemory(memory)
         self.tokenizer = processor.tokenizer
         self.template = chat_template(processor) or chat_template(self.tokenizer)
-        self._token = getattr(processor, "image_token", None) or getattr(self.tokenizer, "image_token", None)
-        if not self._token:
+        token = getattr(processor, "image_token", None) or getattr(self.tokenizer, "image_token", None)
+        if not token:
             raise UserError(f"the processor of {name!r} has no token for an image; this model is not supported")
+        self._token: str = token
         self._slot = self._around(model.config)
         self.forbidden = self._forbidden(processor)
         self.takes_text = self._takes_text()
@@ -178,7 +179,8 @@ class Vision:
             raise UserError(f"the processor of {self._name!r} refuses the prompt with its images: {reason}") from error
         length = made["input_ids"].shape[1]
         of_images = {name for part in self._part.made for name in part}
-        tokens, images = {}, {}
+        tokens: dict[str, Tensor] = {}
+        images: dict[str, Tensor] = {}
         for name, value in made.items():
             if name in ("attention_mask", "labels") or not isinstance(value, Tensor):
                 continue

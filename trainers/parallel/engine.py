@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trainers.learner import Learner
 from trainers.parallel.lockstep import InStep, Kept, Whole
-from trainers.parallel.ranks import Ranks
+from trainers.parallel.ranks import World
 from trainers.policy import SteeringPolicy
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ def import_deepspeed() -> ModuleType:
     return deepspeed
 
 
-def divide_weights(model: nn.Module, settings: dict[str, Any], world: Ranks) -> None:
+def divide_weights(model: nn.Module, settings: dict[str, Any], world: World) -> None:
     """Divide a model's weights among the processes, as ZeRO-3 does, tensor by tensor: none holds all on its device."""
     deepspeed = import_deepspeed()
     deepspeed.init_distributed()  # takes over the processes that there are; what follows counts them
@@ -64,9 +64,9 @@ class EngineLearner(Learner):
     """
 
     shared = True
-    world: Ranks
+    world: World
 
-    def __init__(self, policy: SteeringPolicy, max_norm: float, parts: int, world: Ranks, settings: dict[str, Any]):
+    def __init__(self, policy: SteeringPolicy, max_norm: float, parts: int, world: World, settings: dict[str, Any]):
         deepspeed = import_deepspeed()
         self.world = world
         self.stage = int(settings.get("zero_optimization", {}).get("stage", 0))

@@ -69,6 +69,28 @@ class World:
     def barrier(self) -> None:
         """Wait until every process is here."""
 
+    def guard(self, work: Callable[[], T]) -> T:
+        """Run work in which processes wait for each other.
+
+        Raises:
+            RankLost: if one of them is gone or does not come.
+        """
+        return work()
+
+    def meet(self, work: Callable[[], T]) -> T:
+        """Run work in which DeepSpeed exchanges something, once every process has come to it.
+
+        Raises:
+            RankLost: if one does not come, or is gone. Where one goes amid the work, NCCL ends this process.
+        """
+        self.barrier()
+        return self.guard(work)
+
+    @contextmanager
+    def groups_in_time(self) -> Iterator[None]:
+        """Groups of processes that a library makes within the block give up as we do; else it takes 30 minutes."""
+        yield
+
     def require(self, error: UserError | None) -> None:
         """Raise the error of the first process that has one, in every process.
 
@@ -135,18 +157,8 @@ class Ranks(World):
         if self._dist.is_initialized():
             self._dist.destroy_process_group()
 
-    def meet(self, work: Callable[[], T]) -> T:
-        """Run work in which DeepSpeed exchanges something, once every process has come to it.
-
-        Raises:
-            RankLost: if one does not come, or is gone. Where one goes amid the work, NCCL ends this process.
-        """
-        self.barrier()
-        return self.guard(work)
-
     @contextmanager
     def groups_in_time(self) -> Iterator[None]:
-        """Groups of processes that a library makes within the block give up as we do; else it takes 30 minutes."""
         make = self._dist.new_group
         self._dist.new_group = partial(make, timeout=timedelta(seconds=self.timeout))
         try:
@@ -155,11 +167,6 @@ class Ranks(World):
             self._dist.new_group = make
 
     def guard(self, work: Callable[[], T]) -> T:
-        """Run work in which processes wait for each other.
-
-        Raises:
-            RankLost: if one of them is gone or does not come.
-        """
         try:
             return work()
         except RuntimeError as error:
