@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def script_arguments(argv: Sequence[str]) -> list[str]:
@@ -16,7 +17,18 @@ def script_arguments(argv: Sequence[str]) -> list[str]:
     return ["train", *([] if known.config is None else [known.config]), *rest]
 
 
+def leave_working_folder() -> None:
+    """Import from where Python is installed, not from the working directory, unless this package is there.
+
+    ``python -m`` and DeepSpeed put it first, where a user's own ``envs`` or ``trainers`` would stand for ours.
+    """
+    here, own = Path.cwd(), Path(__file__).resolve().parents[1]
+    if here != own:
+        sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]
+
+
 if __name__ == "__main__":
+    leave_working_folder()
     from launch.cli import main
     from launch.cluster.processes import leave
 

@@ -22,8 +22,7 @@ class SharedEvaluator:
     Args:
         learner: of the model; its processes all measure together.
         backbone, decisions, handle, options: see :class:`dso.evaluation.evaluator.Evaluator`; ``progress`` is told of
-        the shares
-            of all processes as this one does its own.
+            the shares of all processes as this one does its own.
     """
 
     def __init__(

@@ -38,6 +38,9 @@ parse() {
   [[ $gpus =~ ^([1-9][0-9]*)?$ ]] || die "--gpus is '$gpus', expected a number of at least 1"
 }
 
+# Python puts the working directory first for `-m`: a folder there named `launch` would stand for this package.
+export PYTHONSAFEPATH=1
+
 show() {
   printf '+'
   printf ' %q' "$@"

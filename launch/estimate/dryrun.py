@@ -196,7 +196,8 @@ def _training(config: TrainConfig, counts: Counts, launch: Launch) -> Iterable[t
 def _host(architecture: Architecture, trained: int | None, part: Batch) -> Iterable[tuple[str, str]]:
     kept = ["references of the training prompts, whose number is not known"]
     if trained is not None:
-        kept = [f"up to {_size(host_references(architecture, trained))} of references ({trained} training prompts)"]
+        size = _size(host_references(architecture, part, trained))
+        kept = [f"up to {size} of references ({trained} training prompts)"]
     if part.sight.tower_bytes:
         kept.append(f"{_size(IMAGE_MEMORY)} of images")
     yield "host memory", f"of each process: {_size(architecture.weight_bytes)} while loading, then {', '.join(kept)}"
@@ -205,6 +206,7 @@ def _host(architecture: Architecture, trained: int | None, part: Batch) -> Itera
 def _table(config: TrainConfig, needed: Memory, launch: Launch) -> Iterable[str]:
     step = needed.step
     share = "" if step.share == 1 else f", scaled up from {step.share:.0%} of it"
+    validated = needed.references or 0
     rows: list[tuple[str, int, int, str]] = [
         ("backbone weights", needed.weights, needed.weights, "exact" if launch.stage < 3 else "a share of them"),
         ("gathered weights", needed.gathered, needed.gathered, "at most"),
@@ -212,7 +214,7 @@ def _table(config: TrainConfig, needed: Memory, launch: Launch) -> Iterable[str]
         ("activations", step.kept, step.checkpointed, f"what autograd saves, counted without numbers{share}"),
         ("backward pass", needed.backward, needed.backward, "crude: a layer's and the answers' gradients"),
         ("vision tower", needed.tower, needed.tower, "crude; on top of what earlier passes keep"),
-        ("validation references", needed.references or 0, needed.references or 0, "a row of the vocabulary a decision"),
+        ("validation references", validated, validated, "a row of the vocabulary an answer position"),
         ("measuring", needed.evaluation, needed.evaluation, "crude; between steps, not on top of one"),
         ("accelerator's context", needed.context, needed.context, "crude"),
     ]

@@ -73,6 +73,11 @@ class Batch:
     source: str
     layout: Layout = "packed"
 
+    @property
+    def positions(self) -> float:
+        """Answer positions a decision: 1 where answers have one token, more where they have several."""
+        return sum(len(e.answer_positions()) for e in self.encoded) / len(self.encoded)
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -186,7 +191,7 @@ def memory(
     Args:
         validation: decisions that are validated on; None if not known.
     """
-    row = 4 * architecture.vocabulary  # float32 log-probabilities after one prompt
+    row = reference_bytes(architecture, part)
     step = activations(
         architecture.model,
         learned.operators,
@@ -205,17 +210,22 @@ def memory(
         gathered=min(weights - weights // launch.ranks, launch.live * width) if sharded else 0,
         state=6 * 4 * learned.count,
         step=step,
-        backward=step.layer + 3 * row * part.size,
+        backward=step.layer + round(3 * row * part.size),
         tower=together * part.sight.tower_bytes,
-        references=None if validation is None else validation * row,
-        evaluation=5 * CHUNK * row,
+        references=None if validation is None else round(validation * row),
+        evaluation=round(5 * CHUNK * row),
         context=0 if config.model.device == "cpu" else CONTEXT,
     )
 
 
-def host_references(architecture: Architecture, decisions: int) -> int:
-    """The base model's distributions after so many training prompts, which every process keeps in host memory."""
-    return decisions * 4 * architecture.vocabulary
+def reference_bytes(architecture: Architecture, part: Batch) -> float:
+    """A decision's float32 log-probabilities: a row of the vocabulary an answer position, as many as in the batch."""
+    return 4 * architecture.vocabulary * part.positions
+
+
+def host_references(architecture: Architecture, part: Batch, decisions: int) -> int:
+    """The base model's distributions of so many training decisions, which every process keeps in host memory."""
+    return round(decisions * reference_bytes(architecture, part))
 
 
 def _published_images(config: TrainConfig) -> list[tuple[int, int]]:

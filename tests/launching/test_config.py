@@ -79,15 +79,17 @@ def test_a_path_and_a_name_give_the_same_config() -> None:
     assert load_config(str(ROOT / "configs" / f"{DEFAULT}.yaml")) == load_config(DEFAULT)
 
 
-def test_a_folder_of_configs_where_a_run_is_started_does_not_stand_for_the_shipped_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_where_a_run_is_started_do_not_stand_for_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
     import sys
 
     own = tmp_path / "configs"
     own.mkdir()
     (own / "__init__.py").touch()
+    for name in ("envs", "trainers"):  # theirs, not ours
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('not ours')\n", encoding="utf-8")
+    (tmp_path / "launch").mkdir()
     (own / f"{DEFAULT}.yaml").write_text("train: {max_steps: 1}\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

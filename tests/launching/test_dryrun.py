@@ -11,10 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from safetensors import safe_open
-from small_runs import learn, make_trainer
+from small_runs import learn, letters_set, make_trainer, write_config
 from tiny import byte_tokenizer, small_set, tiny_llama
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -31,7 +32,7 @@ from launch.cli import main
 from launch.config.schema import TrainConfig, known_configs, load_config
 from launch.estimate.architecture import load_architecture, shipped_shapes
 from launch.estimate.dryrun import dry_run
-from launch.estimate.estimate import Launch, batch, coefficients, host_references, memory
+from launch.estimate.estimate import Batch, Launch, batch, coefficients, host_references, memory
 from launch.estimate.memory import Activations, activations
 from launch.estimate.vision import sight
 from launch.run.session import open_session
@@ -364,6 +365,26 @@ def test_a_part_of_a_large_batch_stands_for_all_of_it() -> None:
     assert whole.tokens == 5000 and whole.kept == pytest.approx(2.5 * first.kept, rel=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_the_tokens_that_are_said_are_those_that_a_step_passes(layout: str, tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "model"
+    model = architectures.tiny("Llama" if layout == "packed" else "Bloom")  # ALiBi counts columns: packing is off
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    path = write_config(tmp_path, folder, train__unambiguous=0, train__optimizer__fisher_batches=0)
+    assert main(["train", str(path), "--dry-run"]) == 0
+    said = re.search(r"16 decisions at a time, (\d+) tokens in (\w+) rows", capsys.readouterr().out)
+    session = open_session(load_config(str(path)))
+    indices = session.trainer.env.inner.sampler.draw()
+    session.trainer.task.reference(indices)  # the base model's pass comes first, and once
+    passed: list[int] = []
+    session.backbone.model.register_forward_pre_hook(
+        lambda module, args, inputs: passed.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    session.trainer.policy.decide(indices, next_token=True)
+    assert said is not None and said.groups() == (str(sum(passed)), session.backbone.layout) == (said[1], layout)
+
+
 def test_files_have_the_size_that_is_said(tiny: str, tmp_path: Path, model_folder: Path) -> None:
     config = load_config(tiny)
     architecture = load_architecture(str(model_folder))
@@ -379,12 +400,23 @@ def test_files_have_the_size_that_is_said(tiny: str, tmp_path: Path, model_folde
     assert config.model.dtype == "float32"
 
 
+@pytest.mark.parametrize(
+    ("female", "male", "positions"),
+    [("F", "M", 1), ("Fe", "Ma", 3), ("FM", "FF", 2), ("FMM", "F", 3)],  # behind the prompt, and what was begun
+)
+def test_references_on_the_host_are_what_is_said(female: str, male: str, positions: int) -> None:
+    trainer = make_trainer(letters_set(facts=False, letters={"female": female, "male": male}))
+    trainer.task.reference(range(16))
+    kept = sum(t.numel() * t.element_size() for t in trainer.task._reference.values())
+    assert kept == 16 * positions * 258 * 4
+    encoded = [trainer.task.backbone.encode(d) for d in trainer.task.decisions]
+    part = Batch(5, encoded[:5], sight(load_architecture("smollm2-135m"), []), "a part of them")
+    assert host_references(SimpleNamespace(vocabulary=258), part, 16) == kept
+
+
 def test_what_training_keeps_is_what_is_said() -> None:
-    """References on the host, and five numbers a coefficient in what a run goes on from."""
-    trainer = learn(make_trainer(ambiguous=16), 2)
-    references = trainer.task._reference.values()
-    architecture = SimpleNamespace(vocabulary=258)
-    assert sum(t.numel() * t.element_size() for t in references) == host_references(architecture, len(references))
+    """Five numbers a coefficient in what a run goes on from."""
+    trainer = learn(make_trainer(ambiguous=16), 1)
     policy = trainer.policy
     count = sum(p.numel() for p in policy.steering.parameters())
     moments = [v for state in policy.optimizer.state.values() for k, v in state.items() if v.numel() > 1]
@@ -403,8 +435,11 @@ def test_memory_adds_up(tiny: str, model_folder: Path) -> None:
     weights = architecture.weight_bytes
     assert (found.weights, found.gathered) == (-(-weights // 4), 400)  # 100 weights of 4 bytes at a time
     assert found.state == 6 * 4 * 2 * 16 * 5
-    assert found.references == 40 * 258 * 4
-    assert found.evaluation == 5 * 240 * 258 * 4
+    # " Ann" and " Bob" have a token a character and share the blank: 6 answer positions, behind it 2 of each
+    assert part.positions == 1 + 1 + 2 + 2
+    assert found.references == 40 * 6 * 258 * 4
+    assert found.evaluation == 5 * 240 * 6 * 258 * 4
+    assert found.backward - found.step.layer == 3 * part.size * 6 * 258 * 4
     assert found.context == 800_000_000
     resident = found.weights + 400 + found.state + found.references + found.context
     assert found.total(False) == resident + max(found.step.kept + found.backward, found.evaluation)

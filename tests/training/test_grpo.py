@@ -382,6 +382,23 @@ def test_every_method_of_trl_that_is_replaced_is_there(kind: Any, monkeypatch: p
                 answer_trainer(kind, *answer_task())
 
 
+@BOTH
+def test_a_step_calls_every_method_of_trl_that_is_replaced(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of ours is passed by, as it would be where TRL goes another way."""
+    called: set[str] = set()
+    for owner in (SteeredAnswers, kind):
+        for name in set(vars(owner)) & set(REPLACED):
+            plain = vars(owner)[name]
+
+            def noted(*args: Any, plain: Any = plain, name: str = name, **options: Any) -> Any:
+                called.add(name)
+                return plain(*args, **options)
+
+            monkeypatch.setattr(owner, name, noted)
+    answer_trainer(kind, *answer_task(), steps=1).train()
+    assert called == set(REPLACED) - {"create_optimizer"}  # which DeepSpeed has called
+
+
 def test_the_package_asks_for_the_versions_of_trl_that_work() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"]
     assert f"trl{TRL_VERSIONS}" in project["optional-dependencies"]["grpo"]
