@@ -31,7 +31,7 @@ STALE := $(shell test -x $(VENV)/bin/python && test "$$(cat $(READY) 2>/dev/null
 help:
 	@cat <<'TEXT'
 	make train   set up, then train a steering, or go on with it (CONFIG=$(CONFIG), ARGS="train.max_steps=50 ...")
-	make test    set up, then lint and run every test (ARGS="-k name")
+	make test    set up, then lint, check types and run every test (ARGS="-k name")
 	make docs    set up, then build the docs as a site in build/site
 	make setup   make .venv, or bring it up to date
 	make clean   remove .venv and everything built; runs/ stays
@@ -46,13 +46,14 @@ train: $(READY)
 test: $(READY)
 	@$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	@rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last and removed first, so an interrupted set-up is done again from the start.

@@ -7,11 +7,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor
 from tqdm import tqdm
+
+from trainers.trainer import SteeringTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +21,9 @@ class Validation:
     """What one measurement of the validation split says.
 
     Attributes:
-        step: optimiser steps done. bias: root mean square over contexts, noise taken off; below 0 where the sample
-        shows less than its own noise, so
-            that no two measurements are tied at 0.
+        step: optimiser steps done.
+        bias: root mean square over contexts, noise taken off; below 0 where the sample shows less than its own noise,
+            so that no two measurements are tied at 0.
         log_odds: the same in log-odds; None where that cannot be measured.
         order_effect: how far answers follow the order of the people; None where each question has one order.
         accuracy: on unambiguous decisions, nan if there are none.
@@ -67,7 +69,19 @@ class Measure(Protocol):
     def __call__(self, step: int, scale: float = 1.0) -> Validation: ...
 
 
-class Selection(BaseCallback):
+class TrainingCallback(BaseCallback):
+    """A callback of a :class:`trainers.trainer.SteeringTrainer`; it never ends the training."""
+
+    @property
+    def trainer(self) -> SteeringTrainer:
+        """Who calls: Stable-Baselines3 knows it as an algorithm of its own only."""
+        return cast(SteeringTrainer, self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+
+class Selection(TrainingCallback):
     """Measure the validation split as training goes on and keep the best operators inside the constraints.
 
     Best is the least bias, which may be below 0 and is therefore never tied (:class:`Validation`). The untrained
@@ -115,16 +129,16 @@ class Selection(BaseCallback):
         self.best_tensors: dict[str, Tensor] = {}
 
     def _on_training_start(self) -> None:
-        if self.model.steps_done == 0:
+        if self.trainer.steps_done == 0:
             self._check(0)
 
     def _on_rollout_start(self) -> None:
         # Here, not after the step before: what a run measures does not depend on where it was stopped and resumed.
-        if self.model.steps_done % self.every == 0:
-            self._check(self.model.steps_done)
+        if self.trainer.steps_done % self.every == 0:
+            self._check(self.trainer.steps_done)
 
     def _on_training_end(self) -> None:
-        if self.model.steps_done < self.steps:
+        if self.trainer.steps_done < self.steps:
             return
         self._check(self.steps)
         while sum(row.scale != 1 for row in self.history) < self.TRIES:  # those before a resume are among them
@@ -149,9 +163,6 @@ class Selection(BaseCallback):
         self.best = next((row for row in self.history if (row.step, row.scale) == best), None)
         self.best_tensors = dict(tensors)
 
-    def _on_step(self) -> bool:
-        return True
-
     def _check(self, step: int) -> None:
         if any(row.step == step for row in self.history):
             return
@@ -162,7 +173,7 @@ class Selection(BaseCallback):
 
     def _measure(self, step: int, scale: float = 1.0) -> Validation:
         row = self.measure(step) if scale == 1 else self.measure(step, scale)
-        better = self.offer(row, self.model.steering.scaled_tensors(scale))
+        better = self.offer(row, self.trainer.steering.scaled_tensors(scale))
         if self.on_measured is not None:
             self.on_measured(row, better)
         return row
@@ -214,7 +225,7 @@ class Selection(BaseCallback):
         return f"none of {len(trained)} measured steps was kept ({', '.join(reasons)}); the steering is the base model"
 
 
-class Progress(BaseCallback):
+class Progress(TrainingCallback):
     """A bar with the time left on a terminal; a line every few steps when the output is piped.
 
     Args:
@@ -232,12 +243,9 @@ class Progress(BaseCallback):
         self._shown = 0
 
     def _on_training_start(self) -> None:
-        self._shown = self.model.steps_done
+        self._shown = self.trainer.steps_done
         hidden = self.quiet or not sys.stderr.isatty()
         self.bar = tqdm(total=self.steps, initial=self._shown, desc="train", unit="step", disable=hidden)
-
-    def _on_step(self) -> bool:
-        return True
 
     def _on_rollout_start(self) -> None:
         self._show()
@@ -247,8 +255,8 @@ class Progress(BaseCallback):
 
     def _show(self) -> None:
         """Show the steps that were learned from since the last time."""
-        step, measured = self.model.steps_done, self.model.measured
-        if step <= self._shown or not measured:
+        step, measured = self.trainer.steps_done, self.trainer.measured
+        if self.bar is None or step <= self._shown or not measured:
             return
         said = {name: f"{measured[name]:.3f}" for name in ("running_bias", "kl", "abstention") if name in measured}
         self.bar.set_postfix(said, refresh=False)
@@ -268,7 +276,7 @@ class Progress(BaseCallback):
             tqdm.write(line, file=sys.stderr)
 
 
-class Checkpoints(BaseCallback):
+class Checkpoints(TrainingCallback):
     """Save what the run needs to go on, at the start of a step: every few steps, and wherever something was measured.
 
     Not while steps are being skipped: what is on the disk stays the last that was good.
@@ -285,7 +293,7 @@ class Checkpoints(BaseCallback):
         self.due = False  # set by whoever has something to keep
 
     def _on_rollout_start(self) -> None:
-        step = self.model.steps_done
+        step = self.trainer.steps_done
         if self.due or (step and step % self.every == 0):
             self._keep()
 
@@ -293,10 +301,7 @@ class Checkpoints(BaseCallback):
         if self.due:
             self._keep()
 
-    def _on_step(self) -> bool:
-        return True
-
     def _keep(self) -> None:
-        if not self.model.skipped_in_a_row:
+        if not self.trainer.skipped_in_a_row:
             self.save()
             self.due = False

@@ -25,12 +25,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import trl
 from accelerate.utils import broadcast, gather_object
 from datasets import Dataset
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
@@ -303,7 +304,7 @@ class SteeredAnswers(_TrainerOfTRL):
     def learn_until(self, steps: int, callback: BaseCallback) -> None:
         """See :meth:`trainers.trainer.SteeringTrainer.learn_until`; the model is as it was found afterwards."""
         self.args.max_steps, self._callback = steps, callback
-        callback.init_callback(self)
+        callback.init_callback(cast(BaseAlgorithm, self))  # it asks no more of it than there is
         try:
             with self.evaluating():
                 callback.on_training_start({}, {})

@@ -39,7 +39,7 @@ parse() {
 }
 
 # Python puts the working directory first for `-m`: a folder there named `launch` would stand for this package.
-export PYTHONSAFEPATH=1
+[ -f launch/cluster/node.sh ] || export PYTHONSAFEPATH=1
 
 show() {
   printf '+'

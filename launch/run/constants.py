@@ -7,6 +7,7 @@ are sampled.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Required, TypedDict
 
 from launch.config.schema import TrainConfig
 
@@ -68,7 +69,15 @@ def aimed_kl(config: TrainConfig) -> float | None:
     return None if budget is None else constants(config).kl_margin * budget
 
 
-def kept_limits(config: TrainConfig) -> dict[str, float | None]:
+class KeptLimits(TypedDict, total=False):
+    """Of :class:`trainers.callbacks.Selection`; those that are not given are its own."""
+
+    kl_budget: Required[float | None]
+    min_answer_mass: float
+    max_accuracy_loss: float
+
+
+def kept_limits(config: TrainConfig) -> KeptLimits:
     """What :class:`trainers.callbacks.Selection` holds a steering to."""
     limits = config.constraints
     if config.freeform:

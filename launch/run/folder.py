@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 
@@ -73,11 +73,11 @@ def failing_together(world: World) -> Iterator[None]:
 
 def on_main(world: World, work: Callable[[], T]) -> T:
     """Do something on the main process alone: its result, or why it could not be done, is every process's."""
-    result = None
+    result: T | None = None
     with failing_together(world):
         if world.is_main:
             result = work()
-    return world.broadcast_object(result)
+    return cast(T, world.broadcast_object(result))
 
 
 def check_folder(config: TrainConfig, name: str, resume: Resume, overwrite: bool, claim: Claim) -> Plan:

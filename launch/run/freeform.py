@@ -37,7 +37,10 @@ class FreeformAnswers:
         world: the processes that share the work.
     """
 
-    limits = (HOW, "The matcher looks at words, not at meaning; a sample of what it read is in the run's report.")
+    limits: tuple[str, ...] = (
+        HOW,
+        "The matcher looks at words, not at meaning; a sample of what it read is in the run's report.",
+    )
 
     def __init__(
         self,

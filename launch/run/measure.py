@@ -16,8 +16,22 @@ import numpy as np
 from dso.decisions.decision import DecisionSet
 from dso.evaluation.bias import accuracy, bias_report
 from dso.evaluation.comparison import cuts
-from dso.evaluation.evaluator import Evaluator, Measurement
+from dso.evaluation.evaluator import Measurement
 from dso.evaluation.report import ScalePoint
+
+
+class Evaluates(Protocol):
+    """An evaluator of candidates' probabilities, in one process or several.
+
+    Attributes:
+        decisions: what it measures.
+    """
+
+    decisions: DecisionSet
+
+    def curve(self, scales: Sequence[float]) -> list[Measurement]:
+        """The set at each of several scales."""
+        ...
 
 
 class Measures(Protocol):
@@ -72,7 +86,7 @@ def by_template(decisions: DecisionSet, count: int) -> DecisionSet:
 
 
 def scale_points(
-    evaluator: Evaluator, scales: Sequence[float], target: dict[str, float] | None = None, bootstrap: int = 1000
+    evaluator: Evaluates, scales: Sequence[float], target: dict[str, float] | None = None, bootstrap: int = 1000
 ) -> list[ScalePoint]:
     """Measure an evaluator's decisions at each scale; where 0 is one of them, the others' bias is cut against it."""
     measured = evaluator.curve(scales)

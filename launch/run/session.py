@@ -87,7 +87,7 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
         require_trl()
     world = world or World()
     decisions = open_decisions(config)
-    divided = deepspeed is not None and deepspeed["zero_optimization"].get("stage") == 3
+    divided = deepspeed if deepspeed and deepspeed["zero_optimization"].get("stage") == 3 else None
     # What no single accelerator may have room for is read into host memory, and divided from there.
     backbone = load_backbone(config, "cpu" if divided else world.device)
     if world.is_main and (line := backbone.layout_line()):
@@ -100,7 +100,7 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
     if divided:
         from trainers.parallel.engine import divide_weights
 
-        divide_weights(backbone.model, deepspeed, world)
+        divide_weights(backbone.model, divided, world)
         steering.to(backbone.device)
     training = decisions.select(split="train")
     task = DecisionTask(backbone, training, config.data.target, reward_config(config), handle)

@@ -85,7 +85,7 @@ class Machine:
         self.program("srun", srun)
         self.program("scontrol", SCONTROL)
         self.program("scancel", 'touch "$LOG.told"')
-        known = 'echo "rank|$RANK|$LOCAL_RANK|$WORLD_SIZE" >>"$LOG"'
+        known = 'echo "rank|$RANK|$LOCAL_RANK|$WORLD_SIZE|$PYTHONSAFEPATH" >>"$LOG"'
         self.program("py", f"case $* in *FOLDER*) echo /site/configs ;; *) {known} ;; esac")
 
     def calls(self) -> list[list[str]]:
@@ -94,9 +94,9 @@ class Machine:
     def calls_of(self, name: str) -> list[list[str]]:
         return [call[1:] for call in self.calls() if call[0] == name]
 
-    def run(self, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(self, script: Path, *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         command = [str(script), *arguments]
-        return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
+        return subprocess.run(command, cwd=cwd, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
 
     def start(self, script: Path, *arguments: str) -> subprocess.Popen[str]:
         """A process in a session of its own that hears Ctrl-C, also where the tests do not (`make test &`): a shell
@@ -149,10 +149,11 @@ def test_a_node_runs_deepspeed_with_the_config_and_hands_the_rest_to_training(ma
 
 
 def test_a_node_uses_all_accelerators_and_the_deepspeed_file_it_is_given(machine: Machine) -> None:
-    machine.program("deepspeed")
-    assert machine.run(NODE, "mine", "--deepspeed", "own.json").returncode == 0
+    machine.program("deepspeed", 'echo "safe|$PYTHONSAFEPATH" >>"$LOG"')
+    assert machine.run(NODE, "mine", "--deepspeed", "own.json", cwd=machine.bin).returncode == 0
     command = ["--master_port", "29500", *MODULE, "mine", "--deepspeed", "own.json"]
     assert machine.calls_of("deepspeed") == [command]
+    assert machine.calls_of("safe") == [["1"]]  # a folder `launch` where it is started does not stand for ours
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 75])
@@ -225,14 +226,16 @@ def test_a_bad_hostfile_is_refused(machine: Machine, tmp_path: Path, text: str, 
 
 def test_slurm_starts_one_process_a_task_that_knows_its_rank(machine: Machine) -> None:
     machine.slurm()
-    done = machine.run(SLURM, "mine", "--deepspeed", "z3.json", "run.run_name=a b")
+    done = machine.run(SLURM, "mine", "--deepspeed", "z3.json", "run.run_name=a b", cwd=machine.bin)
     assert done.returncode == 0, done.stderr
     (srun,) = machine.calls_of("srun")
     assert srun[:4] == ["--kill-on-bad-exit=0", "--wait=90", "bash", "-c"]
     train = ["-u", "-m", "launch.train", "mine", "--deepspeed", "z3.json", "--resume", "auto"]
     assert srun[5:] == ["rank", "py", *train, "run.run_name=a b"]
     assert machine.calls_of("py") == [[*train, "run.run_name=a b"]]
-    assert machine.calls_of("rank") == [["5", "1", "16"]]
+    assert machine.calls_of("rank") == [
+        ["5", "1", "16", "1"]
+    ]  # and it does not look for modules where the job was submitted
     assert "MASTER_ADDR=node-a MASTER_PORT=24711\n" in done.stdout
 
 

@@ -136,6 +136,22 @@ def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
     assert point.bias.probability.signed_root == pytest.approx(kept["bias"], abs=1e-5)
 
 
+@pytest.mark.parametrize(("asked", "held"), [(0.97, 0.97), (None, 0.9)])
+def test_selection_holds_a_steering_to_the_answer_mass_that_a_config_asks_for(
+    asked: float | None, held: float, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Made(Exception):
+        """Ends the run where its selection is made."""
+
+    def make(*_: Any, **limits: Any) -> None:
+        raise Made(limits["min_answer_mass"])
+
+    monkeypatch.setattr("launch.run.learn.Selection", make)
+    with pytest.raises(Made) as found:
+        train(config_of(tmp_path, model_folder, constraints__min_answer_mass=asked), name="unused", quiet=True)
+    assert found.value.args == (held,)
+
+
 def test_the_kl_of_training_decisions_is_measured_where_it_is_asked_for(tmp_path: Path, model_folder: Path) -> None:
     asked = {"evaluation__training_decisions": 8}
     for name, options, measured in (
