@@ -83,7 +83,7 @@ def load_architecture(name: str, revision: str | None = None, dtype: str = "floa
     try:
         config = _config(path)
         with torch.device("meta"):
-            model = _auto_class(config).from_config(config, dtype=DTYPES[dtype], attn_implementation="sdpa")
+            model = _auto_class(config).from_config(config, dtype=DTYPES[dtype])
     except LOADER_ERRORS as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelNotFound(f"model {name!r}: no model can be made of {source}: {reason}") from error

@@ -44,7 +44,7 @@ def expected_layout(config: Any, attention: str | None = None) -> Layout:
         if sum(parameter.numel() for parameter in shape.parameters()) > MOST:
             return "packed"
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=attention or "sdpa")
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=attention)
         return find_layout(model.eval(), row_limit(small.get_text_config()))[0]
     except (UserError, *REFUSALS):
         return "packed"

@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dso.models.encoded import Encoded
+from dso.models.layout import row_limit
 from dso.models.packing import pack, tree_size
 from dso.models.scores import Scores
 from dso.models.scoring import Layout, passes, score
@@ -87,7 +89,7 @@ def _fused(
 
 
 def activations(
-    model: nn.Module,
+    model: PreTrainedModel,
     operators: dict[str, SteeringOperator],
     encoded: Sequence[Encoded],
     *,
@@ -107,20 +109,26 @@ def activations(
         inputs: further arguments of the model's forward for given token ids, as what a vision tower hands over.
         apart: each decision has a row to itself, as those with images have; the first then stands for all.
     """
+    limit = row_limit(model.config.get_text_config())
     sizes = [tree_size(e.sequences()) for e in encoded]
     count, tokens = 1, sizes[0]
     while not apart and count < len(encoded) and tokens + sizes[count] <= max(max_tokens, ENOUGH):
         tokens += sizes[count]
         count += 1
-    whole = sum(sizes) if apart else passed_tokens(encoded, layout, max_tokens)
-    share = (tokens if apart else passed_tokens(encoded[:count], layout, max_tokens)) / whole
+    whole = sum(sizes) if apart else passed_tokens(encoded, layout, max_tokens, limit)
+    share = (tokens if apart else passed_tokens(encoded[:count], layout, max_tokens, limit)) / whole
     with ExitStack() as stack:
         counter = stack.enter_context(_counting(model, operators))
         if inputs:
             stack.callback(model.register_forward_pre_hook(_adding(inputs), with_kwargs=True).remove)
         stack.enter_context(FusedAttention())
         scores = score(
-            model, encoded[:count], layout="packed" if apart else layout, max_tokens=max_tokens, next_token=True
+            model,
+            encoded[:count],
+            layout="packed" if apart else layout,
+            max_tokens=max_tokens,
+            row_limit=None if apart else limit,
+            next_token=True,
         )
         _loss(scores)
     inside = [bytes_ for layer, bytes_ in counter.saved.items() if layer is not None]
@@ -135,10 +143,10 @@ def activations(
     )
 
 
-def passed_tokens(encoded: Sequence[Encoded], layout: Layout, max_tokens: int) -> int:
-    """Tokens that pass through the model for a batch of prompts without images."""
+def passed_tokens(encoded: Sequence[Encoded], layout: Layout, max_tokens: int, limit: int | None) -> int:
+    """Tokens that pass through the model for a batch of prompts without images; ``limit`` is of a packed row."""
     total = 0
-    for rows, how in passes(encoded, layout, max_tokens, None):
+    for rows, how in passes(encoded, layout, max_tokens, limit):
         sequences = [sequence for row in rows for sequence in encoded[row].sequences()]
         if how == "packed":
             total += pack(sequences).input_ids.shape[1]

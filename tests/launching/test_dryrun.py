@@ -375,7 +375,7 @@ def test_the_tokens_that_are_said_are_those_that_a_step_passes(layout: str, tmp_
     assert main(["train", str(path), "--dry-run"]) == 0
     said = re.search(r"16 decisions at a time, (\d+) tokens in (\w+) rows", capsys.readouterr().out)
     session = open_session(load_config(str(path)))
-    indices = session.trainer.env.inner.sampler.draw()
+    indices = session.trainer.env.reset()
     session.trainer.task.reference(indices)  # the base model's pass comes first, and once
     passed: list[int] = []
     session.backbone.model.register_forward_pre_hook(
