@@ -80,6 +80,15 @@ def group_shares(policy: Tensor, groups: Tensor, n_groups: int) -> Tensor:
     return _by_slot(policy, groups, n_groups)[:, :n_groups]
 
 
+def group_log_shares(log_policy: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+    """Log-probability of choosing each group (N, G), and whether a decision offers it (N, G); -inf where it does not.
+
+    Arguments as in :func:`group_preference`, but for ``log_policy`` (N, K), -inf where there is no candidate.
+    """
+    own = groups[:, None, :] == torch.arange(n_groups, device=groups.device)[:, None]
+    return log_policy[:, None, :].masked_fill(~own, -torch.inf).logsumexp(-1), own.any(-1)
+
+
 def _by_slot(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
     """(N, G + 2) sums of the candidates' values (N, K) by group; those of ``ABSTAINS`` and ``ABSENT`` come last."""
     return values.new_zeros(len(values), n_groups + 2).scatter_add(1, groups % (n_groups + 2), values)

@@ -24,18 +24,21 @@ class Layout:
         groups: (N, K) int64 index of each candidate's group; ``ABSTAINS``, or ``ABSENT`` where there is no candidate.
         contexts: (N,) int64 index of the context, by first appearance.
         answers: (N,) int64 the right candidate, -1 for an ambiguous decision.
+        templates: (N,) int64 index of the template, by first appearance; decisions without one share an index.
         blocks: (N,) int64 the block: the same people in the same template.
         questions: (N,) int64 the question: within a block, one context and one choice of groups; its decisions differ
             in the order of the people. An unambiguous decision is a question of its own.
-        n_contexts: number of contexts.
+        n_contexts: number of contexts. n_templates: number of templates.
     """
 
     groups: Tensor
     contexts: Tensor
     answers: Tensor
+    templates: Tensor
     blocks: Tensor
     questions: Tensor
     n_contexts: int
+    n_templates: int
 
     @classmethod
     def of(cls, decisions: DecisionSet, device: torch.device | str = "cpu") -> Layout:
@@ -47,6 +50,7 @@ class Layout:
                 groups[row, column] = codes[candidate.group]
         answers = torch.tensor([-1 if d.answer is None else d.answer for d in decisions])
         contexts = _numbered(d.context for d in decisions)
+        templates = _numbered(d.template for d in decisions)
         blocks = _numbered((d.template, d.unit) if d.unit else (d.id,) for d in decisions)
         questions = _numbered(
             (block, d.context, *sorted(c.group for c in d.candidates)) if d.ambiguous else (d.id,)
@@ -56,9 +60,11 @@ class Layout:
             groups=groups.to(device),
             contexts=contexts.to(device),
             answers=answers.to(device),
+            templates=templates.to(device),
             blocks=blocks.to(device),
             questions=questions.to(device),
             n_contexts=len(decisions.contexts),
+            n_templates=len({d.template for d in decisions}),
         )
 
     def index(self, indices: Indices) -> Tensor:

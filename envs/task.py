@@ -14,6 +14,7 @@ from dso.models.backbone import Backbone
 from dso.models.encoded import Positions, join_positions
 from dso.rewards import ABSENT, candidate_rewards
 from dso.steering.handle import Handle, unsteered
+from envs.association import without_association
 from envs.estimate import PreferenceEstimate
 from envs.layout import Indices, Layout
 from envs.reward import RewardConfig
@@ -69,6 +70,7 @@ class DecisionTask:
         self._own_policy: dict[int, Tensor] = {}  # of the base model, as it was passed here
         self._own_mass: dict[int, Tensor] = {}  # likewise
         self._base_policy: dict[int, Tensor] = {}  # the same in all processes
+        self._wanted: Tensor | None = None
         self._together = {key: group for group in self._portions() for key in group}
 
     def forget(self) -> None:
@@ -213,10 +215,31 @@ class DecisionTask:
         """Measure what the first :meth:`observe` needs. All processes call it together."""
         self.estimate.start()
 
+    def start_wanted(self) -> None:
+        """Measure what :meth:`wanted` needs: how the base model decides the whole set. All processes call it together."""
+        if self._wanted is not None:
+            return
+        index = (self.answers < 0).nonzero()[:, 0]
+        base = self.base_policy(index.tolist())
+        base = base.clamp(min=torch.finfo(base.dtype).tiny).log().masked_fill(self.groups[index] == ABSENT, -torch.inf)
+        weight = self.reward.common_weight
+        self._wanted = base.new_zeros(len(self.answers), self.n_candidates)
+        self._wanted[index] = without_association(base, index, self.layout, self.target.to(base), weight)
+
+    def wanted(self, indices: Indices) -> Tensor:
+        """(N, K) log-probabilities of the base model without its association (:mod:`envs.association`); 0 for
+        unambiguous decisions, -inf where there is no candidate.
+        """
+        if self._wanted is None:
+            self.start_wanted()
+        return self._wanted[self.layout.index(indices)]
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The running preferences, for checkpoints."""
-        return self.estimate.state_dict()
+        """The running preferences, and the policy that is wanted if it was asked for, for checkpoints."""
+        wanted = {} if self._wanted is None else {"wanted": self._wanted.clone()}
+        return self.estimate.state_dict() | wanted
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore :meth:`state_dict`."""
         self.estimate.load_state_dict(state)
+        self._wanted = state["wanted"].clone() if "wanted" in state else None

@@ -1,10 +1,16 @@
-"""What one optimiser step learns from, and the three policy gradients as functions of it.
+"""What one optimiser step learns from, and the estimators as functions of it.
 
-With pi the policy over the K candidates, r their rewards, v a baseline:
+With pi the policy over the K candidates, r their rewards, v a baseline, and pi* the base policy without its association
+(:mod:`envs.association`):
 
     expected     sum_k pi_k r_k                                      exact: no sampling variance
     reinforce    log pi(k) (r_k - v),  k ~ pi                        DSO (arXiv 2512.15926, section 3)
     ppo          min(q A, clip(q, 1 -+ eps) A), q = pi(k) / pi_old(k), A = r_k - v     Schulman et al. 2017
+    regression   -w 2/K sum_{j<k} huber(log pi(k)/pi(j) - log pi*(k)/pi*(j))  Gao et al. 2024, REBEL (arXiv 2404.16767)
+
+``regression`` has no factor pi(k): it learns from answers of which the model is certain, and near pi_0 its gradient in
+the log-odds is the natural gradient of the expected reward ``log pi*/pi_0``. Unambiguous decisions have no pi*; they
+are learned from as by ``expected``.
 """
 
 from __future__ import annotations
@@ -18,7 +24,10 @@ from torch import Tensor
 
 from dso.rewards import expected_reward
 
-ESTIMATORS = ("expected", "reinforce", "ppo")
+ESTIMATORS = ("regression", "expected", "reinforce", "ppo")
+EXACT = ("regression", "expected")  # that look at every candidate, not at a sampled one
+WEIGHT = 0.5  # w: with much more of it, steps follow single questions' noise
+HUBER = 1.0  # difference in log-odds beyond which a question pulls no harder
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,7 @@ class Lesson:
         rewards: (N, K) every candidate's, or None where the estimator does not need them.
         pooled: (N, K) what each question's orders say together (:meth:`envs.task.DecisionTask.pool`), if that is what
             ``expected`` is the reward of.
+        wanted: (N, K) log pi* of the ambiguous decisions, if the estimator is ``regression``.
     """
 
     indices: np.ndarray
@@ -47,13 +57,18 @@ class Lesson:
     anchors: Sequence[str] = ()
     rewards: Tensor | None = None
     pooled: Tensor | None = None
+    wanted: Tensor | None = None
 
     def gain(self, estimator: str, rows: Tensor, log_policy: Tensor, clip: float) -> Tensor:
         """(n,) what a step goes up, for the decisions at ``rows`` (n,) with ``log_policy`` (n, k) as it is now."""
-        if estimator == "expected":
+        if estimator in EXACT:
             if self.rewards is None:
-                raise ValueError("'expected' learns from the reward of every candidate")
+                raise ValueError(f"{estimator!r} learns from the reward of every candidate")
             rewards = self.rewards[rows, : log_policy.shape[1]]
+            if self.wanted is not None:
+                missed = relative_error(log_policy, self.wanted[rows, : log_policy.shape[1]])
+                right = expected_reward(log_policy.masked_fill(log_policy.isneginf(), -1e9), rewards)
+                return torch.where(self.ambiguous[rows], -WEIGHT * missed, right)
             if self.pooled is not None:
                 return _pooled_gain(log_policy, self.pooled[rows, : log_policy.shape[1]], rewards)
             return expected_reward(log_policy.masked_fill(log_policy.isneginf(), -1e9), rewards)
@@ -75,6 +90,20 @@ class Lesson:
         return (gain * ambiguous).sum() / everyone.clamp(min=1) + unambiguous_weight * (
             (gain * ~ambiguous).sum() / others.clamp(min=1)
         )
+
+
+def relative_error(log_policy: Tensor, wanted: Tensor) -> Tensor:
+    """(n,) how far the log-odds between candidates are from the wanted ones: Huber's loss, 2/K of the sum over pairs.
+
+    Args:
+        log_policy, wanted: (n, K), -inf where there is no candidate.
+    """
+    present = ~log_policy.isneginf()
+    error = (log_policy - wanted).masked_fill(~present, 0.0)
+    pair = error[:, :, None] - error[:, None, :]
+    loss = torch.nn.functional.huber_loss(pair, torch.zeros_like(pair), reduction="none", delta=HUBER)
+    both = present[:, :, None] & present[:, None, :]
+    return (loss * both).sum((1, 2)) / present.sum(1).clamp(min=1)  # each pair is met twice
 
 
 def _pooled_gain(log_policy: Tensor, pooled: Tensor, rewards: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""SteeringPPO: Stable-Baselines3's PPO over a steered model, with three policy-gradient estimators.
+"""SteeringPPO: Stable-Baselines3's PPO over a steered model, with four estimators of what to learn.
 
-Each rollout is one batch of one-step episodes. ``expected`` and ``reinforce`` (:mod:`trainers.lesson`) act and learn in
+Each rollout is one batch of one-step episodes. ``regression``, ``expected`` and ``reinforce`` (:mod:`trainers.lesson`) act and learn in
 one forward pass, whose graph is kept from the rollout; ``ppo``, and each of them in more parts than one, rolls out
 first, like the base class. Same rewards, same constraints, same optimiser step (:mod:`trainers.update`).
 
@@ -30,7 +30,7 @@ from envs.task import DecisionTask
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, NoMassFloor, sparsity, step_unit
 from trainers.fisher import whitening
 from trainers.learner import Learner
-from trainers.lesson import ESTIMATORS, Lesson
+from trainers.lesson import ESTIMATORS, EXACT, Lesson
 from trainers.parallel.ranks import World
 from trainers.policy import SteeringPolicy, choose
 from trainers.state.generators import random_state, restore_random
@@ -61,13 +61,13 @@ class SteeringPPO(PPO):
         env: a :class:`trainers.vec.DecisionVecEnv`.
         policy_kwargs: of :class:`trainers.policy.SteeringPolicy`: ``steering``, ``baseline``;
             the task is the environment's.
-        estimator: ``expected``, ``reinforce`` or ``ppo``.
+        estimator: ``regression``, ``expected``, ``reinforce`` or ``ppo``.
         kl: the constraint, a :class:`trainers.constraints.KLBudget` or :class:`FixedKL`.
         mass_floor: what keeps the answer mass up; nothing unless given.
         unambiguous_weight: weight of the unambiguous decisions' mean reward beside the ambiguous ones'.
         sparsity: lambda of the L1 penalty on the operators, beside a reward of at most 1.
         anchors: anchor texts of the task whose KL counts in each step.
-        hard_preference: let the reward see sampled answers, not probabilities (as published; not with ``expected``).
+        hard_preference: let the reward see sampled answers, not probabilities (as published; with ``reinforce`` and ``ppo``).
         accumulation: parts that each process learns its share of a step in, one after the other.
         max_skipped: steps in a row that may be skipped as their numbers are not finite.
         world, deepspeed: the processes, and DeepSpeed's configuration where there are several.
@@ -103,8 +103,10 @@ class SteeringPPO(PPO):
     ):
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
-        if estimator == "expected" and hard_preference:
-            raise ValueError("estimator 'expected' samples no answers to take a preference from; use reinforce or ppo")
+        if estimator in EXACT and hard_preference:
+            raise ValueError(
+                f"estimator {estimator!r} samples no answers to take a preference from; use reinforce or ppo"
+            )
         if estimator != "expected" and env.inner.task.reward.pooling != "linear":
             raise ValueError(f"estimator {estimator!r} is paid for single answers; pooling needs to be linear")
         if unused := [name for name, value in UNUSED.items() if kwargs.get(name, value) != value]:
@@ -176,8 +178,13 @@ class SteeringPPO(PPO):
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         found = super()._setup_learn(*args, **kwargs)
-        self.learner.pass_through(self.task.start)  # here, where all processes are
+        self.learner.pass_through(self._start)  # here, where all processes are
         return found
+
+    def _start(self) -> None:
+        self.task.start()
+        if self.estimator == "regression":
+            self.task.start_wanted()
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -212,10 +219,12 @@ class SteeringPPO(PPO):
         rollout_buffer.compute_returns_and_advantage(last_values=torch.zeros_like(values), dones=dones)
         expected = (stated * table).sum(-1)
         self.policy.update_baseline(indices, expected)
-        returns = expected if self.estimator == "expected" else table.gather(1, chosen[:, None])[:, 0]
+        returns = expected if self.estimator in EXACT else table.gather(1, chosen[:, None])[:, 0]
         ambiguous = self._ambiguous(indices)
         pooled = None if self.task.reward.pooling == "linear" else stated
-        self._lesson = Lesson(indices, ambiguous, chosen, returns, returns - values, log_probs, anchors, table, pooled)
+        wanted = self.task.wanted(indices) if self.estimator == "regression" else None
+        told = returns, returns - values, log_probs, anchors, table, pooled, wanted
+        self._lesson = Lesson(indices, ambiguous, chosen, *told)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True

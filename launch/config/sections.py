@@ -16,7 +16,8 @@ EMBEDDED = ("smollm2-135m", "vlm-scenes")  # models that are at hand without a d
 FREEFORM = ("grpo", "rloo")
 
 SAMPLED = one_of("train.estimator", "reinforce", "ppo")
-ON_DECISIONS = one_of("train.estimator", "expected", "reinforce", "ppo")
+ON_DECISIONS = one_of("train.estimator", "regression", "expected", "reinforce", "ppo")
+REWARDED = one_of("train.estimator", "expected", "reinforce", "ppo", *FREEFORM)
 ON_ANSWERS = one_of("train.estimator", *FREEFORM)
 DOWNLOADED = When("model.name", lambda name: name not in EMBEDDED, "from the Hub or a folder")
 ON_CUDA = When("model.device", lambda device: isinstance(device, str) and device.startswith("cuda"), "cuda")
@@ -126,6 +127,7 @@ class PreferenceSection(Section):
     estimate: Literal["controlled", "blocked", "context"] = key(
         "controlled",
         "what is kept apart: people and templates (blocked), what the base model answers too (controlled)",
+        REWARDED,
         freeform="blocked",
     )
     common_weight: float = key(
@@ -168,8 +170,9 @@ class FreeformSection(Section):
 class TrainSection(Section):
     """The policy gradient."""
 
-    estimator: Literal["expected", "reinforce", "ppo", "grpo", "rloo"] = key(
-        "expected", "exact (expected) or sampled (reinforce, ppo) over candidates; of free-form answers (grpo, rloo)"
+    estimator: Literal["regression", "expected", "reinforce", "ppo", "grpo", "rloo"] = key(
+        "expected",
+        "exact (regression, expected) or sampled (reinforce, ppo) over candidates; of free-form answers (grpo, rloo)",
     )
     max_steps: int = key(100, "optimiser steps", ge=1, freeform=60)
     ambiguous: int = key(36, "ambiguous decisions a step", ge=1, freeform=24)
@@ -177,7 +180,9 @@ class TrainSection(Section):
     unambiguous_weight: float = key(
         0.1, "of their mean reward, beside the ambiguous ones' 1", BOTH_KINDS, ge=0, freeform=0.2
     )
-    reward: Literal["sign", "smooth"] = key("smooth", "-1 or +1 (sign), or one that vanishes at parity (smooth)")
+    reward: Literal["sign", "smooth"] = key(
+        "smooth", "-1 or +1 (sign), or one that vanishes at parity (smooth)", REWARDED
+    )
     gradient_accumulation_steps: int = key(
         1, "parts that a process learns its share of a step in: less memory, more time", ge=1, resumes=True
     )

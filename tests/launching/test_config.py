@@ -287,7 +287,7 @@ def test_operators_and_embedded_models_are_those_that_there_are() -> None:
         ("data: {options: {a: !!set {x}}}", "data.options.a: expected a plain, finite value, found {'x'} (set)"),
         (
             "train: {estimator: reinfroce}",
-            "train.estimator: expected one of expected, reinforce, ppo, grpo, rloo, found 'reinfroce' (a string); "
+            "train.estimator: expected one of regression, expected, reinforce, ppo, grpo, rloo, found 'reinfroce' (a string); "
             "did you mean reinforce?",
         ),
         ("run: {report_to: 3}", "run.report_to: expected one of none, tensorboard, wandb, found 3 (an integer)"),
@@ -457,7 +457,7 @@ CONFIGS = st.fixed_dictionaries(
         "data": st.fixed_dictionaries({"set": TEXT, "options": st.dictionaries(TEXT, PLAIN, max_size=3)}),
         "train": st.fixed_dictionaries(
             {
-                "estimator": st.sampled_from(["expected", "reinforce", "ppo", "grpo", "rloo"]),
+                "estimator": st.sampled_from(["regression", "expected", "reinforce", "ppo", "grpo", "rloo"]),
                 "optimizer": st.fixed_dictionaries({"learning_rate": st.floats(1e-300, 1e300)}),
                 "seed": st.integers(0, 2**32 - 1),
             }
