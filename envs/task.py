@@ -216,7 +216,7 @@ class DecisionTask:
         self.estimate.start()
 
     def start_wanted(self) -> None:
-        """Measure what :meth:`wanted` needs: how the base model decides the whole set. All processes call it together."""
+        """Measure what :meth:`wanted` needs: how the base model decides. All processes call it together."""
         if self._wanted is not None:
             return
         index = (self.answers < 0).nonzero()[:, 0]

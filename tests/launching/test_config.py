@@ -287,7 +287,8 @@ def test_operators_and_embedded_models_are_those_that_there_are() -> None:
         ("data: {options: {a: !!set {x}}}", "data.options.a: expected a plain, finite value, found {'x'} (set)"),
         (
             "train: {estimator: reinfroce}",
-            "train.estimator: expected one of regression, expected, reinforce, ppo, grpo, rloo, found 'reinfroce' (a string); "
+            "train.estimator: expected one of regression, expected, reinforce, ppo, grpo, rloo, "
+            "found 'reinfroce' (a string); "
             "did you mean reinforce?",
         ),
         ("run: {report_to: 3}", "run.report_to: expected one of none, tensorboard, wandb, found 3 (an integer)"),
