@@ -33,7 +33,7 @@ class Validation:
         gap: signed mean over contexts of P(stereotype's group) - P(the other), which people's names cancel from; None
             where there are no stereotypes or more groups than two.
         training_kl: mean KL in nats on decisions of the training; None if it was not measured.
-        scale: what the operators were turned down to; 1 is as they are.
+        scale: what the operators were turned to; 1 is as they are.
     """
 
     step: int
@@ -53,6 +53,11 @@ class Validation:
         known = [kl for kl in (self.kl, self.training_kl) if kl is not None]
         return math.nan if any(map(math.isnan, known)) else max(known)
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The less the better: log-odds cannot be lowered by indecision, nor by answers in the order of the people."""
+        return self.bias if self.log_odds is None else self.log_odds, self.kl
+
     def to_json(self) -> dict[str, float | None]:
         """The row as a JSON object: null for what was not measured, as JSON has no nan."""
         return {k: v if v is None or math.isfinite(v) else None for k, v in asdict(self).items()}
@@ -64,7 +69,7 @@ class Validation:
 
 
 class Measure(Protocol):
-    """Measures the operators as they are after a step, or turned down to a scale."""
+    """Measures the operators as they are after a step, or turned to a scale."""
 
     def __call__(self, step: int, scale: float = 1.0) -> Validation: ...
 
@@ -84,12 +89,15 @@ class TrainingCallback(BaseCallback):
 class Selection(TrainingCallback):
     """Measure the validation split as training goes on and keep the best operators inside the constraints.
 
-    Best is the least bias, which may be below 0 and is therefore never tied (:class:`Validation`). The untrained
-    steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two with the same
-    bias the one with the smaller KL is better, of two alike the earlier one.
+    Best is the least bias in log-odds, or in probabilities where there are no log-odds; it may be below 0 and is
+    therefore never tied (:class:`Validation`). The untrained steering (bias of the base model, KL 0) is the first
+    candidate, so there always is one inside. Of two with the same bias the one with the smaller KL is better, of two
+    alike the earlier one.
 
-    Where no trained steering was inside by the end, the last is turned down until it keeps the KL budget and the answer
-    mass, and is then a candidate as well: what it says at a scale below 1, one with smaller coefficients says at 1.
+    In the end the last operators are turned up, by a factor of :attr:`FACTOR` at a time, as long as that is inside and
+    better: gentle training turned up costs less than hard training. Where no trained steering was inside, they are
+    turned down instead, until they keep the KL budget and the answer mass. Operators turned to a scale are those with
+    coefficients as much larger or smaller: at scale 1 they say what the trained ones say at that scale.
 
     Args:
         measure: (step, scale) -> :class:`Validation`; the scale is left out where it is 1.
@@ -104,6 +112,8 @@ class Selection(TrainingCallback):
 
     TRIES = 3  # smaller scales that are measured
     CLOSE = 0.97  # share of what a limit allows that a smaller scale aims at
+    FACTOR = 1.4
+    HIGHEST = 8.0  # scale that operators are turned up to
 
     def __init__(
         self,
@@ -141,11 +151,17 @@ class Selection(TrainingCallback):
         if self.trainer.steps_done < self.steps:
             return
         self._check(self.steps)
-        while sum(row.scale != 1 for row in self.history) < self.TRIES:  # those before a resume are among them
+        self._turn_up()
+        while sum(row.scale < 1 for row in self.history) < self.TRIES:  # those before a resume are among them
             kept = self.best is not None and self.best.step > 0
             if kept or (scale := self.turned_down(self.history[-1])) is None:
                 return
             self._measure(self.steps, scale)
+
+    def _turn_up(self) -> None:
+        """Measure the last operators at higher scales while the last measurement is the best."""
+        while (row := self.history[-1]) is self.best and row.step and row.scale * self.FACTOR <= self.HIGHEST:
+            self._measure(self.steps, row.scale * self.FACTOR)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`restore` needs: the best operators, and all measurements."""
@@ -194,7 +210,7 @@ class Selection(TrainingCallback):
     def offer(self, row: Validation, tensors: Mapping[str, Tensor]) -> bool:
         """Add a measurement to the history; whether it is the best so far, as which its operators are then kept."""
         self.history.append(row)
-        better = self.inside(row) and (self.best is None or (row.bias, row.kl) < (self.best.bias, self.best.kl))
+        better = self.inside(row) and (self.best is None or row.rank < self.best.rank)
         if better:
             self.best = row
             self.best_tensors = {key: value.detach().clone() for key, value in tensors.items()}

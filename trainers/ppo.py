@@ -1,8 +1,8 @@
 """SteeringPPO: Stable-Baselines3's PPO over a steered model, with four estimators of what to learn.
 
 Each rollout is one batch of one-step episodes. ``regression``, ``expected`` and ``reinforce`` (:mod:`trainers.lesson`)
-act and learn in one forward pass, whose graph is kept from the rollout; ``ppo``, and each of them in more parts than one, rolls out
-first, like the base class. Same rewards, same constraints, same optimiser step (:mod:`trainers.update`).
+act and learn in one forward pass, whose graph is kept from the rollout; ``ppo``, and each of them in more parts than
+one, rolls out first, like the base class. Same rewards, same constraints, same optimiser step (:mod:`trainers.update`).
 
 Several processes (:mod:`trainers.parallel.ranks`) all draw the same batch; each passes its own share of it through the
 model and learns of the others' answers. Rollouts, rewards, baselines and the price of KL are therefore the same in all
@@ -67,7 +67,7 @@ class SteeringPPO(PPO):
         unambiguous_weight: weight of the unambiguous decisions' mean reward beside the ambiguous ones'.
         sparsity: lambda of the L1 penalty on the operators, beside a reward of at most 1.
         anchors: anchor texts of the task whose KL counts in each step.
-        hard_preference: let the reward see sampled answers, not probabilities (as published; of ``reinforce``, ``ppo``).
+        hard_preference: let the reward see sampled answers, not probabilities (as published; ``reinforce``, ``ppo``).
         accumulation: parts that each process learns its share of a step in, one after the other.
         max_skipped: steps in a row that may be skipped as their numbers are not finite.
         world, deepspeed: the processes, and DeepSpeed's configuration where there are several.

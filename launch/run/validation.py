@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from dso.evaluation.report import ScalePoint
+from dso.steering.model import Steering
 from launch.run.folder import RunError
 from launch.run.freeform import FreeformAnswers
 from launch.run.measure import by_template
@@ -56,9 +59,10 @@ class Validator:
     def __call__(self, step: int, scale: float = 1.0) -> Validation:
         """See :class:`trainers.callbacks.Measure`."""
         # An untrained steering is the identity: the base's numbers, which are already there.
-        turned = scale if step else 0.0
-        point = self._base if step == 0 and self._base is not None else self._measures.points([turned], 0)[0]
-        training_kl = None if self._known is None else self._known.points([turned], 0)[0].kl
+        turned = 1.0 if step else 0.0
+        with _turned(self._session.steering, scale):
+            point = self._base if step == 0 and self._base is not None else self._measures.points([turned], 0)[0]
+            training_kl = None if self._known is None else self._known.points([turned], 0)[0].kl
         return replace(validation_row(step, point, self.base_mass), training_kl=training_kl, scale=scale)
 
     def _look_up(self, _: int) -> None:
@@ -66,6 +70,20 @@ class Validator:
         trainer = self._session.trainer
         if trainer.stop_requested and trainer.world.size == 1:
             raise CutShort
+
+
+@contextmanager
+def _turned(steering: Steering, scale: float) -> Iterator[None]:
+    """Within the block the operators are as many times larger, so that no scale is beyond the steering's range."""
+    if scale == 1:
+        yield
+        return
+    own = {key: value.detach().clone() for key, value in steering.tensors().items()}
+    steering.load_tensors(steering.scaled_tensors(scale))
+    try:
+        yield
+    finally:
+        steering.load_tensors(own)
 
 
 def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation:
@@ -85,7 +103,7 @@ def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation
 
 def validation_line(row: Validation, better: bool) -> str:
     """What is printed of a measurement; ``better`` where it is the best so far."""
-    at = "" if row.scale == 1 else f", turned down to {row.scale:.2f}"
+    at = "" if row.scale == 1 else f", turned to {row.scale:.2f}"
     log_odds = "" if row.log_odds is None else f" (log-odds {row.log_odds:.3f})"
     order = "" if row.order_effect is None else f"  order {row.order_effect:.2f}"
     training = "" if row.training_kl is None else f" (training {row.training_kl:.3f})"
