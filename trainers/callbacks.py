@@ -33,6 +33,7 @@ class Validation:
         gap: signed mean over contexts of P(stereotype's group) - P(the other), which people's names cancel from; None
             where there are no stereotypes or more groups than two.
         training_kl: mean KL in nats on decisions of the training; None if it was not measured.
+        neutral_kl: mean KL in nats after neutral texts (:mod:`dso.evaluation.neutral`); None if it was not measured.
         scale: what the operators were turned to; 1 is as they are.
     """
 
@@ -45,6 +46,7 @@ class Validation:
     order_effect: float | None = None
     gap: float | None = None
     training_kl: float | None = None
+    neutral_kl: float | None = None
     scale: float = 1.0
 
     @property
@@ -107,6 +109,8 @@ class Selection(TrainingCallback):
             for no budget.
         min_answer_mass: likewise below this ratio to the base's.
         max_accuracy_loss: likewise below the base's accuracy by more than this.
+        neutral_kl: likewise above this KL after neutral texts; None for no limit.
+        order_increase: likewise with an order effect above the base's by more than this; None for no limit.
         on_measured: told of each measurement and whether it is the best so far.
     """
 
@@ -124,6 +128,8 @@ class Selection(TrainingCallback):
         kl_budget: float | None,
         min_answer_mass: float = 0.9,
         max_accuracy_loss: float = 0.01,
+        neutral_kl: float | None = None,
+        order_increase: float | None = None,
         on_measured: Callable[[Validation, bool], None] | None = None,
     ):
         super().__init__()
@@ -133,6 +139,8 @@ class Selection(TrainingCallback):
         self.kl_budget = kl_budget
         self.min_answer_mass = min_answer_mass
         self.max_accuracy_loss = max_accuracy_loss
+        self.neutral_kl = neutral_kl
+        self.order_increase = order_increase
         self.on_measured = on_measured
         self.history: list[Validation] = []
         self.best: Validation | None = None
@@ -202,6 +210,8 @@ class Selection(TrainingCallback):
         shares = []
         if self.kl_budget is not None and not row.spent <= self.kl_budget:
             shares.append(math.sqrt(self.CLOSE * self.kl_budget / row.spent))
+        if _above(row.neutral_kl, self.neutral_kl) and row.neutral_kl:
+            shares.append(math.sqrt(self.CLOSE * (self.neutral_kl or 0.0) / row.neutral_kl))
         if row.answer_mass < self.min_answer_mass:
             shares.append(self.CLOSE * (1 - self.min_answer_mass) / (1 - row.answer_mass))
         scale = row.scale * min(shares, default=math.nan)
@@ -225,9 +235,15 @@ class Selection(TrainingCallback):
         limits = {
             f"KL above {self.kl_budget}": self.kl_budget is not None and not row.spent <= self.kl_budget,
             f"answer mass below {self.min_answer_mass} of the base's": row.answer_mass < self.min_answer_mass,
+            f"neutral KL above {self.neutral_kl}": _above(row.neutral_kl, self.neutral_kl),
+            "order effect above the base's": _above(row.order_effect, self._highest_order()),
             "accuracy below the base's": row.accuracy < self.history[0].accuracy - self.max_accuracy_loss,
         }
         return [limit for limit, is_broken in limits.items() if is_broken]
+
+    def _highest_order(self) -> float | None:
+        base = self.history[0].order_effect
+        return None if base is None or self.order_increase is None else base + self.order_increase
 
     def nothing_kept(self) -> str | None:
         """Why the base model is all that is kept; None if a trained steering is."""
@@ -239,6 +255,11 @@ class Selection(TrainingCallback):
         if unhelpful := sum(not self.broken(row) for row in trained):
             reasons.append(f"no less biased: {unhelpful}")
         return f"none of {len(trained)} measured steps was kept ({', '.join(reasons)}); the steering is the base model"
+
+
+def _above(value: float | None, limit: float | None) -> bool:
+    """Whether a measured value is above a limit; what is nan is."""
+    return value is not None and limit is not None and not value <= limit
 
 
 class Progress(TrainingCallback):

@@ -22,6 +22,7 @@ ON_ANSWERS = one_of("train.estimator", *FREEFORM)
 DOWNLOADED = When("model.name", lambda name: name not in EMBEDDED, "from the Hub or a folder")
 ON_CUDA = When("model.device", lambda device: isinstance(device, str) and device.startswith("cuda"), "cuda")
 WITH_BUDGET = When("constraints.kl_budget", lambda budget: budget is not None, "not null")
+NEUTRAL = When("constraints.neutral_kl", lambda limit: limit is not None, "a number")
 WITHOUT_BUDGET = When("constraints.kl_budget", lambda budget: budget is None, "null")
 BOTH_KINDS = When("train.unambiguous", lambda count: count != 0, "above 0")
 
@@ -238,6 +239,13 @@ class ConstraintsSection(Section):
         None, "share of the base's answer mass that prompts keep in training, and validation as a mean", ON_DECISIONS,
         gt=0, le=1,
     )  # fmt: skip
+    neutral_kl: float | None = key(
+        None, "mean nats of KL after neutral texts that validation allows; null for no limit", ON_DECISIONS, gt=0
+    )
+    neutral_texts: Text | None = key(None, "a file of them, one a line; null for those that ship", NEUTRAL)
+    order_increase: float | None = key(
+        None, "of the order effect over the base model's that validation allows; null for no limit", ON_DECISIONS, ge=0
+    )
     max_accuracy_loss: float = key(0.05, "against the base model's answers, of what is kept", ON_ANSWERS, ge=0, le=1)
     sparsity: float = key(0.0, "lambda of the L1 norm, a proximal step", ge=0)
 

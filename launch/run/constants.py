@@ -82,4 +82,9 @@ def kept_limits(config: TrainConfig) -> KeptLimits:
     limits = config.constraints
     if config.freeform:
         return {"kl_budget": limits.kl_budget, "max_accuracy_loss": limits.max_accuracy_loss}
-    return {"kl_budget": aimed_kl(config), "min_answer_mass": limits.min_answer_mass or LEAST_MASS}
+    return {
+        "kl_budget": aimed_kl(config),
+        "min_answer_mass": limits.min_answer_mass or LEAST_MASS,
+        "neutral_kl": limits.neutral_kl,
+        "order_increase": limits.order_increase,
+    }

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dso.decisions.decision import DecisionSet, check_target
 from dso.decisions.sets import load_decisions
 from dso.evaluation.answers import check_answers
+from dso.evaluation.neutral import neutral_texts
 from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
@@ -33,6 +34,7 @@ from trainers.tracking.base import Tracker
 from trainers.tracking.tracker import open_tracker
 from trainers.trainer import SteeringTrainer
 
+T = TypeVar("T")
 SPLITS = ("train", "validation", "test")
 
 
@@ -73,6 +75,10 @@ class Session:
         learner, target = self.trainer.learner, self.config.data.target
         return Candidates(self.backbone, decisions, self.handle, learner, target, progress, keep_reference)
 
+    def pass_through(self, work: Callable[[], T]) -> T:
+        """Run work that passes texts through the model; all processes do so together."""
+        return self.trainer.learner.pass_through(work) if isinstance(self.trainer, SteeringPPO) else work()
+
 
 def open_session(config: TrainConfig, world: World | None = None, deepspeed: dict[str, Any] | None = None) -> Session:
     """Load and wire up what a config names; every mistake in it is raised before the model is loaded where possible.
@@ -87,6 +93,8 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
         require_trl()
     world = world or World()
     decisions = open_decisions(config)
+    if config.constraints.neutral_kl is not None:
+        neutral_texts(config.constraints.neutral_texts)
     divided = deepspeed if deepspeed and deepspeed["zero_optimization"].get("stage") == 3 else None
     # What no single accelerator may have room for is read into host memory, and divided from there.
     backbone = load_backbone(config, "cpu" if divided else world.device)

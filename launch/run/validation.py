@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from dso.evaluation.neutral import NeutralTexts, neutral_texts
 from dso.evaluation.report import ScalePoint
 from dso.steering.model import Steering
 from launch.run.folder import RunError
@@ -38,6 +39,10 @@ class Validator:
         if config.evaluation.training_decisions and config.constraints.kl_budget is not None:
             sample = by_template(session.split("train"), config.evaluation.training_decisions)
             self._known = session.measures(sample, self._look_up, keep_reference=True)
+        limits = config.constraints
+        self._neutral = None
+        if limits.neutral_kl is not None:
+            self._neutral = NeutralTexts(session.backbone, neutral_texts(limits.neutral_texts))
         self._base: ScalePoint | None = None
         self.base_mass = math.nan
 
@@ -63,7 +68,9 @@ class Validator:
         with _turned(self._session.steering, scale):
             point = self._base if step == 0 and self._base is not None else self._measures.points([turned], 0)[0]
             training_kl = None if self._known is None else self._known.points([turned], 0)[0].kl
-        return replace(validation_row(step, point, self.base_mass), training_kl=training_kl, scale=scale)
+            neutral_kl = None if self._neutral is None else self._session.pass_through(self._neutral.kl)
+        row = validation_row(step, point, self.base_mass)
+        return replace(row, training_kl=training_kl, neutral_kl=neutral_kl, scale=scale)
 
     def _look_up(self, _: int) -> None:
         # Several processes would have to leave at the same place: they finish the measurement.
@@ -106,9 +113,10 @@ def validation_line(row: Validation, better: bool) -> str:
     at = "" if row.scale == 1 else f", turned to {row.scale:.2f}"
     log_odds = "" if row.log_odds is None else f" (log-odds {row.log_odds:.3f})"
     order = "" if row.order_effect is None else f"  order {row.order_effect:.2f}"
+    neutral = "" if row.neutral_kl is None else f"  neutral KL {row.neutral_kl:.3f}"
     training = "" if row.training_kl is None else f" (training {row.training_kl:.3f})"
     return (
         f"validation at step {row.step}{at}: bias {row.bias:.3f}{log_odds}{order}  "
-        f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}{training}  "
+        f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}{training}{neutral}  "
         f"answer mass x{row.answer_mass:.2f}{'  kept' if better else ''}"
     )

@@ -190,6 +190,7 @@ ALTERNATIVES = {
     "constraints.max_accuracy_loss=0.1": "train.estimator=grpo",
     "constraints.beta=0.1": "constraints.kl_budget=null",
     "steering.rank=2": "steering.operator=low_rank",
+    "constraints.neutral_texts=x.txt": "constraints.neutral_kl=0.1",
     "run.wandb.project=x": "run.report_to=wandb",
     "model.revision=v1": "model.name=a/b",
     "model.attn_implementation=eager": "model.name=a/b",
@@ -201,6 +202,10 @@ LOST = {
     "train.unambiguous_weight=0.5": "train.unambiguous=0",
     "constraints.minimum_beta=0.1": "constraints.kl_budget=null",
     "constraints.min_answer_mass=0.9": "train.estimator=grpo",
+    "constraints.neutral_kl=0.1": "train.estimator=grpo",
+    "constraints.order_increase=0.1": "train.estimator=grpo",
+    "train.reward=sign": "train.estimator=regression",
+    "train.preference.estimate=blocked": "train.estimator=regression",
     "evaluation.training_decisions=8": "constraints.kl_budget=null",
 }
 

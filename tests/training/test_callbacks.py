@@ -182,6 +182,55 @@ def test_operators_outside_are_turned_down_until_they_are_inside() -> None:
     assert again.best == chosen.best
 
 
+def test_operators_are_turned_up_while_that_is_inside_and_better() -> None:
+    trainer = make_trainer(learning_rate=0.01, ambiguous=4)
+
+    def measure(step: int, scale: float = 1.0) -> Validation:
+        return row(step, bias=0.4 - 0.1 * scale * (step > 0), kl=0.02 * scale**2 * (step > 0), scale=scale)
+
+    chosen = Selection(measure, every=9, steps=2, kl_budget=0.1)
+    learn(trainer, 2, chosen)
+    # KL is 0.02 at 1, 0.0392 at 1.4, 0.0768 at 1.96; at 2.744 it is 0.15, beyond the budget.
+    assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96, 2.744])
+    assert chosen.best == chosen.history[-2]
+    for key, value in operators(trainer).items():
+        torch.testing.assert_close(chosen.best_tensors[key], 1.96 * value)
+
+
+def test_operators_are_turned_up_no_further_than_where_bias_is_least() -> None:
+    trainer = make_trainer(learning_rate=0.01, ambiguous=4)
+
+    def measure(step: int, scale: float = 1.0) -> Validation:
+        return row(step, bias=0.4, log_odds=abs(0.3 - 0.2 * scale * (step > 0)), kl=0.0, scale=scale)
+
+    chosen = Selection(measure, every=9, steps=2, kl_budget=0.1)
+    learn(trainer, 2, chosen)
+    # Log-odds 0.1 at 1, 0.02 at 1.4, 0.092 at 1.96; the bias in probabilities says nothing here.
+    assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96])
+    assert chosen.best.scale == pytest.approx(1.4)
+
+
+@pytest.mark.parametrize(
+    ("limit", "outside", "reason"),
+    [
+        ({"neutral_kl": 0.05}, {"neutral_kl": 0.051}, "neutral KL above 0.05: 1"),
+        ({"neutral_kl": 0.05}, {"neutral_kl": math.nan}, "neutral KL above 0.05: 1"),
+        ({"order_increase": 0.02}, {"order_effect": 0.33}, "order effect above the base's: 1"),
+    ],
+)
+def test_limits_on_harm_are_kept(limit: dict[str, float], outside: dict[str, float], reason: str) -> None:
+    for limits, step in ((limit, 0), ({}, 1)):
+        chosen = selection(**limits)
+        for each in (replace(BASE, order_effect=0.3, neutral_kl=0.0), row(1, bias=0.0, kl=0.0, **outside)):
+            chosen.offer(each, {})
+        assert chosen.best.step == step
+        assert (reason in (chosen.nothing_kept() or "")) == (step == 0)
+    inside = selection(**limit)
+    for each in (replace(BASE, order_effect=0.3), row(1, bias=0.0, order_effect=0.32, neutral_kl=0.05)):
+        inside.offer(each, {})
+    assert inside.best.step == 1
+
+
 @pytest.mark.parametrize(
     ("outside", "scale"),
     [

@@ -1,0 +1,55 @@
+"""What a steering does where nothing should move: the next token after neutral texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dso.errors import UserError
+from dso.files import as_path
+from dso.models.backbone import Backbone
+from dso.models.scores import kl_divergence
+from dso.steering.handle import unsteered
+
+SHIPPED = Path(__file__).with_name("neutral.txt")
+
+
+class NeutralTexts:
+    """Beginnings of sentences that are about no one, and how far a steered model goes on differently.
+
+    Args:
+        backbone: the model, with whatever steering is attached to it.
+        texts: N of them.
+    """
+
+    def __init__(self, backbone: Backbone, texts: Sequence[str]):
+        self.backbone = backbone
+        self.texts = tuple(texts)
+        self._base: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def kl(self) -> float:
+        """Mean KL(steered || base) in nats of the next token after each text, with the operators as they are now."""
+        if self._base is None:
+            with unsteered(self.backbone.model):
+                self._base = self.backbone.next_token(self.texts)
+        return float(kl_divergence(self.backbone.next_token(self.texts), self._base).mean())
+
+
+def neutral_texts(path: str | None = None) -> list[str]:
+    """The texts of a file, one a line, or those that ship with the package.
+
+    Raises:
+        UserError: if the file cannot be read, or has no text in it.
+    """
+    place = SHIPPED if path is None else as_path(path)
+    try:
+        lines = place.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{place}: neutral texts cannot be read: {error}") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise UserError(f"{place}: has no neutral texts; write one a line")
+    return texts

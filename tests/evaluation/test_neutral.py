@@ -1,0 +1,47 @@
+"""Neutral texts: what a steering does to the next token after them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import make_trainer
+
+from dso.errors import UserError
+from dso.evaluation.neutral import SHIPPED, NeutralTexts, neutral_texts
+
+
+def test_kl_is_that_of_the_next_token_against_the_base_model() -> None:
+    trainer = make_trainer()
+    task, steering = trainer.task, trainer.policy.steering
+    texts = ["a b", "b a c", "c"]
+    neutral = NeutralTexts(task.backbone, texts)
+    assert neutral.kl() == 0
+    base = task.backbone.next_token(texts)
+    generator = torch.Generator().manual_seed(0)
+    for value in steering.tensors().values():
+        value.data.copy_(0.3 * torch.randn(value.shape, generator=generator))
+    now = task.backbone.next_token(texts)
+    by_hand = sum(float((row.exp() * (row - own)).sum()) for row, own in zip(now, base, strict=True)) / 3
+    assert by_hand > 1e-4
+    assert neutral.kl() == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_texts_that_ship_are_many_and_about_no_one() -> None:
+    texts = neutral_texts()
+    assert len(texts) == len(set(texts)) > 100
+    words = {word.lower().strip(".,;") for text in texts for word in text.split()}
+    assert not words & {"he", "she", "his", "her", "him", "man", "woman", "boy", "girl", "mr", "mrs"}
+    assert SHIPPED.name in {path.name for path in SHIPPED.parent.iterdir()}
+
+
+def test_a_file_of_ones_own_replaces_them(tmp_path: Path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_text("One text\n\n  another \n", encoding="utf-8")
+    assert neutral_texts(str(path)) == ["One text", "another"]
+    path.write_text("\n", encoding="utf-8")
+    with pytest.raises(UserError, match="has no neutral texts; write one a line"):
+        neutral_texts(str(path))
+    with pytest.raises(UserError, match="neutral texts cannot be read"):
+        neutral_texts(str(tmp_path / "none.txt"))
