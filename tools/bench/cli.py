@@ -4,7 +4,7 @@ step         time and peak memory of one training step against a bare forward an
 run          one training run from an empty folder: wall time and peak memory
 budgets      the default run at several KL budgets and seeds, on held-out splits
 scaling      steps of 1 and 2 processes: decisions a second, exchanges, memory with and without checkpointing
-estimators   expected, reinforce, ppo and the published form: decisions until bias halves, bias at equal KL
+estimators   regression, expected, reinforce, ppo and the published form: decisions until bias halves, bias at equal KL
 groups       gender x race, four groups
 transfer     trained steerings on sets they never saw: held-out occupations, WinoBias, pronouns
 freeform     free-form answers of the embedded model: what is said before and after
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         sweep.add_argument("--only", help="comma-separated names of variants")
         sweep.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
         if name == "budgets":
-            sweep.add_argument("--budgets", default="0.02,0.05,0.1,0.2")
+            sweep.add_argument("--budgets", default="0.3", help="(default: 0.3, the default config's)")
         if name == "estimators":
             sweep.add_argument("--kl", type=float, default=0.05, help="at which bias is compared (default: 0.05)")
             sweep.add_argument("--stride", type=int, default=3, help="take every so manieth context (default: 3)")
@@ -71,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     transfer.add_argument("--winobias", help="folder with the published WinoBias files")
     transfer.add_argument("--splits", default="test-names,test-templates,test-contexts")
 
+    harm = names.add_parser("harm", help="what steerings cost where nothing should move")
+    harm.add_argument("steerings", nargs="+", help="folders of steerings")
+    harm.add_argument("--arc", required=True, metavar="CSV", help="ARC-Easy as published: question, options, letter")
+    harm.add_argument("--limit", type=int, help="questions (default: all)")
+    harm.add_argument("--scale", type=float, default=1.0, help="of the steerings (default: 1)")
+
     for sub in names.choices.values():
         # Not docs/results, which keeps what is published: a sweep of other settings would write over it.
         sub.add_argument("--results", default="runs/bench", help="folder for what was measured (default: runs/bench)")
@@ -82,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     from dso.errors import UserError
     from launch.run.train import Stopped
-    from tools.bench import answers, estimators, scaling, scenes, sweeps, timing
+    from tools.bench import answers, estimators, harm, scaling, scenes, sweeps, timing
 
     functions = {
         "step": timing.step,
@@ -93,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "groups": sweeps.groups,
         "transfer": sweeps.transfer,
         "scenes": scenes.scenes,
+        "harm": harm.harm,
         "freeform": answers.freeform,
     }
     try:

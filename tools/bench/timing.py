@@ -33,7 +33,7 @@ def step(arguments: argparse.Namespace) -> None:
     bare: dict[str, list[float]] = {}
     sessions: dict[str, Session] = {}
     callbacks: dict[str, BaseCallback] = {}
-    for estimator in ("expected", "reinforce", "ppo"):
+    for estimator in ("regression", "expected", "reinforce", "ppo"):
         one_epoch = ["train.ppo.n_epochs=1"] if estimator == "ppo" else []
         config = load_config(arguments.config, [f"train.estimator={estimator}", *one_epoch])
         sessions[estimator] = open_session(config)

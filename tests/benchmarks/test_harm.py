@@ -1,0 +1,40 @@
+"""The cost of a steering on a capability task: the file, and figures against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dso.errors import UserError
+from tools.bench.harm import Cost, arc, compared
+
+
+def test_a_published_file_is_read_and_a_wrong_letter_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "arc.csv"
+    path.write_text('"Which, then?","a","b","c","d","B"\n"And?","x","y","z","","C"\n', encoding="utf-8")
+    assert arc(path) == [("Which, then?", ["a", "b", "c", "d"], 1), ("And?", ["x", "y", "z"], 2)]
+    path.write_text('"And?","x","y","z","","D"\n', encoding="utf-8")
+    with pytest.raises(UserError, match="line 1: the answer is 'D', expected one of 3 letters"):
+        arc(path)
+
+
+def test_changes_are_paired_by_hand() -> None:
+    tokens = np.array([4, 4, 2])
+    base = Cost(np.array([True, True, False]), np.array([8.0, 4.0, 4.0]), tokens, 0.0)
+    steered = Cost(np.array([True, False, False]), np.array([8.0, 4.5, 4.5]), tokens, 0.02)
+    found = compared(base, steered)
+    # One of three is lost: -1/3, with differences 0, -1, 0 of standard deviation 1/sqrt(3).
+    half = 1.96 / 3
+    assert found["accuracy"] == pytest.approx(1 / 3)
+    assert found["points"] == pytest.approx([-100 / 3, 100 * (-1 / 3 - half), 100 * (-1 / 3 + half)])
+    # 16 nats become 17 over 10 tokens: the log of the ratio is 0.1. Questions miss it by -0.4, 0.1 and 0.3.
+    error = math.sqrt(0.16 + 0.01 + 0.09) / 10
+    ends = (0.1, 0.1 - 1.96 * error, 0.1 + 1.96 * error)
+    assert found["perplexity_change"] == pytest.approx([math.exp(x) - 1 for x in ends])
+    assert found["perplexity"] == pytest.approx(math.exp(1.7))
+    same = compared(base, base)
+    assert same["points"] == [0, 0, 0]
+    assert same["perplexity_change"] == [0, 0, 0]
