@@ -36,9 +36,9 @@ class, vision-language models with their real processor classes, and asks each t
 {transformers} and torch {torch}, without torchvision, in float32 on a CPU. It says what the code does with these
 architectures; no published weights were run for it.
 
-An architecture that is not here is not refused. Whether text takes packed prefix trees is measured when a model is
-loaded, so a new one gets padded rows where trees would be wrong; sites are found by what a module is, and can be
-named by pattern.
+An architecture that is not here is not refused. How text shares a forward pass is measured when a model is loaded: in
+packed prefix trees, in padded rows where trees would change its answers, or prompt by prompt where padding would too.
+Sites are found by what a module is, and can be named by pattern.
 
 ## Images
 
@@ -86,7 +86,7 @@ def sites(case: Case) -> str:
 
 @torch.no_grad()
 def layout(case: Case) -> str:
-    """How prompts are laid out by default, by measurement: and the scores are those of each candidate alone."""
+    """How prompts are laid out by default, by measurement; the scores are those of each candidate alone."""
     backbone = case.backbone()
     assert_same(scores(case, backbone), case.alone(backbone), TOLERANCE)
     words = backbone.layout
