@@ -215,24 +215,25 @@ class DecisionTask:
         """Measure what the first :meth:`observe` needs. All processes call it together."""
         self.estimate.start()
 
-    def start_wanted(self) -> None:
-        """Measure what :meth:`wanted` needs: how the base model decides. All processes call it together."""
+    def start_wanted(self) -> Tensor:
+        """(N, K) of all decisions what :meth:`wanted` gives: how the base model decides is measured once, by all
+        processes together.
+        """
         if self._wanted is not None:
-            return
+            return self._wanted
         index = (self.answers < 0).nonzero()[:, 0]
         base = self.base_policy(index.tolist())
         base = base.clamp(min=torch.finfo(base.dtype).tiny).log().masked_fill(self.groups[index] == ABSENT, -torch.inf)
         weight = self.reward.common_weight
         self._wanted = base.new_zeros(len(self.answers), self.n_candidates)
         self._wanted[index] = without_association(base, index, self.layout, self.target.to(base), weight)
+        return self._wanted
 
     def wanted(self, indices: Indices) -> Tensor:
         """(N, K) log-probabilities of the base model without its association (:mod:`envs.association`); 0 for
         unambiguous decisions, -inf where there is no candidate.
         """
-        if self._wanted is None:
-            self.start_wanted()
-        return self._wanted[self.layout.index(indices)]
+        return self.start_wanted()[self.layout.index(indices)]
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running preferences, and the policy that is wanted if it was asked for, for checkpoints."""

@@ -75,6 +75,8 @@ class KeptLimits(TypedDict, total=False):
     kl_budget: Required[float | None]
     min_answer_mass: float
     max_accuracy_loss: float
+    neutral_kl: float | None
+    order_increase: float | None
 
 
 def kept_limits(config: TrainConfig) -> KeptLimits:

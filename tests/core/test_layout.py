@@ -230,6 +230,15 @@ def test_the_constraints_pin_exact_public_versions() -> None:
     assert len(set(names)) == len(names)
 
 
+def test_make_train_goes_on_with_a_run_that_is_there_unless_it_is_to_be_replaced() -> None:
+    def command(*words: str) -> str:
+        done = subprocess.run(["make", "-n", "train", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        return next(line for line in done.stdout.splitlines() if "dso train" in line).split("dso train ")[1]
+
+    assert command().split() == ['"smollm2-roles"', "--resume", "auto"]
+    assert command("ARGS=--overwrite", "CONFIG=mine").split() == ['"mine"', "--overwrite"]
+
+
 def test_ci_calls_the_one_verb_and_nothing_more() -> None:
     script = ROOT / ".ci" / "run"
     assert script.read_text(encoding="utf-8").splitlines()[-1] == "exec make test"

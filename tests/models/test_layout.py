@@ -29,8 +29,29 @@ UNPADDED = {
         "context_length": 128,
     }),
     "BART": ("BartConfig", SEQUENCE),
+    "mBART": ("MBartConfig", SEQUENCE),
     "Marian": ("MarianConfig", SEQUENCE),
+    "Pegasus": ("PegasusConfig", SEQUENCE),
+    "PLBart": ("PLBartConfig", SEQUENCE),
     "Blenderbot": ("BlenderbotConfig", SEQUENCE),
+}  # fmt: skip
+# What takes no packed row, in ways of its own: inputs of another shape, an error, a prompt that is put before each row.
+STRANGE = {
+    "XLM": ("XLMConfig", "padded", {
+        "vocab_size": 258, "emb_dim": 16, "n_layers": 2, "n_heads": 2, "causal": True, "max_position_embeddings": 128,
+        "dropout": 0.0, "attention_dropout": 0.0, "pad_index": 0,
+    }),
+    "ProphetNet": ("ProphetNetConfig", "single", {
+        "vocab_size": 258, "hidden_size": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "num_encoder_layers": 2,
+        "num_decoder_layers": 2, "num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2,
+        "is_decoder": True, "add_cross_attention": False, "max_position_embeddings": 128, "dropout": 0.0,
+        "attention_dropout": 0.0, "activation_dropout": 0.0, "pad_token_id": 0, "is_encoder_decoder": False,
+        "init_std": 0.3,
+    }),
+    "CPM-Ant": ("CpmAntConfig", "single", {
+        "vocab_size": 258, "hidden_size": 16, "num_attention_heads": 2, "dim_head": 8, "dim_ff": 32,
+        "num_hidden_layers": 2, "prompt_length": 4,
+    }),
 }  # fmt: skip
 
 
@@ -54,6 +75,21 @@ def test_prompts_of_unequal_lengths_are_answered_as_each_by_itself(name: str) ->
     prompts = [tokens(7, 1), tokens(3, 2), tokens(5, 3), tokens(3, 4)]
     wanted = [sample(backbone, [prompt], max_new_tokens=3)[0] for prompt in prompts]
     assert sample(backbone, prompts, max_new_tokens=3) == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_model_of_another_kind_is_scored_alike_whatever_stands_beside_a_decision(name: str) -> None:
+    kind, layout, settings = STRANGE[name]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings)).eval()
+    backbone = Backbone(model, byte_tokenizer(), name)
+    assert backbone.layout == layout and "not packed: " in (backbone.layout_line() or "")
+    encoded = questions((7, 3, 5))
+    found = score(model, encoded, layout=layout, max_tokens=500)
+    for row, e in enumerate(encoded):
+        own = score(model, [e], layout=layout, max_tokens=500).log_probs[0]
+        torch.testing.assert_close(found.log_probs[row, : len(own)], own, atol=2e-5, rtol=2e-5)
 
 
 def test_models_that_take_left_padding_are_answered_together(monkeypatch: pytest.MonkeyPatch) -> None:

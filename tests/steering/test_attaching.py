@@ -110,6 +110,19 @@ def test_a_model_that_was_compiled_before_is_steered_and_restored(model, way):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_a_compiled_model_decodes_steered_with_every_kind_of_cache(model, cache):
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    steering, base = moved(model), model.generate(INPUT, use_cache=False, **options)
+    with steering.on(model):
+        wanted = model.generate(INPUT, use_cache=False, **options)
+    model.compile(backend="eager")
+    with steering.on(model):
+        found = model.generate(INPUT, cache_implementation=cache, **options)
+    torch.compiler.reset()
+    assert torch.equal(found, wanted) and not torch.equal(wanted, base)
+
+
 def test_a_compiled_part_of_a_model_is_steered(model):
     steering = moved(model)
     with steering.on(model):
