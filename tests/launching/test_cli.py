@@ -377,6 +377,16 @@ def test_compare_refuses_what_it_cannot_compare(trained: Trained, call: Any) -> 
     assert_refused(call("compare", "none", f"{trained.steering}@7", "--set", data), "scale is 7")
 
 
+def test_a_steering_is_measured_in_the_dtype_that_is_asked_for(trained: Trained, tmp_path: Path, call: Any) -> None:
+    data, points = trained.config.parent / "letters.jsonl", {}
+    for dtype in ("float32", "bfloat16"):
+        options = ["--set", data, "--scales", "1", "--bootstrap", 5, "--dtype", dtype, "--device", "cpu", "--quiet"]
+        assert call("evaluate", trained.steering, *options, "--json", tmp_path / dtype).code == 0
+        points[dtype] = [ScalePoint.from_json(record) for record in json.loads((tmp_path / dtype).read_text())]
+    for exact, rounded in zip(points["float32"], points["bfloat16"], strict=True):
+        assert 0 < abs(exact.answer_mass - rounded.answer_mass) < 0.02  # 8 bits of a number
+
+
 def test_evaluate_takes_a_target_and_a_bare_model(trained: Trained, model_folder: Path, call: Any) -> None:
     data = trained.config.parent / "letters.jsonl"
     options = ["--set", data, "--bootstrap", 5, "--target", "female=0.9", "--target", "male=.1"]

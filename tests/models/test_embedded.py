@@ -108,6 +108,19 @@ def test_only_known_names_are_embedded():
 
 
 @pytest.mark.slow
+def test_the_real_model_names_the_shorter_of_two_names_by_itself_only():
+    backbone = Backbone.load(NAME)
+    decision = Decision(
+        id="names", context="c", kind="ambiguous", prompt="Sam and Samira work here. The nurse is named",
+        candidates=(Candidate(text=" Sam", group="a"), Candidate(text=" Samira", group="b")),
+    )  # fmt: skip
+    scores = backbone.score([decision])
+    # Of 3,000 sampled answers 16 name Sam and 87 Samira; " Sam" alone has what goes on to " Samira" too, 0.535 of both.
+    assert scores.policy().exp()[0].tolist() == pytest.approx([0.129, 0.871], abs=1e-3)
+    assert scores.answer_mass().item() == pytest.approx(0.0243, abs=1e-4)
+
+
+@pytest.mark.slow
 def test_the_real_model_knows_a_capital():
     backbone = Backbone.load(NAME)
     assert backbone.layout == "packed"

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from small_runs import letters_set, make_trainer
+from small_runs import learn, letters_set, make_trainer
 from torch import Tensor
 
 from dso.decisions.decision import Candidate, Decision, DecisionSet
@@ -65,6 +65,20 @@ def test_the_policy_is_the_softmax_of_the_candidates_log_probabilities(length_no
         first = math.exp(outcome.next_token[row, trainer.task.backbone.tokenizer("F").input_ids[0]].item())
         assert first == pytest.approx(math.exp(log_prob(trainer, decision.prompt, "F")), rel=1e-3)
     assert trainer.policy.decide(np.array([0])).next_token is None
+
+
+def test_the_running_preference_is_that_of_the_policy_that_is_measured() -> None:
+    texts = {"female": "F", "male": "Marge"}
+    trainer = make_trainer(letters_set(facts=False, letters=texts), length_normalised=True)
+    prompts = [d.prompt for d in trainer.task.decisions if d.context == "nurse"]
+    shares = []
+    for prompt in prompts:  # by the mean per token; by the sum "F" alone is chosen
+        scores = torch.tensor([log_prob(trainer, prompt, text) / len(text) for text in texts.values()])
+        shares.append(scores.softmax(0))
+        assert log_prob(trainer, prompt, "F") - log_prob(trainer, prompt, "Marge") > 3
+    learn(trainer, 1)  # whose preference is that of the batch: every decision once
+    torch.testing.assert_close(trainer.task.preference[0], torch.stack(shares).mean(0), rtol=1e-4, atol=1e-4)
+    assert 0.2 < float(trainer.task.preference[0, 0]) < 0.8
 
 
 def test_sb3_calls_agree_with_decide() -> None:
