@@ -27,7 +27,7 @@ from launch.run.freeform import FreeformAnswers
 from launch.run.measure import Measures, thin
 from launch.run.trainer import open_matcher, open_trainer, require_trl, reward_config
 from trainers.checkpointing import checkpoint_layers
-from trainers.parallel.ranks import World
+from trainers.parallel.ranks import Ranks, World
 from trainers.ppo import SteeringPPO
 from trainers.state.saved import fingerprint
 from trainers.tracking.base import Tracker
@@ -105,7 +105,7 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
     seed_everything(config.train.seed)
     steering = open_steering(config, backbone, decisions)
     handle = steering.attach(backbone.model)
-    if divided:
+    if divided and isinstance(world, Ranks):
         from trainers.parallel.engine import divide_weights
 
         divide_weights(backbone.model, divided, world)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from small_runs import contents, letters_set, make_trainer, operators
+from small_runs import contents, make_trainer, operators
 from stable_baselines3.common.logger import Logger
 
 import dso
@@ -307,7 +307,6 @@ def test_a_state_of_another_version_is_refused(saved: Path, monkeypatch: pytest.
         ({"estimator": "reinforce"}, "saved with estimator expected, now it is reinforce"),
         ({"kl": FixedKL(0.1)}, "saved with KL constraint KLBudget, now it is FixedKL"),
         ({"ambiguous": 10}, "saved with decisions a step 8, now it is 12"),
-        ({"decisions": letters_set("female", "nonbinary")}, "saved with decision set letters (24 decisions, "),
         ({"operator": "bias"}, "of another steering or baseline: steering._operators.0.a was (16,), now it is absent"),
         ({"width": 32}, "saved with base weights "),
         ({"baseline": "value"}, "of another steering or baseline: context_values was (4, 2), now it is (0, 2)"),

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -35,7 +34,6 @@ from dso.files import require_room, sync_folder, write_bytes
 from trainers.trainer import Contents, SteeringTrainer
 
 FORMAT = 3
-_FINGERPRINTS: WeakKeyDictionary[SteeringTrainer, str] = WeakKeyDictionary()  # a state is saved often
 NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
@@ -109,7 +107,7 @@ def save_state(
         folder: of the states.
         trainer: whose contents are saved.
         extra_tensors, extra_facts: the caller's own.
-        setup: what has to be the same for the state to fit, beside what is known of the trainer.
+        setup: what has to be the same for the state to fit, such as the decisions, beside what the trainer says.
 
     Raises:
         OSError: where it cannot be written; what was saved before is whole then.
@@ -209,13 +207,10 @@ def require_same_shapes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) 
 
 def _setup(trainer: SteeringTrainer) -> dict[str, Any]:
     """What has to be the same for a state to fit, under the names that messages call it by."""
-    if trainer not in _FINGERPRINTS:
-        _FINGERPRINTS[trainer] = fingerprint(trainer.task.decisions)
     return {
         "estimator": trainer.estimator,
         "KL constraint": type(trainer.kl).__name__,
         "decisions a step": trainer.decisions_a_step,
-        "decision set": _FINGERPRINTS[trainer],
         "base weights": trainer.steering.config.base_id,
     }
 
