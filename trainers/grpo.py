@@ -21,23 +21,17 @@ called: :func:`require_trl` refuses a TRL without them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trl
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import broadcast
 from datasets import Dataset
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
@@ -53,9 +47,7 @@ from trainers.constraints import FixedKL, KLBudget, sparsity
 from trainers.fisher import fisher_diagonal, whitening
 from trainers.optimizer import SteeringAdam
 from trainers.parallel.ranks import World
-from trainers.state.generators import random_state, restore_random
-from trainers.state.saved import require_same_shapes
-from trainers.trainer import Contents
+from trainers.steps import AnswerSteps, Told
 
 MODULE = "dso_steering"  # the steering's name in the model while it is trained
 BASE = object()  # stands for the reference model: the same model at scale 0
@@ -73,7 +65,6 @@ _ARGUMENTS: dict[str, Any] = {
     "ddp_find_unused_parameters": False,
     "dataloader_pin_memory": False,
 }
-CLOCKS = {"step_time": "time/step"}  # what TRL measures that is never the same twice, and what it is called here
 TRL_VERSIONS = ">=1.16,<1.17"  # that have what is replaced
 REPLACED = (
     "_generate_single_turn",
@@ -122,7 +113,7 @@ def require_trl(*trainers: type) -> None:
                 )
 
 
-class SteeredAnswers(_TrainerOfTRL):
+class SteeredAnswers(AnswerSteps, _TrainerOfTRL):
     """What GRPO and RLOO on a steering share; it comes before TRL's trainer among the bases.
 
     Args:
@@ -145,16 +136,10 @@ class SteeredAnswers(_TrainerOfTRL):
         arguments: further fields of TRL's config: ``max_completion_length``, ``temperature``, ``max_grad_norm``,
             ``deepspeed``, ...
 
-    Attributes:
-        stop_requested, measured: see :class:`trainers.trainer.SteeringTrainer`.
-        begun: steps that were done before a restore.
-
     Raises:
         UserError: if the answers of a step cannot be divided among the processes, or TRL is none that this works with.
     """
 
-    estimator: str
-    skipped_in_a_row = 0  # no step is skipped
     CONFIG: Any
     DEFAULTS: dict[str, Any] = {}
 
@@ -180,16 +165,10 @@ class SteeredAnswers(_TrainerOfTRL):
         seed: int = 0,
         **arguments: Any,
     ):
-        require_trl(type(self).__mro__[type(self).__mro__.index(SteeredAnswers) + 1])
+        require_trl(type(self).__mro__[type(self).__mro__.index(AnswerSteps) + 1])
         model = task.backbone.model
-        self.task, self.steering, self.kl, self.share_prompts = task, steering, kl, share_prompts
-        self.world = world or World()
-        self.stop_requested = False
-        self.measured: dict[str, float] = {}
-        self.logger = Logger(None, [])
-        self.begun = self._tokens = 0
-        self._random: Callable[[], None] | None = None  # sets the generators as the first step begins
-        self._callback: BaseCallback | None = None
+        AnswerSteps.__init__(self, task, steering, kl, world)
+        self.share_prompts = share_prompts
         self.answer_rewards = AnswerRewards(task, matcher)
         self._seed, self._counts = seed, (ambiguous, unambiguous)
         self._ids = {task.backbone.prompt_text(d): list(task.backbone.encode(d).prompt) for d in task.decisions}
@@ -214,13 +193,13 @@ class SteeredAnswers(_TrainerOfTRL):
         self.own_optimizer.step()
         self.own_optimizer.priming = False
         model.add_module(MODULE, steering.requires_grad_(True))
-        super().__init__(
+        super(AnswerSteps, self).__init__(
             model=model,
             reward_funcs=[self.answer_rewards.equiprobability, self.answer_rewards.correctness],
             args=args,
-            train_dataset=self._rows(),
+            train_dataset=self.rows(),
             processing_class=task.backbone.tokenizer,
-            callbacks=[_Steps(self)],
+            callbacks=[Told(self)],
             optimizers=(self.own_optimizer, None),
         )
         self.remove_callback(PrinterCallback)
@@ -245,7 +224,7 @@ class SteeredAnswers(_TrainerOfTRL):
         model.__dict__.pop("forward", None)  # TRL's, which reads the output layer without calling it
         model.eval()
 
-    def _rows(self) -> Dataset:
+    def rows(self) -> Dataset:
         """The decisions of the steps to do, in the order in which they are asked; prompts are rendered when read."""
         indices = [index for step in self._drawn[self.begun :] for index in step]
         text, pick = self.task.backbone.prompt_text, self.task.pick
@@ -254,32 +233,6 @@ class SteeredAnswers(_TrainerOfTRL):
             return {**rows, "prompt": [text(decision) for decision in pick(rows["index"])]}
 
         return Dataset.from_dict({"index": indices}).with_transform(render)
-
-    # What a run asks of its trainer
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.task.backbone.device
-
-    @property
-    def decisions_a_step(self) -> int:
-        """Decisions of a step, over all processes."""
-        return len(self._drawn[0])
-
-    @property
-    def steps_done(self) -> int:
-        """Optimiser steps that were taken."""
-        return self.state.global_step
-
-    @property
-    def num_timesteps(self) -> int:
-        """Decisions that were asked, as Stable-Baselines3 counts."""
-        return self.steps_done * self.decisions_a_step
-
-    def set_logger(self, logger: Logger) -> None:
-        """Where records go from now on."""
-        self.logger = logger
 
     def whiten(self, batches: int, damping: float) -> None:
         """See :meth:`trainers.trainer.SteeringTrainer.whiten`."""
@@ -300,89 +253,6 @@ class SteeredAnswers(_TrainerOfTRL):
         for parameter, size in zip(parameters, sizes, strict=True):
             # A GPU may round it differently in each process.
             self.own_optimizer.state[parameter]["size"] = broadcast(size)
-
-    def learn_until(self, steps: int, callback: BaseCallback) -> None:
-        """See :meth:`trainers.trainer.SteeringTrainer.learn_until`; the model is as it was found afterwards."""
-        self.args.max_steps, self._callback = steps, callback
-        callback.init_callback(cast(BaseAlgorithm, self))  # it asks no more of it than there is
-        try:
-            with self.evaluating():
-                callback.on_training_start({}, {})
-            if self.steps_done < steps:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
-                    self.train()
-            with self.evaluating():
-                callback.on_training_end()
-        finally:
-            self.release()
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Within the block dropout is off in the whole model."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
-
-    def contents(self) -> Contents:
-        """See :meth:`trainers.trainer.SteeringTrainer.contents`."""
-        task = self.task.state_dict()  # which may ask the base model, in all processes
-        generators = gather_object([random_state(self.device)])
-        parts = {
-            "steering": self.steering.tensors(),
-            "task": task,
-            "optimizer": {
-                f"{number}/{key}": value
-                for number, parameter in enumerate(self.steering.parameters())
-                for key, value in self.own_optimizer.state[parameter].items()
-            },
-            "random": {f"{rank}/{key}": v for rank, (found, _) in enumerate(generators) for key, v in found.items()},
-        }
-        facts = {
-            "steps": self.steps_done,
-            "tokens": self.state.num_input_tokens_seen,
-            "kl": self.kl.state_dict(),
-            "random": [said for _, said in generators],
-        }
-        return Contents(parts, facts)
-
-    def restore(self, contents: Contents) -> None:
-        """See :meth:`trainers.trainer.SteeringTrainer.restore`."""
-        parts, facts = contents
-        require_same_shapes(parts["steering"], self.steering.tensors())
-        self.steering.load_tensors({key: value.to(self.device) for key, value in parts["steering"].items()})
-        self.task.load_state_dict({key: value.to(self.device) for key, value in parts["task"].items()})
-        for number, parameter in enumerate(self.steering.parameters()):
-            entries = self.own_optimizer.state[parameter]
-            for key in entries:
-                entries[key].copy_(parts["optimizer"][f"{number}/{key}"])
-        self.kl.load_state_dict(facts["kl"])
-        self.beta = self.kl.coefficient
-        self.begun, self._tokens = facts["steps"], facts["tokens"]
-        self.take_up()
-        self.train_dataset = self._rows()
-        if self.world.rank < len(facts["random"]):
-            start = f"{self.world.rank}/"
-            own = {key.removeprefix(start): v for key, v in parts["random"].items() if key.startswith(start)}
-            self._random = partial(restore_random, own, facts["random"][self.world.rank], self.device)
-            self._random()
-
-    def take_up(self) -> None:
-        """Count on from the steps that were done before, as transformers does with a checkpoint of its own."""
-        self.state.global_step = self._globalstep_last_logged = self.begun
-        self.state.num_input_tokens_seen = self._tokens
-
-    def before_step(self) -> None:
-        """What is measured and saved at the start of a step."""
-        if self._random is not None:  # not earlier: a loader draws where it starts
-            self._random()
-            self._random = None
-        if self._callback is not None:
-            with self.evaluating():
-                self._callback.on_rollout_start()
 
     # TRL's seams
 
@@ -426,13 +296,6 @@ class SteeredAnswers(_TrainerOfTRL):
         metrics["abstention"].append(self.answer_rewards.abstention)
         metrics["sparsity"].append(sparsity(self.steering.parameters()))
 
-    def record(self, measured: dict[str, float]) -> None:
-        """A step's record, of what TRL measured."""
-        self.measured = measured
-        for key, value in measured.items():
-            self.logger.record(CLOCKS.get(key, f"train/{key}"), value)
-        self.logger.dump(self.num_timesteps)
-
 
 class SteeringGRPO(SteeredAnswers, GRPOTrainer):
     """GRPO (Shao et al. 2024, arXiv 2402.03300) on a steering; ``scale_rewards="group"`` gives it as published."""
@@ -453,27 +316,3 @@ class SteeringRLOO(SteeredAnswers, RLOOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> list[list[int]]:
         return self._sample(prompt_ids)
-
-
-class _Steps(TrainerCallback):
-    """Where a trainer of TRL tells of its steps."""
-
-    def __init__(self, trainer: SteeredAnswers):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.take_up()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.before_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.after_step()
-        if self.trainer.world.agree(self.trainer.stop_requested):  # a signal may have reached one process only
-            self.trainer.stop_requested = control.should_training_stop = True
-
-    def on_log(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        logs: dict[str, float] = rest["logs"]
-        if "reward" in logs:  # the last record is of the whole run
-            # Epochs are of the decisions that one process had to do, which are fewer where it goes on from a state.
-            self.trainer.record({key: value for key, value in logs.items() if key != "epoch"})

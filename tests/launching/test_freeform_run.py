@@ -14,6 +14,7 @@ import torch
 from answer_worker import keep_last
 from answering import TOKENS, write_run
 
+import launch.run.opening
 import launch.run.train
 from dso.decisions.matching import Matcher
 from dso.evaluation.report import ScalePoint
@@ -110,7 +111,11 @@ def test_a_steering_is_measured_without_training(run: tuple[Path, str], capsys: 
 def test_an_existing_run_is_not_replaced_unasked(run: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = run
     assert main(["freeform", str(folder.parents[1] / "own.yaml"), "train.max_steps=1"]) == 2
-    assert "exists" in capsys.readouterr().err
+    assert "was trained with another config: train.max_steps was 4 and is 1; " in capsys.readouterr().err
+    assert main(["freeform", str(folder.parents[1] / "own.yaml")]) == 2
+    assert (
+        "exists; resume it with --resume, replace it with --overwrite, or set run.run_name" in capsys.readouterr().err
+    )
 
 
 def test_what_leaves_the_budget_is_not_kept(tmp_path: Path) -> None:
@@ -197,6 +202,34 @@ def test_an_error_while_it_measures_loses_nothing(
     folder = tmp_path / "runs/letters"
     assert f"report.md: No space left on device; {folder} has what was done" in capsys.readouterr().err
     assert Steering.from_pretrained(folder / "steering").tensors()
+
+
+def test_a_stop_in_the_last_step_is_heeded_and_nothing_is_done_again(
+    run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_run(tmp_path, train__max_steps=4, constraints__kl_budget=5.0)
+    folder, finished = tmp_path / "runs/letters", run[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(SteeredAnswers, "_sample", interrupted_at(4, SteeredAnswers._sample))
+        assert main(["freeform", str(config), "--quiet"]) == 75
+    assert f"stopped after step 4 of 4; {folder} has everything so far" in capsys.readouterr().err
+    monkeypatch.setattr(SteeredAnswers, "_sample", None)  # nothing is trained again
+    assert main(["freeform", str(config), "--quiet", "--resume"]) == 0
+    for name in ("curve.json", "answers.jsonl", "metrics.jsonl", "validation.json"):
+        assert (folder / name).read_text("utf-8") == (finished / name).read_text("utf-8"), name
+
+
+def test_a_finished_run_gives_its_result_without_a_model(
+    run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, said = run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.setattr(launch.run.opening, "open_session", lambda *_: pytest.fail("a model was opened"))
+    assert main(["train", str(folder.parents[1] / "own.yaml"), "--resume", "auto"]) == 0
+    captured = capsys.readouterr()
+    assert said.endswith(captured.out.rstrip())  # libraries print before it
+    assert captured.err == f"{folder} is finished; this is its result\n"
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])

@@ -21,6 +21,7 @@ from envs.task import DecisionTask
 from trainers.answers import answer_log_probs, divide, reward_weights
 from trainers.constraints import FixedKL, KLBudget
 from trainers.grpo import BASE, MODULE, REPLACED, TRL_VERSIONS, SteeredAnswers, SteeringGRPO, SteeringRLOO
+from trainers.steps import AnswerSteps
 
 BOTH = pytest.mark.parametrize("kind", [SteeringGRPO, SteeringRLOO])
 
@@ -366,13 +367,13 @@ def test_prompts_are_those_of_the_backbone() -> None:
 
 @BOTH
 def test_every_method_of_trl_that_is_replaced_is_there(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    mixed = [SteeredAnswers, kind]
+    mixed = [SteeredAnswers, AnswerSteps, kind]
     own = {name for cls in mixed for name in vars(cls) if callable(vars(cls)[name]) and name != "__init__"}
     replaced = {
         name for name in own if any(hasattr(base, name) for base in kind.__mro__ if base not in (*mixed, object))
     }
     assert replaced == set(REPLACED)
-    trainer = kind.__mro__[2]
+    trainer = kind.__mro__[3]
     for name in REPLACED:
         with monkeypatch.context() as patch:
             for base in trainer.__mro__:
