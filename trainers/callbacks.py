@@ -25,6 +25,7 @@ class Validation:
         bias: root mean square over contexts, noise taken off; below 0 where the sample shows less than its own noise,
             so that no two measurements are tied at 0.
         log_odds: the same in log-odds; None where that cannot be measured.
+        context_log_odds: the context part of that alone (:mod:`dso.evaluation.bias`).
         order_effect: how far answers follow the order of the people; None where each question has one order.
         accuracy: on unambiguous decisions, nan if there are none.
         kl: mean KL in nats.
@@ -43,6 +44,7 @@ class Validation:
     kl: float
     answer_mass: float
     log_odds: float | None = None
+    context_log_odds: float | None = None
     order_effect: float | None = None
     gap: float | None = None
     training_kl: float | None = None
@@ -57,8 +59,12 @@ class Validation:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The less the better: log-odds cannot be lowered by indecision, nor by answers in the order of the people."""
-        return self.bias if self.log_odds is None else self.log_odds, self.kl
+        """The less the better.
+
+        Log-odds cannot be lowered by indecision, nor by answers in the order of the people; and liking for the people
+        who happen to be in the split, which is as large as what all contexts share, is no part of the context part.
+        """
+        return self.bias if self.context_log_odds is None else self.context_log_odds, self.kl
 
     def to_json(self) -> dict[str, float | None]:
         """The row as a JSON object: null for what was not measured, as JSON has no nan."""
@@ -91,8 +97,8 @@ class TrainingCallback(BaseCallback):
 class Selection(TrainingCallback):
     """Measure the validation split as training goes on and keep the best operators inside the constraints.
 
-    Best is the least bias in log-odds, or in probabilities where there are no log-odds; it may be below 0 and is
-    therefore never tied (:class:`Validation`). The untrained steering (bias of the base model, KL 0) is the first
+    Best is the least context part in log-odds, or the least bias in probabilities where there are no log-odds
+    (:class:`Validation`). The untrained steering (bias of the base model, KL 0) is the first
     candidate, so there always is one inside. Of two with the same bias the one with the smaller KL is better, of two
     alike the earlier one.
 
