@@ -19,7 +19,6 @@ from datasets import Dataset
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerState
 
@@ -48,12 +47,12 @@ class AnswerSteps:
     kl: KLBudget | FixedKL
     logger: Logger
     measured: dict[str, float]
-    model: nn.Module
+    model: Any
     own_optimizer: Optimizer
     state: TrainerState
     steering: Steering
     task: DecisionTask
-    train: Callable[[], Any]
+    train: Any
     train_dataset: Any
 
     def __init__(self, task: DecisionTask, steering: Steering, kl: KLBudget | FixedKL, world: World | None):
