@@ -47,6 +47,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2": {"stage": 2, "accumulation": 2},
     "zero3": {"stage": 3, "max_tokens": 40},  # of the second process, which so takes more passes than the first
     "bfloat16": {"stage": 3, "accumulation": 2, "dtype": torch.bfloat16, "checkpointing": True},
+    "regression": {"stage": 3, "estimator": "regression", "accumulation": 2},
     "reinforce": {"stage": 0, "estimator": "reinforce", "accumulation": 3},
     "ppo": {"stage": 1, "estimator": "ppo", "accumulation": 2},
     "pooled": {"stage": 1, "orders": True, "accumulation": 2, "reward": POOLED},
