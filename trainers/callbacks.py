@@ -98,9 +98,9 @@ class Selection(TrainingCallback):
     """Measure the validation split as training goes on and keep the best operators inside the constraints.
 
     Best is the least context part in log-odds, or the least bias in probabilities where there are no log-odds
-    (:class:`Validation`). The untrained steering (bias of the base model, KL 0) is the first
-    candidate, so there always is one inside. Of two with the same bias the one with the smaller KL is better, of two
-    alike the earlier one.
+    (:class:`Validation`); either may be below 0 and is therefore never tied. The untrained steering (bias of the base
+    model, KL 0) is the first candidate, so there always is one inside. Of two with the same bias the one with the
+    smaller KL is better, of two alike the earlier one.
 
     In the end the last operators are turned up, by a factor of :attr:`FACTOR` at a time, as long as that is inside and
     better: gentle training turned up costs less than hard training. Where no trained steering was inside, they are

@@ -96,7 +96,7 @@ def _turned(steering: Steering, scale: float) -> Iterator[None]:
 def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation:
     """What selection looks at in a measured point; ``base_mass`` is the base model's answer mass."""
     bias, log_odds, order = point.bias.probability, point.bias.log_odds.signed_root, point.bias.order_effect
-    context = point.bias.log_odds.context_part.value
+    context = point.bias.log_odds.context_root
     return Validation(
         step=step,
         bias=bias.signed_root,
