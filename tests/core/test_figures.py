@@ -40,10 +40,13 @@ def line(row: Mapping, *cells: str) -> str:
     return f"| {' | '.join([name, *cells])} |"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
-def test_every_seed_of_the_default_is_shown_on_both_scales(page: str) -> None:
-    base = kept("budgets.json")[0]
-    for row in kept("budgets.json"):
+@pytest.mark.parametrize(
+    ("page", "name"),
+    [("README.md", "budgets.json"), ("docs/results.md", "budgets.json"), ("docs/results.md", "expected.json")],
+)
+def test_every_seed_is_shown_on_both_scales(page: str, name: str) -> None:
+    base = kept(name)[0]
+    for row in kept(name):
         probability, log_odds = row["bias"]["probability"], row["bias"]["log_odds"]
         cells = [interval(probability["bias"]), cut(row, "bias"), interval(log_odds["bias"]), cut(row, "log_odds")]
         cells += [f"{row['bias']['order_effect']:.2f}", interval(row["accuracy"])]
@@ -58,3 +61,12 @@ def test_the_parts_of_its_bias_are_shown() -> None:
         cells += [interval(probability["common_part"]), interval(probability["gap"])]
         cells += [interval(log_odds["context_part"]), f"{row['kl_unambiguous']:.3f}"]
         assert line(row, *cells) in lines("docs/results.md")
+
+
+def test_what_it_costs_elsewhere_is_shown() -> None:
+    measured = json.loads((ROOT / "docs/results/harm.json").read_text("utf-8"))
+    for row, name in zip(measured["rows"], ("base", "seed 0", "seed 1", "seed 2"), strict=True):
+        points, change = row["points"], [100 * x for x in row["perplexity_change"]]
+        cells = [f"{row['accuracy']:.3f}", "{:+.2f} [{:+.2f}, {:+.2f}]".format(*points)]
+        cells += ["{:+.2f}% [{:+.2f}, {:+.2f}]".format(*change), f"{row['neutral_kl']:.3f}"]
+        assert f"| {' | '.join([name, *cells])} |" in lines("docs/results.md")
