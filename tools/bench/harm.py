@@ -20,10 +20,12 @@ from dso.evaluation.neutral import NeutralTexts, neutral_texts
 from dso.evaluation.report import fixed_rows
 from dso.files import write_text
 from dso.models.backbone import Backbone
+from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from launch.commands.common import quieten
 
 LETTERS = "ABCDE"
+Question = tuple[str, list[str], int]  # the text, its options, the place of the right one
 ROWS = 16  # texts of a pass
 
 
@@ -51,8 +53,8 @@ def harm(arguments: argparse.Namespace) -> None:
     backbone = Backbone.load(steerings[0].config.base_model)
     costs = [_measure(backbone, questions)]
     for steering in steerings:
-        with steering.to(backbone.device).on(backbone.model, scale=arguments.scale):
-            costs.append(_measure(backbone, questions))
+        with steering.to(backbone.device).on(backbone.model, scale=arguments.scale) as handle:
+            costs.append(_measure(backbone, questions, handle, arguments.scale))
     records = [
         {"steering": name, **compared(costs[0], cost)}
         for name, cost in zip(["base", *arguments.steerings], costs, strict=True)
@@ -63,7 +65,7 @@ def harm(arguments: argparse.Namespace) -> None:
     print(fixed_rows([header, *(_cells(record) for record in records)]))
 
 
-def arc(path: Path) -> list[tuple[str, list[str], int]]:
+def arc(path: Path) -> list[Question]:
     """Questions with their options and the right one's place, from the published CSV without a header.
 
     Raises:
@@ -113,15 +115,17 @@ def _cells(record: dict) -> tuple[str, ...]:
     )
 
 
-def _measure(backbone: Backbone, questions: Sequence[tuple[str, list[str], int]]) -> Cost:
-    measured = Evaluator(backbone, DecisionSet(tuple(_decisions(questions)), ("right", "wrong"), "arc")).measure()
-    chosen = measured.policy.argmax(1)
+def _measure(
+    backbone: Backbone, questions: Sequence[Question], handle: Handle | None = None, scale: float = 0.0
+) -> Cost:
+    decisions = DecisionSet(tuple(_decisions(questions)), ("right", "wrong"), "arc")
+    chosen = Evaluator(backbone, decisions, handle).measure(scale).policy.argmax(1)
     right = chosen == np.array([answer for _, _, answer in questions])
     nll, tokens = _likelihood(backbone, [f"{text} {options[answer]}" for text, options, answer in questions])
     return Cost(right, nll, tokens, NeutralTexts(backbone, neutral_texts()).kl())
 
 
-def _decisions(questions: Sequence[tuple[str, list[str], int]]) -> Iterator[Decision]:
+def _decisions(questions: Sequence[Question]) -> Iterator[Decision]:
     for number, (text, options, answer) in enumerate(questions):
         places = enumerate(options)
         yield Decision(
