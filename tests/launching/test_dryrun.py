@@ -104,7 +104,7 @@ def test_shipped_shapes_give_the_published_number_of_parameters_and_the_expected
     assert architecture.parameters == parameters
     assert architecture.weight_bytes == 2 * parameters
     assert all(parameter.is_meta for parameter in architecture.model.parameters())
-    learned = coefficients(load_config("smollm2-roles"), architecture)
+    learned = coefficients(load_config("smollm2-roles", ["steering.operator=affine"]), architecture)
     assert list(learned.sites.values()) == [width] * sites
     assert learned.count == 2 * width * sites
 
@@ -128,8 +128,9 @@ def test_every_shipped_config_is_dry_run(name: str, tmp_path: Path) -> None:
     parameters, sites, width = MODELS.get(config.model.name) or shape_of(config)
     assert said["run"] == f"runs/{name}"
     assert f"{parameters:,} parameters in {config.model.dtype} (sh" in said["model"]  # shapes shipped, or the model
-    assert said["steering"].startswith(f"affine at {sites} sites of width {width} (")
-    assert f": {2 * sites * width:,} coefficients, " in said["steering"]
+    assert said["steering"].startswith(f"{config.steering.operator} at {sites} sites of width {width} (")
+    each = 1 if config.steering.operator == "scale" else 2  # a, or a and b
+    assert f": {each * sites * width:,} coefficients, " in said["steering"]
     step = config.train.ambiguous + config.train.unambiguous
     assert f"{config.train.max_steps} steps x {step} decisions" in said["training"]
     weights = re.search(r"^backbone weights +([\d.]+) +([\d.]+)  exact$", table, re.M)
