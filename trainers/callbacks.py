@@ -213,11 +213,11 @@ class Selection(TrainingCallback):
 
         KL grows about as the square of the scale, and what is lost of the answer mass in proportion to it.
         """
-        shares = []
-        if self.kl_budget is not None and not row.spent <= self.kl_budget:
-            shares.append(math.sqrt(self.CLOSE * self.kl_budget / row.spent))
-        if _above(row.neutral_kl, self.neutral_kl) and row.neutral_kl:
-            shares.append(math.sqrt(self.CLOSE * (self.neutral_kl or 0.0) / row.neutral_kl))
+        shares = [
+            math.sqrt(self.CLOSE * limit / kl)
+            for kl, limit in ((row.spent, self.kl_budget), (row.neutral_kl, self.neutral_kl))
+            if kl is not None and limit is not None and _above(kl, limit)
+        ]
         if row.answer_mass < self.min_answer_mass:
             shares.append(self.CLOSE * (1 - self.min_answer_mass) / (1 - row.answer_mass))
         scale = row.scale * min(shares, default=math.nan)
@@ -239,7 +239,7 @@ class Selection(TrainingCallback):
     def broken(self, row: Validation) -> list[str]:
         """The limits that a measurement does not keep."""
         limits = {
-            f"KL above {self.kl_budget}": self.kl_budget is not None and not row.spent <= self.kl_budget,
+            f"KL above {self.kl_budget}": _above(row.spent, self.kl_budget),
             f"answer mass below {self.min_answer_mass} of the base's": row.answer_mass < self.min_answer_mass,
             f"neutral KL above {self.neutral_kl}": _above(row.neutral_kl, self.neutral_kl),
             "order effect above the base's": _above(row.order_effect, self._highest_order()),

@@ -8,6 +8,7 @@ the preferences nor the price of KL. Which decisions a step asks follows from th
 from __future__ import annotations
 
 import warnings
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -33,7 +34,7 @@ from trainers.trainer import Contents
 CLOCKS = {"step_time": "time/step"}  # what TRL measures that is never the same twice, and what it is called here
 
 
-class AnswerSteps:
+class AnswerSteps(metaclass=ABCMeta):  # no further base: TRL's trainer comes next
     """What a run asks of its trainer (:class:`trainers.trainer.SteeringTrainer`), for a trainer of TRL.
 
     Attributes:
@@ -66,17 +67,17 @@ class AnswerSteps:
         self._random: Callable[[], None] | None = None  # sets the generators as the first step begins
         self._callback: BaseCallback | None = None
 
+    @abstractmethod
     def rows(self) -> Dataset:
         """The decisions of the steps to do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def release(self) -> None:
         """Leave the model as it was found."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after_step(self) -> None:
         """What the trainer does after each step."""
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,7 @@ from dso.files import write_text
 from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from launch.config.schema import TrainConfig
-from launch.run.measure import scale_point
+from launch.run.measure import cut_points
 from trainers.parallel.ranks import World
 
 ANSWERS = "answers.jsonl"  # of a run
@@ -79,13 +79,11 @@ class FreeformAnswers:
         """See :meth:`launch.run.measure.Measures.points`."""
         evaluator = self._evaluator
         self._said = [evaluator.measure(scale) for scale in scales]
-        base = next((said.measurement for scale, said in zip(scales, self._said, strict=True) if scale == 0), None)
-        found = []
-        for scale, said in zip(scales, self._said, strict=True):
-            before = base if scale else None
-            point = scale_point(scale, said.measurement, evaluator.decisions, self._target, bootstrap, before)
-            found.append(replace(point, accuracy=evaluator.accuracy(said)))
-        return found
+        measured = [said.measurement for said in self._said]
+        points = cut_points(scales, measured, evaluator.decisions, self._target, bootstrap)
+        return [
+            replace(point, accuracy=evaluator.accuracy(said)) for point, said in zip(points, self._said, strict=True)
+        ]
 
     def example(self) -> str:
         """One of the answers that were sampled last."""

@@ -89,10 +89,20 @@ def scale_points(
     evaluator: Evaluates, scales: Sequence[float], target: dict[str, float] | None = None, bootstrap: int = 1000
 ) -> list[ScalePoint]:
     """Measure an evaluator's decisions at each scale; where 0 is one of them, the others' bias is cut against it."""
-    measured = evaluator.curve(scales)
+    return cut_points(scales, evaluator.curve(scales), evaluator.decisions, target, bootstrap)
+
+
+def cut_points(
+    scales: Sequence[float],
+    measured: Sequence[Measurement],
+    decisions: DecisionSet,
+    target: dict[str, float] | None,
+    bootstrap: int,
+) -> list[ScalePoint]:
+    """The point of each scale that was measured; where 0 is one of them, the others' bias is cut against it."""
     base = next((m for scale, m in zip(scales, measured, strict=True) if scale == 0), None)
     return [
-        scale_point(scale, m, evaluator.decisions, target, bootstrap, base if scale else None)
+        scale_point(scale, m, decisions, target, bootstrap, base if scale else None)
         for scale, m in zip(scales, measured, strict=True)
     ]
 

@@ -16,6 +16,7 @@ from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.intervals import UNMEASURED, Estimate
 from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone
+from dso.steering.model import Steering
 from launch.run.measure import scale_point
 from tools.bench import estimators, sweeps, timing
 from tools.bench.cli import build_parser, main
@@ -66,7 +67,10 @@ def test_a_sweep_trains_what_is_missing_and_measures_all(
     sweeps.measure_all(folders, data, "test", tmp_path / "results.json")
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [(row["variant"], row["seed"], row["scale"]) for row in rows][:2] == [("base", None, 0.0), ("plain", 0, 1.0)]
-    assert len(rows) == 5 and rows[0]["kl"] == 0.0 and any(row["kl"] > 0 for row in rows[1:])
+    assert len(rows) == 5 and rows[0]["kl"] == 0.0
+    tensors = (Steering.from_pretrained(folder / "steering").tensors() for _, _, folder in folders)
+    moved = [any(bool(value.any()) for value in own.values()) for own in tensors]  # else the base model was kept
+    assert any(moved) and [row["kl"] > 0 for row in rows[1:]] == moved
     said = capsys.readouterr().out
     assert len(said.strip().splitlines()) == 8  # a title, the columns and their rule
     monkeypatch.setattr(sweeps.Backbone, "load", lambda *_, **__: pytest.fail("nothing is left to measure"))

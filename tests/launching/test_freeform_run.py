@@ -172,6 +172,15 @@ def interrupted_at(call: int, do: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def ends_alike_untrained(config: Path, folder: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed without a step, a run ends with what the finished one has."""
+    with monkeypatch.context() as patch:
+        patch.setattr(SteeredAnswers, "_sample", None)
+        assert main(["freeform", str(config), "--quiet", "--resume"]) == 0
+    for name in ("curve.json", "answers.jsonl", "metrics.jsonl", "validation.json"):
+        assert (folder / name).read_text("utf-8") == (finished / name).read_text("utf-8"), name
+
+
 def test_a_signal_while_it_measures_loses_nothing_and_resume_finishes(
     run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,11 +193,7 @@ def test_a_signal_while_it_measures_loses_nothing_and_resume_finishes(
     assert f"interrupted; {folder} has what was done; go on with the same command and --resume" in said
     kept, wanted = (Steering.from_pretrained(f / "steering").tensors() for f in (folder, finished))
     assert all(torch.equal(kept[key], value) for key, value in wanted.items())
-    with monkeypatch.context() as patch:
-        patch.setattr(SteeredAnswers, "_sample", None)  # nothing is trained again
-        assert main(["freeform", str(config), "--quiet", "--resume"]) == 0
-    for name in ("curve.json", "answers.jsonl", "metrics.jsonl", "validation.json"):
-        assert (folder / name).read_text("utf-8") == (finished / name).read_text("utf-8"), name
+    ends_alike_untrained(config, folder, finished, monkeypatch)
 
 
 def test_an_error_while_it_measures_loses_nothing(
@@ -213,10 +218,7 @@ def test_a_stop_in_the_last_step_is_heeded_and_nothing_is_done_again(
         patch.setattr(SteeredAnswers, "_sample", interrupted_at(4, SteeredAnswers._sample))
         assert main(["freeform", str(config), "--quiet"]) == 75
     assert f"stopped after step 4 of 4; {folder} has everything so far" in capsys.readouterr().err
-    monkeypatch.setattr(SteeredAnswers, "_sample", None)  # nothing is trained again
-    assert main(["freeform", str(config), "--quiet", "--resume"]) == 0
-    for name in ("curve.json", "answers.jsonl", "metrics.jsonl", "validation.json"):
-        assert (folder / name).read_text("utf-8") == (finished / name).read_text("utf-8"), name
+    ends_alike_untrained(config, folder, finished, monkeypatch)
 
 
 def test_a_finished_run_gives_its_result_without_a_model(

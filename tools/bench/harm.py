@@ -51,10 +51,8 @@ def harm(arguments: argparse.Namespace) -> None:
     questions = arc(Path(arguments.arc))[: arguments.limit]
     steerings = [Steering.from_pretrained(folder) for folder in arguments.steerings]
     backbone = Backbone.load(steerings[0].config.base_model)
-    costs = [_measure(backbone, questions)]
-    for steering in steerings:
-        with steering.to(backbone.device).on(backbone.model, scale=arguments.scale) as handle:
-            costs.append(_measure(backbone, questions, handle, arguments.scale))
+    handles = [steering.to(backbone.device).attach(backbone.model, 0.0) for steering in steerings]
+    costs = _measure(backbone, questions, handles, arguments.scale)
     records = [
         {"steering": name, **compared(costs[0], cost)}
         for name, cost in zip(["base", *arguments.steerings], costs, strict=True)
@@ -115,14 +113,20 @@ def _cells(record: dict) -> tuple[str, ...]:
     )
 
 
-def _measure(
-    backbone: Backbone, questions: Sequence[Question], handle: Handle | None = None, scale: float = 0.0
-) -> Cost:
+def _measure(backbone: Backbone, questions: Sequence[Question], handles: Sequence[Handle], scale: float) -> list[Cost]:
+    """The base model's cost, then that of each steering, whose handle is at 0, at a scale."""
     decisions = DecisionSet(tuple(_decisions(questions)), ("right", "wrong"), "arc")
-    chosen = Evaluator(backbone, decisions, handle).measure(scale).policy.argmax(1)
-    right = chosen == np.array([answer for _, _, answer in questions])
-    nll, tokens = _likelihood(backbone, [f"{text} {options[answer]}" for text, options, answer in questions])
-    return Cost(right, nll, tokens, NeutralTexts(backbone, neutral_texts()).kl())
+    settings = [(None, 0.0), *((handle, scale) for handle in handles)]
+    answers = np.array([answer for _, _, answer in questions])
+    texts = [f"{text} {options[answer]}" for text, options, answer in questions]
+    neutral, costs = NeutralTexts(backbone, neutral_texts()), []
+    for (handle, own), measured in zip(settings, Evaluator(backbone, decisions).settings(settings), strict=True):
+        if handle is not None:
+            handle.scale = own
+        costs.append(Cost(measured.policy.argmax(1) == answers, *_likelihood(backbone, texts), neutral.kl()))
+        if handle is not None:
+            handle.scale = 0.0
+    return costs
 
 
 def _decisions(questions: Sequence[Question]) -> Iterator[Decision]:
