@@ -140,7 +140,8 @@ def without_association(
     """The policy that is learned towards: (N, K) log-probabilities of N ambiguous decisions, -inf without a candidate.
 
     The association is taken off; then one offset a group, the same in all decisions, lets the groups' mean shares be
-    the target's. An ``abstain`` is moved by neither.
+    the target's, or, where only a share of the common part is taken off, goes as far towards the target's log-odds. An
+    ``abstain`` is moved by neither.
 
     Args:
         log_policy: (N, K) the base model's.
@@ -152,15 +153,15 @@ def without_association(
     found = fit_association(log_policy, index, layout, len(target))
     groups = layout.groups[index][:, : log_policy.shape[1]]
     shift = -found.of(layout.templates[index], layout.contexts[index], common_weight).to(log_policy.dtype)
-    offset = torch.zeros_like(target)
+    level = target.clamp(min=1e-6).log()
+    offset = common_weight * (level - level.mean())  # 0 where the target is uniform
+    present = group_log_shares(log_policy, groups, len(target))[1]
+    fair = (present * target) / (present * target).sum(1, keepdim=True).clamp(min=1e-12)
+    count = present.sum(0).clamp(min=1)
     for _ in range(ROUNDS if common_weight == 1 else 0):
-        moved = _moved(log_policy, shift + offset, groups)
-        shares, present = group_log_shares(moved, groups, len(target))
-        mean = (shares.exp() * present).sum(0) / present.sum(0).clamp(min=1)
-        fair = (present * target) / (present * target).sum(1, keepdim=True).clamp(min=1e-12)
-        fair = fair * (shares.exp() * present).sum(1, keepdim=True)  # an abstention takes its own share
-        wanted = fair.sum(0) / present.sum(0).clamp(min=1)
-        offset = offset + wanted.clamp(min=1e-6).log() - mean.clamp(min=1e-6).log()
+        shares = group_log_shares(_moved(log_policy, shift + offset, groups), groups, len(target))[0].exp()
+        wanted = (fair * shares.sum(1, keepdim=True)).sum(0) / count  # an abstention takes its own share
+        offset = offset + wanted.clamp(min=1e-6).log() - (shares.sum(0) / count).clamp(min=1e-6).log()
     return _moved(log_policy, shift + offset, groups)
 
 

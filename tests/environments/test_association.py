@@ -111,6 +111,18 @@ def test_common_part_stays_where_it_is_to_be_left() -> None:
     assert float((female(kept) - female(table)).mean()) == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.2])
+def test_the_target_counts_by_the_same_share_as_the_common_part(weight: float) -> None:
+    decisions, table, _ = simulated(("f", "m"))
+    layout, index = Layout.of(decisions), torch.arange(len(decisions))
+    first = torch.where(layout.groups[:, 0] == 0, 1.0, -1.0)
+    fair, unequal = (
+        without_association(table, index, layout, torch.tensor(target), weight) for target in ([0.5, 0.5], [0.7, 0.3])
+    )
+    moved = first * ((unequal - fair)[:, 0] - (unequal - fair)[:, 1])
+    torch.testing.assert_close(moved, torch.full_like(moved, weight * math.log(0.7 / 0.3)), atol=1e-5, rtol=0)
+
+
 def test_questions_without_units_or_templates_are_shrunk_by_hand() -> None:
     # One context per question and no unit: each question is a block of its own. Two contexts, one question each, with
     # log-odds +-1 (halves +-0.5 a group). Quasi-demeaning leaves 1/sqrt(7) of each; with ridge 1 the contexts take
