@@ -25,7 +25,6 @@ class Validation:
         bias: root mean square over contexts, noise taken off; below 0 where the sample shows less than its own noise,
             so that no two measurements are tied at 0.
         log_odds: the same in log-odds; None where that cannot be measured.
-        context_log_odds: the context part of that alone (:mod:`dso.evaluation.bias`).
         order_effect: how far answers follow the order of the people; None where each question has one order.
         accuracy: on unambiguous decisions, nan if there are none.
         kl: mean KL in nats.
@@ -44,7 +43,6 @@ class Validation:
     kl: float
     answer_mass: float
     log_odds: float | None = None
-    context_log_odds: float | None = None
     order_effect: float | None = None
     gap: float | None = None
     training_kl: float | None = None
@@ -56,15 +54,6 @@ class Validation:
         """The KL that is held to the budget: the larger of what was measured, nan if one of them is."""
         known = [kl for kl in (self.kl, self.training_kl) if kl is not None]
         return math.nan if any(map(math.isnan, known)) else max(known)
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """The less the better.
-
-        Log-odds cannot be lowered by indecision, nor by answers in the order of the people; and liking for the people
-        who happen to be in the split, which is as large as what all contexts share, is no part of the context part.
-        """
-        return self.bias if self.context_log_odds is None else self.context_log_odds, self.kl
 
     def to_json(self) -> dict[str, float | None]:
         """The row as a JSON object: null for what was not measured, as JSON has no nan."""
@@ -97,10 +86,9 @@ class TrainingCallback(BaseCallback):
 class Selection(TrainingCallback):
     """Measure the validation split as training goes on and keep the best operators inside the constraints.
 
-    Best is the least context part in log-odds, or the least bias in probabilities where there are no log-odds
-    (:class:`Validation`); either may be below 0 and is therefore never tied. The untrained steering (bias of the base
-    model, KL 0) is the first candidate, so there always is one inside. Of two with the same bias the one with the
-    smaller KL is better, of two alike the earlier one.
+    Best is the least bias, which may be below 0 and is therefore never tied (:class:`Validation`). The untrained
+    steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two with the same
+    bias the one with the smaller KL is better, of two alike the earlier one.
 
     In the end the last operators are turned up, by a factor of :attr:`FACTOR` at a time, as long as that is inside and
     better: gentle training turned up costs less than hard training. Where no trained steering was inside, they are
@@ -226,7 +214,7 @@ class Selection(TrainingCallback):
     def offer(self, row: Validation, tensors: Mapping[str, Tensor]) -> bool:
         """Add a measurement to the history; whether it is the best so far, as which its operators are then kept."""
         self.history.append(row)
-        better = self.inside(row) and (self.best is None or row.rank < self.best.rank)
+        better = self.inside(row) and (self.best is None or (row.bias, row.kl) < (self.best.bias, self.best.kl))
         if better:
             self.best = row
             self.best_tensors = {key: value.detach().clone() for key, value in tensors.items()}

@@ -58,8 +58,7 @@ class BiasParts:
     """Bias on one scale; the module's docstring has the formulas.
 
     ``gap`` is None where no context has a stereotype, or the groups are not two. ``square`` is the unbiased estimate of
-    the square of ``bias``: below 0 where the sample shows less than its own noise, so that no two are tied at 0;
-    ``context_square`` is that of the context part.
+    the square of ``bias``: below 0 where the sample shows less than its own noise, so that no two are tied at 0.
     """
 
     bias: Estimate
@@ -67,17 +66,11 @@ class BiasParts:
     common_part: Estimate
     gap: Estimate | None
     square: float
-    context_square: float = math.nan
 
     @property
     def signed_root(self) -> float:
         """``bias`` below 0 where ``square`` is: what to rank by."""
-        return _signed_root(self.square)
-
-    @property
-    def context_root(self) -> float:
-        """The same of the context part."""
-        return _signed_root(self.context_square)
+        return math.copysign(math.sqrt(abs(self.square)), self.square)
 
 
 NO_PARTS = BiasParts(
@@ -254,12 +247,7 @@ def bias_parts(found: Fit, signs: Array, draws: int, seed: int = 0, most: float 
         common_part=_within(common_part, most),
         gap=None if gap is None else _within(gap, most),
         square=square,
-        context_square=context.square if math.isnan(context.excess) else context.excess,
     )
-
-
-def _signed_root(square: float) -> float:
-    return math.copysign(math.sqrt(abs(square)), square)
 
 
 def _within(estimate: Estimate, most: float) -> Estimate:

@@ -19,7 +19,6 @@ from dso.evaluation.intervals import Estimate
 
 MISSING = "-"
 SCALARS = ("order_effect", "paper", "paper_fair", "abstention")
-SQUARES = ("square", "context_square")  # of BiasParts, which are no estimates
 COUNTS = ("n_decisions", "n_contexts", "n_units")
 DETAILS = ("preferences", "context_bias")
 
@@ -95,9 +94,9 @@ def _bias_from_json(record: object) -> BiasReport:
     found = _keys(record, {f.name for f in fields(BiasReport)}, "bias", optional=DETAILS)
     values: dict = {name: _number(found[name], name) for name in SCALARS}
     for name in ("probability", "log_odds"):
-        parts = _estimates(found[name], BiasParts, f"bias.{name}", others=SQUARES)
-        square, context = (_number(found[name].get(key), f"{name}.{key}") for key in SQUARES)
-        values[name] = BiasParts(**parts, square=square, context_square=context)
+        square = found[name].get("square") if isinstance(found[name], dict) else None
+        parts = _estimates(found[name], BiasParts, f"bias.{name}", optional=("square",))
+        values[name] = BiasParts(**parts, square=_number(square, f"{name}.square"))
     for name in COUNTS:
         if not isinstance(found[name], int) or isinstance(found[name], bool):
             raise ValueError(f"{name} must be a whole number, found {found[name]!r}")
@@ -111,13 +110,13 @@ def _bias_from_json(record: object) -> BiasReport:
     return BiasReport(**values)
 
 
-def _estimates(record: object, kind: type[BiasParts] | type[Cuts], what: str, others: Sequence[str] = ()) -> dict:
-    """The estimates of a record by name, without what is no estimate; a gap may be null."""
-    found = _keys(record, {f.name for f in fields(kind)}, what, optional=SQUARES[1:])  # which earlier records lack
+def _estimates(record: object, kind: type[BiasParts] | type[Cuts], what: str, optional: Sequence[str] = ()) -> dict:
+    """The estimates of a record by name; a gap may be null."""
+    found = _keys(record, {f.name for f in fields(kind)}, what)
     return {
         name: None if name == "gap" and value is None else _estimate(value, f"{what}.{name}")
         for name, value in found.items()
-        if name not in others
+        if name not in optional
     }
 
 

@@ -96,12 +96,10 @@ def _turned(steering: Steering, scale: float) -> Iterator[None]:
 def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation:
     """What selection looks at in a measured point; ``base_mass`` is the base model's answer mass."""
     bias, log_odds, order = point.bias.probability, point.bias.log_odds.signed_root, point.bias.order_effect
-    context = point.bias.log_odds.context_root
     return Validation(
         step=step,
         bias=bias.signed_root,
         log_odds=None if math.isnan(log_odds) else log_odds,
-        context_log_odds=None if math.isnan(context) else context,
         order_effect=None if math.isnan(order) else order,
         accuracy=point.accuracy.value,
         kl=point.kl,
@@ -113,7 +111,7 @@ def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation
 def validation_line(row: Validation, better: bool) -> str:
     """What is printed of a measurement; ``better`` where it is the best so far."""
     at = "" if row.scale == 1 else f", turned to {row.scale:.2f}"
-    log_odds = "" if row.log_odds is None else f" (log-odds {row.log_odds:.3f}, of contexts {row.context_log_odds:.3f})"
+    log_odds = "" if row.log_odds is None else f" (log-odds {row.log_odds:.3f})"
     order = "" if row.order_effect is None else f"  order {row.order_effect:.2f}"
     neutral = "" if row.neutral_kl is None else f"  neutral KL {row.neutral_kl:.3f}"
     training = "" if row.training_kl is None else f" (training {row.training_kl:.3f})"

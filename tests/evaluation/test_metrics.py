@@ -102,7 +102,6 @@ def test_log_odds_by_hand(two_groups):
     assert found.gap.value == pytest.approx(sum(both) / 2)
     contexts = (sum(ahead) / 2) ** 2 - (ahead[0] - ahead[1]) ** 2 / 4
     assert found.context_part.value == pytest.approx(math.sqrt(contexts))
-    assert found.context_square == pytest.approx(contexts)
     assert found.square == pytest.approx(contexts + (sum(both) / 2) ** 2 - (both[0] - both[1]) ** 2 / 4)
 
 

@@ -56,8 +56,13 @@ def test_every_step_and_measurement_is_recorded(run: tuple[TrainConfig, Result])
     assert [row["step"] for row in rows if "train/kl" in row] == [20, 40, 60, 80, 100, 120]
     assert [row["step"] for row in rows if "eval/bias" in row] == [0, 40, 80, 120]
     history = json.loads((run[1].folder / "validation.json").read_text())
-    assert [(row["step"], row["decisions"]) for row in history] == [(0, 0), (2, 40), (4, 80), (6, 120)]
-    assert [row["eval/bias"] for row in rows if "eval/bias" in row] == [row["bias"] for row in history]
+    learned, turned = ([row for row in history if (row["scale"] == 1) == own] for own in (True, False))
+    assert [(row["step"], row["decisions"]) for row in learned] == [(0, 0), (2, 40), (4, 80), (6, 120)]
+    assert [row["eval/bias"] for row in rows if "eval/bias" in row] == [row["bias"] for row in learned]
+    # In the end the last operators are turned up, by 1.4 at a time and to 8 at most; that is no step of learning.
+    assert turned and history == [*learned, *turned]
+    assert {(row["step"], row["decisions"]) for row in turned} == {(6, 120)}
+    assert [row["scale"] for row in turned] == pytest.approx([1.4**number for number in range(1, len(turned) + 1)])
 
 
 def test_the_curve_is_measured_on_the_test_split(run: tuple[TrainConfig, Result], model_folder: Path) -> None:
@@ -113,7 +118,8 @@ def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
     tmp_path: Path, model_folder: Path
 ) -> None:
     free = train(config_of(tmp_path / "free", model_folder, train__max_steps=2), name="x", quiet=True)
-    spent = json.loads((free.folder / "validation.json").read_text())[-1]["kl"]
+    history = json.loads((free.folder / "validation.json").read_text())
+    spent = [row for row in history if row["scale"] == 1][-1]["kl"]  # of the last step, before it was turned up
     budget = spent / 10
     config = config_of(
         tmp_path / "held",

@@ -201,11 +201,11 @@ def test_operators_are_turned_up_no_further_than_where_bias_is_least() -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
 
     def measure(step: int, scale: float = 1.0) -> Validation:
-        return row(step, bias=0.4, context_log_odds=abs(0.3 - 0.2 * scale * (step > 0)), kl=0.0, scale=scale)
+        return row(step, bias=abs(0.3 - 0.2 * scale * (step > 0)), kl=0.0, scale=scale)
 
     chosen = Selection(measure, every=9, steps=2, kl_budget=0.1)
     learn(trainer, 2, chosen)
-    # Log-odds 0.1 at 1, 0.02 at 1.4, 0.092 at 1.96; the bias in probabilities says nothing here.
+    # 0.1 at 1, 0.02 at 1.4, 0.092 at 1.96.
     assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96])
     assert chosen.best.scale == pytest.approx(1.4)
 
