@@ -232,7 +232,14 @@ def test_the_constraints_pin_exact_public_versions() -> None:
 
 def test_make_train_goes_on_with_a_run_that_is_there_unless_it_is_to_be_replaced() -> None:
     def command(*words: str) -> str:
-        done = subprocess.run(["make", "-n", "train", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+        # Without what a `make test ARGS=...` above hands on to every make below it.
+        own = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("ARGS", "CONFIG", "MAKEFLAGS", "MAKEOVERRIDES")
+        }
+        plain = ["make", "-n", "train", *words]
+        done = subprocess.run(plain, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
         return next(line for line in done.stdout.splitlines() if "dso train" in line).split("dso train ")[1]
 
     assert command().split() == ['"smollm2-roles"', "--resume", "auto"]

@@ -81,8 +81,9 @@ def check_results(path: Path, logged: Logged, folder: Path) -> None:
     assert set(kept) == {"dso_config.json", "dso_model.safetensors", "README.md"}
     assert all(local == folder.resolve() / "steering" / name for name, local in kept.items())
     selected = json.loads(steering.metadata)
-    validation = {row["step"]: row for row in json.loads((folder / "validation.json").read_text())}
-    assert selected["bias"] == validation[selected["step"]]["bias"]
+    history = json.loads((folder / "validation.json").read_text())
+    validation = {(row["step"], row["scale"]): row for row in history}
+    assert selected["bias"] == validation[selected["step"], selected["scale"]]["bias"]
     assert logged.summary["selected/bias"] == selected["bias"]
     assert logged.summary["test/KL"] == pytest.approx(curve[-1]["kl"])
 
