@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it once; two on a core wait for each other most of the time
 
 import pytest
 from tiny import byte_tokenizer, small_set, tiny_llama
