@@ -115,7 +115,7 @@ class Vision:
             for name in names:
                 value = getattr(owner, name, None)
                 ids.update(value if isinstance(value, list | tuple) else (value,))
-        size = self._model.get_output_embeddings().weight.shape[0]
+        size = self._model.get_output_embeddings().out_features
         return sorted(i for i in ids if isinstance(i, int) and 0 <= i < size and i != self.tokenizer.eos_token_id)
 
     def _takes_text(self) -> bool:

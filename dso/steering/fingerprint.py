@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dso.steering.config import SteeringError
-from dso.steering.hosts import named_sites, weights
+from dso.steering.hosts import named_sites, weights, whole
 
 DIGITS = 16
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[object, str]] = WeakKeyDictionary()  # what was read once is not read again
@@ -28,8 +28,11 @@ def fingerprint(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
     Raises:
         SteeringError: if weights are not loaded, or quantised.
     """
-    modules = named_sites(model)
-    return {site: _site_digest(site, modules[site]) for site in sites}
+    modules, found = named_sites(model), {}
+    for site in sites:
+        with whole(modules[site]):
+            found[site] = _site_digest(site, modules[site])
+    return found
 
 
 def difference(stated: Mapping[str, str] | str, model: nn.Module, sites: Iterable[str]) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -61,6 +62,20 @@ def weights(site: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 raise SteeringError(f"the weights of module {site!r} are not loaded (they are on the meta device)")
             value = offloaded[name]
         yield name, value
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Within the block the weights of a module that ZeRO-3 has divided are whole; for all processes together."""
+    parameters: list[Any] = list(module.parameters())  # DeepSpeed has made more than a tensor of each
+    divided = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
+    if divided:
+        divided[0].all_gather(divided)
+    try:
+        yield
+    finally:
+        for parameter in divided:
+            parameter.partition()
 
 
 def forget_compiled() -> None:

@@ -90,7 +90,7 @@ def _widths(model: nn.Module, width_of: Callable[[nn.Module], int]) -> dict[str,
 def site_width(module: nn.Module) -> int:
     """Size of what a module gives: a linear layer's outputs, else a one-dimensional weight's; 0 where neither says."""
     weight = getattr(module, "weight", None)
-    return _linear_width(module) or (weight.numel() if isinstance(weight, Tensor) and weight.ndim == 1 else 0)
+    return _linear_width(module) or (_length(weight) if isinstance(weight, Tensor) else 0)
 
 
 def _norm_width(module: nn.Module) -> int:
@@ -102,7 +102,13 @@ def _norm_width(module: nn.Module) -> int:
     if weight is None:  # a norm without parameters (OLMo) states its shape
         shape: tuple[int, ...] = tuple(getattr(module, "normalized_shape", ()))
         return int(shape[0]) if len(shape) == 1 else 0
-    return weight.numel() if weight.ndim == 1 else 0
+    return _length(weight)
+
+
+def _length(weight: Tensor) -> int:
+    """Of a one-dimensional weight, also where ZeRO-3 has divided it among processes; 0 for any other."""
+    shape = getattr(weight, "ds_shape", weight.shape)
+    return int(shape[0]) if len(shape) == 1 else 0
 
 
 def _linear_width(module: nn.Module) -> int:

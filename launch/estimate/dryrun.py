@@ -104,7 +104,7 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
         *_training(config, counts, launch),
         ("each process", f"{part.size} decisions at a time, {tokens}"),
         ("exchanged", f"{_size(4 * learned.count)} of gradients a step" if launch.ranks > 1 else "nothing"),
-        *_host(architecture, counts.trained, part),
+        *_host(architecture, counts.trained, part, launch),
     ]
     return "\n".join([*lines(rows), "", *_table(config, needed, launch), ""])
 
@@ -193,14 +193,16 @@ def _training(config: TrainConfig, counts: Counts, launch: Launch) -> Iterable[t
     yield "processes", f"{launch.ranks} ({sharing}{parts})"
 
 
-def _host(architecture: Architecture, trained: int | None, part: Batch) -> Iterable[tuple[str, str]]:
+def _host(architecture: Architecture, trained: int | None, part: Batch, launch: Launch) -> Iterable[tuple[str, str]]:
     kept = ["references of the training prompts, whose number is not known"]
     if trained is not None:
         size = _size(host_references(architecture, part, trained))
         kept = [f"up to {size} of references ({trained} training prompts)"]
     if part.sight.tower_bytes:
         kept.append(f"{_size(IMAGE_MEMORY)} of images")
-    yield "host memory", f"of each process: {_size(architecture.weight_bytes)} while loading, then {', '.join(kept)}"
+    size = _size(architecture.weight_bytes)
+    loading = f"{size} while loading, then " if launch.stage < 3 else ""  # which takes a tensor at a time
+    yield "host memory", f"of each process: {loading}{', '.join(kept)}"
 
 
 def _table(config: TrainConfig, needed: Memory, launch: Launch) -> Iterable[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from launch.run.freeform import FreeformAnswers
 from launch.run.measure import Measures, thin
 from launch.run.trainer import open_matcher, open_trainer, require_trl, reward_config
 from trainers.checkpointing import checkpoint_layers
-from trainers.parallel.ranks import Ranks, World
+from trainers.parallel.ranks import World
 from trainers.ppo import SteeringPPO
 from trainers.state.saved import fingerprint
 from trainers.tracking.base import Tracker
@@ -96,24 +97,26 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
     if config.constraints.neutral_kl is not None:
         neutral_texts(config.constraints.neutral_texts)
     divided = deepspeed if deepspeed and deepspeed["zero_optimization"].get("stage") == 3 else None
-    # What no single accelerator may have room for is read into host memory, and divided from there.
-    backbone = load_backbone(config, "cpu" if divided else world.device)
-    if world.is_main and (line := backbone.layout_line()):
-        print(f"dso: {line}", file=sys.stderr)
-    if config.train.gradient_checkpointing and not checkpoint_layers(backbone.model):
-        raise ConfigError(f"{config.model.name} has no layers that can be checkpointed", "train.gradient_checkpointing")
-    seed_everything(config.train.seed)
-    steering = open_steering(config, backbone, decisions)
-    handle = steering.attach(backbone.model)
-    if divided and isinstance(world, Ranks):
-        from trainers.parallel.engine import divide_weights
-
-        divide_weights(backbone.model, divided, world)
-        steering.to(backbone.device)
+    with nullcontext() if divided is None else _dividing(divided, world, config.model.dtype):
+        backbone = load_backbone(config, world.device)
+        if world.is_main and (line := backbone.layout_line()):
+            print(f"dso: {line}", file=sys.stderr)
+        if config.train.gradient_checkpointing and not checkpoint_layers(backbone.model):
+            reason = f"{config.model.name} has no layers that can be checkpointed"
+            raise ConfigError(reason, "train.gradient_checkpointing")
+        seed_everything(config.train.seed)
+        steering = open_steering(config, backbone, decisions)
+        handle = steering.attach(backbone.model)
     training = decisions.select(split="train")
     task = DecisionTask(backbone, training, config.data.target, reward_config(config), handle)
     trainer = open_trainer(config, task, steering, world, deepspeed)
     return Session(config, backbone, decisions, steering, handle, trainer)
+
+
+def _dividing(deepspeed: dict[str, Any], world: World, dtype: str) -> AbstractContextManager[None]:
+    from trainers.parallel.loading import dividing  # which imports DeepSpeed
+
+    return dividing(deepspeed, world, dtype)
 
 
 def open_decisions(config: TrainConfig) -> DecisionSet:

@@ -12,24 +12,29 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import small_runs  # noqa: E402
 from small_runs import in_orders, learn, letters_set, make_trainer, operators  # noqa: E402
-from tiny import tiny_llama  # noqa: E402
+from tiny import byte_tokenizer, tiny_llama  # noqa: E402
 
 from dso.errors import UserError  # noqa: E402
+from dso.models.backbone import Backbone  # noqa: E402
 from envs.reward import RewardConfig  # noqa: E402
 from envs.task import DecisionTask  # noqa: E402
 from launch.cluster.processes import leave  # noqa: E402
 from trainers.checkpointing import checkpoint_layers  # noqa: E402
 from trainers.constraints import AnswerMassFloor, KLBudget  # noqa: E402
 from trainers.measuring import SharedEvaluator  # noqa: E402
+from trainers.parallel.loading import dividing  # noqa: E402
 from trainers.parallel.ranks import Ranks, World  # noqa: E402
 from trainers.ppo import SteeringPPO  # noqa: E402
 from trainers.state.saved import load_state, read_state, save_state  # noqa: E402
@@ -52,7 +57,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ppo": {"stage": 1, "estimator": "ppo", "accumulation": 2},
     "pooled": {"stage": 1, "orders": True, "accumulation": 2, "reward": POOLED},
 }
-OWN = ("stage", "orders", "dtype", "checkpointing", "max_tokens")
+OWN = ("stage", "orders", "dtype", "checkpointing", "max_tokens", "model")
+DIVIDED = ("zero3", "bfloat16")  # cases of which the model is also loaded in parts
 TIMEOUT = 90  # seconds that a process waits for the other: a run that hangs ends by then
 STEPS = 3
 
@@ -67,22 +73,32 @@ class Noting(Ranks):
         return super().most(number)
 
 
+def tiny_in(dtype: torch.dtype, **options: Any) -> torch.nn.Module:
+    """A tiny model as it is loaded in a dtype: what positions are turned by stays float32."""
+    model = tiny_llama(**options)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
     """The trainer of a case: of one process, or as one of several."""
     options = COMMON | {key: value for key, value in case.items() if key not in OWN}
-    # Else stage 3 would leave weights as small as these whole.
-    zero = {"stage": case["stage"], "stage3_param_persistence_threshold": 0}
-    settings = {"zero_optimization": zero} if world else None
-    small_runs.tiny_llama = lambda **k: tiny_llama(**k).to(case.get("dtype", torch.float32))
+    small_runs.tiny_llama = case.get("model", lambda **k: tiny_in(case.get("dtype", torch.float32), **k))
     # A price from the second step on: at the identity it is rounding whether mass is lost.
     limits = {"kl": KLBudget(0.05), "mass_floor": AnswerMassFloor(1.0, learning_rate=5.0)}
     decisions = in_orders(letters_set()) if case.get("orders") else letters_set()
-    trainer = make_trainer(decisions, world=world, deepspeed=settings, **limits, **options)
+    trainer = make_trainer(decisions, world=world, deepspeed=settings_of(case) if world else None, **limits, **options)
     if world and world.rank == 1:
         trainer.task.backbone.max_tokens = case.get("max_tokens", trainer.task.backbone.max_tokens)
     if case.get("checkpointing"):
         checkpoint_layers(trainer.task.backbone.model)
     return trainer
+
+
+def settings_of(case: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's configuration; else stage 3 would leave weights as small as these whole."""
+    return {"zero_optimization": {"stage": case["stage"], "stage3_param_persistence_threshold": 0}}
 
 
 def run(trainer: SteeringPPO) -> dict[str, Any]:
@@ -103,6 +119,66 @@ def run(trainer: SteeringPPO) -> dict[str, Any]:
         "policy": torch.as_tensor(measured.policy),
         "kl": torch.as_tensor(measured.kl),
     }
+
+
+def loaded(name: str, world: World, folder: Path) -> dict[str, Any]:
+    """What comes of a case whose model is divided as it is loaded, and what :func:`watched` counts of it."""
+    dtype = CASES[name].get("dtype", torch.float32)
+    if world.is_main:
+        tiny_in(dtype).save_pretrained(folder)
+    world.barrier()
+    with ExitStack() as loading:
+        held = loading.enter_context(watched())
+        loading.enter_context(dividing(settings_of(CASES[name]), world, str(dtype).removeprefix("torch.")))
+        model = {"model": lambda **_: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), "loading": loading}
+        trainer = trainer_of(CASES[name] | model, world)
+    config, layout = trainer.policy.steering.config, trainer.task.backbone.layout
+    found = {"held": held, "sites": config.sites, "weights": config.fingerprint, "layout": layout, "run": run(trainer)}
+    trainer.learner.close()
+    return found
+
+
+def misfit(world: World, folder: Path) -> str:
+    """What a process hears of a checkpoint whose weights have other shapes than its config says; one reads it."""
+    if world.is_main:
+        model = tiny_llama()
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        model.config.intermediate_size *= 2
+        model.config.save_pretrained(folder)
+    world.barrier()
+    try:
+        with dividing(settings_of({"stage": 3}), world, "float32"):
+            Backbone.load(str(folder), device="cpu")
+    except UserError as error:
+        return str(error)
+    return "loaded"
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, int]]:
+    """Counts weights' elements in this process: whole at a time at most, whole after the block, and its shares."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    convert, partition = Init._convert_to_deepspeed_param, Init._partition_param
+    made: list[Any] = []
+    held = {"most": 0}
+
+    def noted(init: Any, parameter: Any) -> None:
+        made.append(parameter)
+        convert(init, parameter)
+
+    def counted(init: Any, parameter: Any, *rest: Any, **options: Any) -> Any:
+        held["most"] = max(held["most"], sum(each.numel() for each in made))
+        return partition(init, parameter, *rest, **options)
+
+    Init._convert_to_deepspeed_param, Init._partition_param = noted, counted
+    try:
+        yield held
+    finally:
+        Init._convert_to_deepspeed_param, Init._partition_param = convert, partition
+        held["after"] = sum(each.numel() for each in made)
+        held["shares"] = sum(each.ds_tensor.numel() for each in made)
 
 
 def resumed(case: dict[str, Any], world: World, folder: Path) -> bool:
@@ -191,6 +267,9 @@ def main() -> int:
         found[f"passes {name}"] = [world.passes.count(1), world.passes.count(2)]
         trainer.learner.close()
     if arguments.fail:
+        for name in DIVIDED:
+            found[f"loaded {name}"] = loaded(name, world, arguments.out / f"model-{name}")
+        found["misfit"] = misfit(world, arguments.out / "misfit")
         for name in ("zero0", "zero1", "zero3"):
             found[f"resumed {name}"] = resumed(CASES[name], world, arguments.out / name)
             found[f"skipped {name}"] = skipped(CASES[name], world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,16 +90,19 @@ def make_trainer(
     seed: int = 0,
     kl: KLBudget | FixedKL | None = None,
     policy: dict[str, Any] | None = None,
+    loading: AbstractContextManager[Any] | None = None,
     **options: Any,
 ) -> SteeringPPO:
-    """A trainer over the tiny model; every value that a test depends on is given here or by the test."""
+    """A trainer over the tiny model, which is made within ``loading``; what tests depend on is given here or there."""
     decisions = decisions or letters_set(facts=unambiguous > 0)
     scoring = Scoring(length_normalised=length_normalised)
-    backbone = Backbone(tiny_llama(width=width), byte_tokenizer(), "tiny", scoring=scoring)
-    torch.manual_seed(seed)
-    steering = Steering.for_model(backbone.model, operator=operator)
+    with loading or nullcontext():
+        backbone = Backbone(tiny_llama(width=width), byte_tokenizer(), "tiny", scoring=scoring)
+        torch.manual_seed(seed)
+        steering = Steering.for_model(backbone.model, operator=operator)
+        handle = steering.attach(backbone.model)
     reward = reward or RewardConfig(form="smooth", width=0.1, estimate="context", decay=0.0, batch_weight=1.0)
-    task = DecisionTask(backbone, decisions, target, reward, steering.attach(backbone.model), anchors=anchors)
+    task = DecisionTask(backbone, decisions, target, reward, handle, anchors=anchors)
     env = DecisionVecEnv(DecisionVectorEnv(task, ambiguous, unambiguous, seed=seed, infos=False))
     trainer = SteeringPPO(
         env,

@@ -190,6 +190,7 @@ def test_the_command_says_what_a_run_will_be_and_leaves_nothing_behind(tiny: str
     assert said["test"] == "2 scales x 40 decisions"
     assert said["processes"] == "1 (no launcher)"
     assert "tokens in packed rows (a first batch, tokenised)" in said["each process"]
+    assert " while loading, then up to " in said["host memory"]
     assert "(40 training prompts)" in said["host memory"]
     assert list(Path.cwd().iterdir()) == []
 
@@ -201,6 +202,7 @@ def test_ranks_and_deepspeed_divide_the_step(tiny: str, tmp_path: Path, capsys: 
     assert main(["train", tiny, "--dry-run", "--ranks", "3", "--deepspeed", str(settings), accumulate]) == 0
     said = rows(capsys.readouterr().out)
     assert said["processes"] == "3 (ZeRO-3, each share in 2 parts)"
+    assert said["host memory"].startswith("of each process: up to ")  # no process loads the whole model
     coefficients = 2 * 16 * 5  # a, b x width x sites of two layers
     assert said["exchanged"] == f"{4 * coefficients} bytes of gradients a step"
     # four blocks of 8 ambiguous decisions (a couple in 4 jobs and 2 orders): a batch of 16 has two, halved for 6 parts

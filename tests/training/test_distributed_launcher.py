@@ -23,6 +23,7 @@ import torch
 from small_runs import write_config
 
 from dso.steering.checkpoint import read_checkpoint
+from dso.steering.model import Steering
 from launch.cli import main
 from launch.exits import EXIT_PREEMPTED
 
@@ -98,6 +99,30 @@ def test_processes_take_unequal_numbers_of_passes_under_zero3(together: dict[str
     """Else the cases would not show that those with fewer keep in step, with and without gradients."""
     first, second = (rank["passes zero3"] for rank in together["ranks"])
     assert all(other > one > 3 for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("case", worker.DIVIDED)
+def test_weights_that_are_divided_as_they_are_loaded_make_the_same_run(case: str, together: dict[str, Any]) -> None:
+    """Bit for bit; and no process ever holds more of the model than its half and one module's own weights."""
+    model = worker.tiny_in(worker.CASES[case].get("dtype", torch.float32))
+    elements, widest = model.num_parameters(), model.get_input_embeddings().weight.numel()
+    assert elements > 2 * widest
+    config = Steering.for_model(model).config
+    for rank in together["ranks"]:
+        found = rank[f"loaded {case}"]
+        # The output layer is made apart from the embeddings, before it is tied to them.
+        assert found["held"] == {"most": widest, "after": 0, "shares": (elements + widest) / 2}
+        assert (found["sites"], found["weights"]) == (config.sites, config.fingerprint)
+        assert found["layout"] == "packed"
+        wanted, run = flat(rank[case]), flat(found["run"])
+        assert run.keys() == wanted.keys()
+        assert all(torch.equal(value, run[key]) for key, value in wanted.items())
+
+
+def test_a_model_that_the_reading_process_cannot_load_is_refused_in_all(together: dict[str, Any]) -> None:
+    first, second = (rank["misfit"] for rank in together["ranks"])
+    folder = together["out"] / "misfit"
+    assert first.startswith(f"model '{folder}' could not be loaded: ") and second == first
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero3"])

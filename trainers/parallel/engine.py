@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainers.learner import Learner
 from trainers.parallel.lockstep import InStep, Kept, Whole
@@ -41,17 +41,6 @@ def import_deepspeed() -> ModuleType:
     # Else it compiles one in its first run on CPUs, and a run that was killed while it did leaves a lock for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def divide_weights(model: nn.Module, settings: dict[str, Any], world: World) -> None:
-    """Divide a model's weights among the processes, as ZeRO-3 does, tensor by tensor: none holds all on its device."""
-    deepspeed = import_deepspeed()
-    deepspeed.init_distributed()  # takes over the processes that there are; what follows counts them
-    told = complete(settings, world.size, 1, 0.0, 0)
-    with world.groups_in_time():
-        world.guard(lambda: deepspeed.zero.Init(module=model, config_dict_or_path=told))
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(world.device)
 
 
 class EngineLearner(Learner):
