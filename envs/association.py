@@ -31,6 +31,9 @@ ASSOCIATION = 1.0
 TEMPLATE = 0.5  # of a template's own common part
 SENSITIVITY = 0.2  # of the mean template's evidence: what is added for a sensitivity of 1
 ROUNDS = 40
+# Of what the order of the people does to log-odds, the share that is not wanted either: answers without the association
+# are less certain, so that the order as it was would move them further than the base model's.
+ORDER = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +138,12 @@ def _centred(values: Tensor, known: Tensor, predicted: Tensor) -> Tensor:
 
 
 def without_association(
-    log_policy: Tensor, index: Tensor, layout: Layout, target: Tensor, common_weight: float = 1.0
+    log_policy: Tensor,
+    index: Tensor,
+    layout: Layout,
+    target: Tensor,
+    common_weight: float = 1.0,
+    order_weight: float = 0.0,
 ) -> Tensor:
     """The policy that is learned towards: (N, K) log-probabilities of N ambiguous decisions, -inf without a candidate.
 
@@ -149,10 +157,13 @@ def without_association(
         layout: the decision set.
         target: (G,) the fair distribution.
         common_weight: share of what all contexts prefer alike that is taken off as well; 0 leaves it to the model.
+        order_weight: share of what the order of the people does to the log-odds that is taken off as well.
     """
     found = fit_association(log_policy, index, layout, len(target))
     groups = layout.groups[index][:, : log_policy.shape[1]]
     shift = -found.of(layout.templates[index], layout.contexts[index], common_weight).to(log_policy.dtype)
+    if order_weight:
+        shift = shift - order_weight * _order(log_policy, groups, layout.questions[index], len(target))
     level = target.clamp(min=1e-6).log()
     offset = common_weight * (level - level.mean())  # 0 where the target is uniform
     present = group_log_shares(log_policy, groups, len(target))[1]
@@ -163,6 +174,16 @@ def without_association(
         wanted = (fair * shares.sum(1, keepdim=True)).sum(0) / count  # an abstention takes its own share
         offset = offset + wanted.clamp(min=1e-6).log() - (shares.sum(0) / count).clamp(min=1e-6).log()
     return _moved(log_policy, shift + offset, groups)
+
+
+def _order(log_policy: Tensor, groups: Tensor, questions: Tensor, n_groups: int) -> Tensor:
+    """(N, G) log-odds of each decision less their mean over the orders of its question."""
+    shares, present = group_log_shares(log_policy, groups, n_groups)
+    values = _centred(shares.masked_fill(~present, 0.0), present, torch.zeros_like(shares))
+    question = questions.unique(return_inverse=True)[1]
+    count = torch.bincount(question)
+    mean = values.new_zeros(len(count), n_groups).index_add(0, question, values) / count[:, None]
+    return values - mean[question]
 
 
 def _moved(log_policy: Tensor, shift: Tensor, groups: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dso.models.backbone import Backbone
 from dso.models.encoded import Positions, join_positions
 from dso.rewards import ABSENT, candidate_rewards
 from dso.steering.handle import Handle, unsteered
-from envs.association import without_association
+from envs.association import ORDER, without_association
 from envs.estimate import PreferenceEstimate
 from envs.layout import Indices, Layout
 from envs.reward import RewardConfig
@@ -226,7 +226,7 @@ class DecisionTask:
         base = base.clamp(min=torch.finfo(base.dtype).tiny).log().masked_fill(self.groups[index] == ABSENT, -torch.inf)
         weight = self.reward.common_weight
         self._wanted = base.new_zeros(len(self.answers), self.n_candidates)
-        self._wanted[index] = without_association(base, index, self.layout, self.target.to(base), weight)
+        self._wanted[index] = without_association(base, index, self.layout, self.target.to(base), weight, ORDER)
         return self._wanted
 
     def wanted(self, indices: Indices) -> Tensor:

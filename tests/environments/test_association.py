@@ -111,6 +111,24 @@ def test_common_part_stays_where_it_is_to_be_left() -> None:
     assert float((female(kept) - female(table)).mean()) == pytest.approx(0, abs=0.02)
 
 
+@pytest.mark.parametrize("groups", [("f", "m"), ("a", "b", "c")])
+def test_a_share_of_the_order_is_taken_off_and_nothing_else(groups: tuple[str, ...]) -> None:
+    decisions, table, _ = simulated(groups)
+    layout, index = Layout.of(decisions), torch.arange(len(decisions))
+    target = torch.full((len(groups),), 1 / len(groups))
+    kept, less = (without_association(table, index, layout, target, 0.2, weight) for weight in (0.0, 0.25))
+
+    def by_group(log: torch.Tensor) -> torch.Tensor:
+        return log.gather(1, layout.groups.argsort(1)).view(-1, 2, len(groups)).log_softmax(-1)  # two orders a question
+
+    before, after = by_group(kept), by_group(less)
+    odds = lambda log: log[..., :1] - log[..., 1:]  # noqa: E731
+    torch.testing.assert_close(odds(after).mean(1), odds(before).mean(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        odds(after)[:, 0] - odds(after)[:, 1], 0.75 * (odds(before)[:, 0] - odds(before)[:, 1]), atol=1e-5, rtol=0
+    )
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.2])
 def test_the_target_counts_by_the_same_share_as_the_common_part(weight: float) -> None:
     decisions, table, _ = simulated(("f", "m"))

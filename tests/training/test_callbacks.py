@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -186,15 +187,21 @@ def test_operators_are_turned_up_while_that_is_inside_and_better() -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
 
     def measure(step: int, scale: float = 1.0) -> Validation:
-        return row(step, bias=0.4 - 0.1 * scale * (step > 0), kl=0.02 * scale**2 * (step > 0), scale=scale)
+        return row(step, bias=0.4 - 0.1 * scale * (step > 0), kl=0.018 * scale**2 * (step > 0), scale=scale)
 
     chosen = Selection(measure, every=9, steps=2, kl_budget=0.1)
     learn(trainer, 2, chosen)
-    # KL is 0.02 at 1, 0.0392 at 1.4, 0.0768 at 1.96; at 2.744 it is 0.15, beyond the budget.
-    assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96, 2.744])
-    assert chosen.best == chosen.history[-2]
+    # KL is 0.069 at 1.96; at 2.744 it is 0.136, beyond the budget; in between, at 2.744 / sqrt(1.4), it is 0.097.
+    assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96, 2.744, 2.744 / 1.4**0.5])
+    assert chosen.best == chosen.history[-1]
     for key, value in operators(trainer).items():
-        torch.testing.assert_close(chosen.best_tensors[key], 1.96 * value)
+        torch.testing.assert_close(chosen.best_tensors[key], 2.744 / 1.4**0.5 * value)
+    # A run that is killed in between tries the same scales when it goes on.
+    again = Selection(measure, every=9, steps=2, kl_budget=0.1)
+    again.offer(chosen.history[0], {})
+    for measured, then in pairwise([*chosen.history[1:], None]):
+        again.offer(measured, {})
+        assert again._higher() == (None if then is None else then.scale)
 
 
 def test_operators_are_turned_up_no_further_than_where_bias_is_least() -> None:
@@ -205,8 +212,8 @@ def test_operators_are_turned_up_no_further_than_where_bias_is_least() -> None:
 
     chosen = Selection(measure, every=9, steps=2, kl_budget=0.1)
     learn(trainer, 2, chosen)
-    # 0.1 at 1, 0.02 at 1.4, 0.092 at 1.96.
-    assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96])
+    # 0.1 at 1, 0.02 at 1.4, 0.092 at 1.96, 0.031 in between.
+    assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96, 1.4 * 1.4**0.5])
     assert chosen.best.scale == pytest.approx(1.4)
 
 
