@@ -54,7 +54,7 @@ def _norms(model: nn.Module) -> dict[str, int]:
 
 def _attention(model: nn.Module) -> dict[str, int]:
     prefix, _ = _language_backbone(model)
-    linear = _widths(model, _linear_width)
+    linear = _widths(model, linear_width)
     sites = {name: width for name, width in linear.items() if name.startswith(prefix) and PROJECTION.search(name)}
     if not sites:
         raise UserError(
@@ -73,7 +73,7 @@ def _matching(model: nn.Module, pattern: str) -> dict[str, int]:
     except re.error as error:
         raise UserError(f"site pattern {pattern!r} is no regular expression: {error}") from error
     norms = _widths(model, _norm_width)
-    for known in (norms, _widths(model, _linear_width)):
+    for known in (norms, _widths(model, linear_width)):
         if matched := {name: width for name, width in known.items() if wanted.fullmatch(name)}:
             return matched
     examples = ", ".join(list(norms)[:3]) or "none"
@@ -90,7 +90,7 @@ def _widths(model: nn.Module, width_of: Callable[[nn.Module], int]) -> dict[str,
 def site_width(module: nn.Module) -> int:
     """Size of what a module gives: a linear layer's outputs, else a one-dimensional weight's; 0 where neither says."""
     weight = getattr(module, "weight", None)
-    return _linear_width(module) or (_length(weight) if isinstance(weight, Tensor) else 0)
+    return linear_width(module) or (_length(weight) if isinstance(weight, Tensor) else 0)
 
 
 def _norm_width(module: nn.Module) -> int:
@@ -111,7 +111,7 @@ def _length(weight: Tensor) -> int:
     return int(shape[0]) if len(shape) == 1 else 0
 
 
-def _linear_width(module: nn.Module) -> int:
+def linear_width(module: nn.Module) -> int:
     """Number of outputs of a linear layer, also of a quantised one or of GPT-2's Conv1D; 0 for any other module."""
     kind = type(module).__name__.lower()
     width = getattr(module, "nf" if kind == "conv1d" else "out_features", 0)
