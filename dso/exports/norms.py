@@ -4,7 +4,7 @@ With ``n(x)`` the normed input, the output of every norm that merges is
 
     y = n(x) * (base + weight) + bias
 
-with base 0 (LayerNorm, RMSNorm of Llama) or 1 (RMSNorm of Gemma), with or without a bias, and some norms have no weight.
+with base 0 (LayerNorm, RMSNorm of Llama) or 1 (RMSNorm of Gemma), with or without a bias. Some norms have no weight.
 """
 
 from __future__ import annotations

@@ -40,7 +40,10 @@ WANTED: dict[str, tuple[NormForm, dict[str, tuple[str, ...]]]] = {
     ),
     "OPT": (
         LAYER,
-        {"self_attn_layer_norm": ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"), "final_layer_norm": ("fc1",)},
+        {
+            "self_attn_layer_norm": ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"),
+            "final_layer_norm": ("fc1",),
+        },
     ),
     "OLMo2": (RMS, {"post_attention_layernorm": (), "post_feedforward_layernorm": ()}),
     "Falcon": (LAYER, FALCON), "Falcon-ALiBi": (LAYER, FALCON),
