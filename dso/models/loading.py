@@ -15,6 +15,7 @@ from dso.models.processor import load_processor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*", "NOTICE*"]
 LOADER_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError)
 
 
@@ -63,6 +64,23 @@ def sees(config: Any) -> bool:
     if found and getattr(config, "is_encoder_decoder", False):
         raise UserError(f"{config.model_type} has an encoder for the prompt; models that continue it are supported")
     return found
+
+
+def local_folder(name: str, revision: str | None = None) -> Path:
+    """The folder with the files of a model: an embedded one, a local one, or one of the Hub, fetched if need be.
+
+    Raises:
+        ModelNotFound: if there is no such model; the message says what was looked for.
+    """
+    source = _source(name, revision)
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"model {name!r} could not be fetched: {_first_line(error)}") from error
 
 
 def _source(name: str, revision: str | None) -> str:

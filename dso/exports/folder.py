@@ -1,0 +1,113 @@
+"""The parts of a merged folder: what is copied, what is edited, and the weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dso.errors import UserError
+from dso.exports.notes import BASE_CARD, NOTES_FILE
+from dso.exports.plan import MergeError, MergePlan
+from dso.exports.probe import PROBE_FILE, read_probe
+from dso.exports.running import outputs
+from dso.exports.shards import Added, Make, Shards
+from dso.exports.slots import switched_config
+from dso.files import as_path
+from dso.models.loading import MODEL_FILES
+
+CONFIG = "config.json"
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+
+def require_ours(place: Path, source: Path) -> None:
+    """Refuse a place where something else is than what an earlier merge has written.
+
+    Raises:
+        MergeError: naming what is there.
+    """
+    if place == as_path(source):
+        raise MergeError(f"{place}: is the base model's own folder; choose another one")
+    if place.exists() and not place.is_dir():
+        raise MergeError(f"{place}: is no folder; choose another name")
+    present = {entry.name for entry in os.scandir(place)} if place.is_dir() else set()
+    known: set[str] = set()
+    with suppress(UserError):
+        known = {*read_probe(place).made.get("files", [])}
+    if others := sorted(present - known):
+        raise MergeError(f"{place}: has other files in it ({others[0]}); nothing was written; choose another folder")
+
+
+def copy_rest(source: Path, fresh: Path) -> bool:
+    """Copy what is no weight and no config: tokenizer, processor, templates, licence, the base model's card.
+
+    Returns:
+        Whether the base model has a card.
+    """
+    for path in sorted(source.iterdir()):
+        wanted = any(fnmatch(path.name, pattern) for pattern in MODEL_FILES) and not path.name.endswith(WEIGHTS)
+        if path.is_file() and wanted and path.name not in (PROBE_FILE, CONFIG):
+            shutil.copyfile(path, fresh / (BASE_CARD if path.name == NOTES_FILE else path.name))
+    return (source / NOTES_FILE).is_file()
+
+
+def write_config(source: Path, fresh: Path, config: Any, switches: tuple[str, ...], dtype: str) -> None:
+    """The base's config as it is, but for switches of its text part and the dtype.
+
+    It is edited as JSON, so that programs with an older transformers read what they know; where the result is not read
+    as meant, transformers writes it anew.
+    """
+    from transformers import AutoConfig
+
+    record = json.loads((source / CONFIG).read_text(encoding="utf-8"))
+    wanted = switched_config(config, switches)
+    text = record.get("text_config")
+    place = text if isinstance(text, dict) else record
+    place |= {name: getattr(wanted.get_text_config(), name) for name in switches}
+    for part in (record, *(value for value in record.values() if isinstance(value, dict))):
+        part |= dict.fromkeys({"torch_dtype", "dtype"} & part.keys(), dtype)
+    record["torch_dtype" if "torch_dtype" in record else "dtype"] = dtype
+    (fresh / CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    read = AutoConfig.from_pretrained(fresh).get_text_config()
+    if any(getattr(read, name, None) != getattr(wanted.get_text_config(), name) for name in switches):
+        wanted.dtype = dtype
+        wanted.save_pretrained(fresh)
+
+
+def write_weights(shards: Shards, fresh: Path, model: nn.Module, plan: MergePlan, target: torch.dtype) -> None:
+    """The weights with a plan's changes, computed from the files' own values.
+
+    Raises:
+        UserError: if a parameter is not to be found in the files.
+    """
+    changed: dict[str, Make] = {}
+    added: dict[str, Added] = {}
+    modules = dict(model.named_modules())
+    for name in dict.fromkeys([*plan.changes, *plan.new_biases]):
+        change, module = plan.changes.get(name), modules[name]
+        own = {key: module._parameters.get(key) for key in ("weight", "bias")}
+        keys = {key: shards.key_of(f"{name}.{key}", value) for key, value in own.items() if value is not None}
+
+        def new(which: int, change=change, keys=keys) -> Tensor:
+            weight, bias = (shards.tensor(keys[key]) if key in keys else None for key in ("weight", "bias"))
+            value = change.apply(weight, bias)[which]
+            assert value is not None
+            return value
+
+        if change is not None and change.moves_weight and "weight" in keys:
+            changed[keys["weight"]] = lambda new=new: new(0)
+        if change is not None and "bias" in keys:
+            changed[keys["bias"]] = lambda new=new: new(1)
+        if name in plan.new_biases:
+            count = outputs(module)
+            moved = change is not None and change.makes_bias
+            make: Make = (lambda new=new: new(1)) if moved else (lambda count=count: torch.zeros(count))
+            added[keys["weight"].removesuffix("weight") + "bias"] = Added(keys["weight"], count, make)
+    shards.write(fresh, changed, added, target if target != shards.dtype() else None)

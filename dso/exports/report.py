@@ -1,0 +1,77 @@
+"""What merging did, in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dso.exports.plan import LeftOut
+from dso.exports.probe import Probe
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far logits lie apart, over all prompts, tokens and the vocabulary."""
+
+    largest: float
+    mean: float
+
+    @classmethod
+    def of(cls, one: Tensor, other: Tensor) -> Distance:
+        """The distance of two tensors of logits."""
+        apart = (one.double() - other.double()).abs()
+        return cls(apart.max().item(), apart.mean().item())
+
+    def __str__(self) -> str:
+        return f"{self.largest:.2g} at most, {self.mean:.2g} on average"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What merging did.
+
+    Attributes:
+        steering, base, scale: what was merged into what.
+        dtype: of the folder.
+        sites: number of sites of the steering.
+        left_out: what was not merged.
+        effect: of the hooks, against the base model.
+        float32: merged weights before they are rounded, against hooks, both in float32.
+        saved: the folder as transformers loads it, against hooks, both in its dtype.
+        changed: number of values that should have changed.
+        lost: share of them that are what they were, as the change is below the dtype's steps.
+        probe: of the folder.
+        difference: of the folder from its probe, as it was loaded anew.
+    """
+
+    steering: str
+    base: str
+    scale: float
+    dtype: str
+    sites: int
+    left_out: tuple[LeftOut, ...]
+    effect: Distance
+    float32: Distance
+    saved: Distance
+    changed: int
+    lost: float
+    probe: Probe
+    difference: float
+
+    def __str__(self) -> str:
+        in_full = self.sites - len({entry.site for entry in self.left_out})
+        lines = [
+            f"merged       {in_full} of {self.sites} sites in full, scale {self.scale:g}, in {self.dtype}",
+            f"effect       logits move by {self.effect}",
+            f"float32      {self.float32} from the hooks",
+            f"{self.dtype:<12} {self.saved} from the hooks, as the folder loads",
+            f"rounding     {self.lost:.1%} of {self.changed} changed values vanish in {self.dtype}",
+            f"probe        {self.difference:.2g} nats off, loaded anew; tolerance {self.probe.tolerance:g}",
+        ]
+        if not self.probe.tells:
+            lines.append(
+                "             the base model is within the tolerance, too: the probe cannot tell whether the steering "
+                "is there"
+            )
+        return "\n".join(lines)

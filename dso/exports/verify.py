@@ -1,0 +1,106 @@
+"""Asking a folder, or a server, whether it is the model that a probe was made of."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dso.errors import UserError
+from dso.exports.probe import TOP, Answer, Probe, largest_difference
+from dso.exports.running import logits
+from dso.exports.shards import Shards
+from dso.models.loading import DTYPES, load_parts
+
+PATIENCE = 120.0  # seconds for one answer; a server may still be loading
+
+
+def folder_difference(folder: Path, probe: Probe) -> float:
+    """Largest difference, in nats, of the model in a folder, as transformers loads it in the dtype it is stored in.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    stored = Shards(folder).dtype()
+    model, _, _ = load_parts(str(folder), None, next(name for name, value in DTYPES.items() if value == stored))
+    answers = []
+    for prompt in probe.prompts:
+        found = logits(model.eval(), torch.tensor([prompt.ids]))[0, -1].log_softmax(-1)
+        answers.append(Answer({token: found[token].item() for token in prompt.tokens}, {}))
+    return largest_difference(probe, answers)
+
+
+def url_difference(url: str, model: str, probe: Probe) -> tuple[float, str]:
+    """Largest difference, in nats, of a server with OpenAI's completions endpoint, and a note, which may be empty.
+
+    Prompts are sent as token ids; a server that takes text only gets their text. ``$OPENAI_API_KEY`` is sent if set.
+
+    Args:
+        url: with or without ``/v1`` or ``/v1/completions``.
+        model: the name by which the server knows the model.
+        probe: of the folder that it should be serving.
+
+    Raises:
+        UserError: if it cannot be reached, refuses, or gives no log-probabilities.
+    """
+    place = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1/completions"
+    note, answers = "", []
+    for prompt in probe.prompts:
+        try:
+            reply = _ask(place, model, list(prompt.ids))
+        except _Refused:
+            try:
+                reply = _ask(place, model, prompt.text)
+            except _Refused as error:
+                raise UserError(str(error)) from error
+            note = "it takes no token ids; the prompts were sent as text, to which it may have added a token of its own"
+        answers.append(_answer(reply, place))
+    return largest_difference(probe, answers), note
+
+
+class _Refused(Exception):
+    """The server understood the request and did not want it."""
+
+
+def _ask(place: str, model: str, prompt: list[int] | str) -> Any:
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": TOP}
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("OPENAI_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    try:
+        request = urllib.request.Request(place, json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=PATIENCE) as reply:
+            return json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        text = " ".join(error.read(500).decode("utf-8", "replace").split())
+        if error.code in (400, 422):
+            raise _Refused(f"{place}: {error.code}: {text}") from error
+        raise UserError(f"{place}: {error.code}: {text}") from error
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise UserError(f"{place}: no answer: {getattr(error, 'reason', error)}") from error
+
+
+def _answer(reply: Any, place: str) -> Answer:
+    """The listed tokens, in the shape of OpenAI's completions, or in that of its chats (llama.cpp's server)."""
+    by_id: dict[int, float] = {}
+    by_word: dict[str, float] = {}
+    try:
+        found = reply["choices"][0]["logprobs"]
+        if "content" in found:
+            for entry in found["content"][0]["top_logprobs"]:
+                by_word[str(entry["token"])] = float(entry["logprob"])
+                if "id" in entry:
+                    by_id[int(entry["id"])] = float(entry["logprob"])
+        else:
+            by_word = {str(word): float(value) for word, value in found["top_logprobs"][0].items()}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{place}: its answer has no log-probabilities of the most probable tokens; start the server so that it "
+            "gives them"
+        ) from error
+    return Answer(by_id, by_word)
