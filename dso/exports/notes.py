@@ -20,13 +20,13 @@ These weights are those of {base} with the steering {steering} at scale {scale:g
 Nothing of `dso` is needed to load or to run them. The scale can no longer be changed, and adapters made for the base
 model were not measured on top of it. What the base model's licence and card say still holds{card}.
 
-On eight prompts, logits differ from those of the steering's hooks by {saved} ({dtype}), and by
+On short prompts, logits differ from those of the steering's hooks by {saved} ({dtype}), and by
 {float32} before rounding (float32). The steering moves them by {effect}. Of {changed} changed
 values, {lost:.1%} vanish in {dtype}.
 
 ## Is a server running these weights?
 
-Some programs skip a bias that they have no slot for without a word. `{probe}` holds what this model says to eight
+Some programs skip a bias that they have no slot for without a word. `{probe}` holds what this model says to a few
 prompts. With `dso` installed: `dso verify FOLDER`, or `dso verify FOLDER --url URL --model NAME`. Without it,
 
 ```python

@@ -23,6 +23,8 @@ from dso.errors import UserError
 PROBE_FILE = "dso_probe.json"
 FORMAT = 1
 TOP = 5  # tokens a prompt: what OpenAI-style completions list at most
+KEPT = 4  # prompts of a probe
+NOISES = 2  # the tolerance is so many times what bfloat16 changes
 LEAST = 0.01  # nats; programs differ by that much in float32, too
 TEXTS = (
     "The doctor finished the shift and then",
@@ -132,7 +134,7 @@ def probe_ids(tokenizer: Any) -> Tensor:
 def make_probe(
     tokenizer: Any, ids: Tensor, wanted: Tensor, rounded: Tensor, base: Tensor, made: Mapping[str, Any]
 ) -> Probe:
-    """The probe of a model.
+    """The probe of a model: of the prompts that tell it from its base in spite of rounding.
 
     Args:
         tokenizer: for the tokens' texts.
@@ -144,8 +146,9 @@ def make_probe(
     """
     log_probs = wanted.log_softmax(-1)
     best = log_probs.topk(TOP)
-    noise = (rounded.log_softmax(-1) - log_probs).gather(-1, best.indices).abs().max().item()
+    noise = (rounded.log_softmax(-1) - log_probs).gather(-1, best.indices).abs().amax(-1)
     apart = (base.log_softmax(-1) - log_probs).gather(-1, best.indices).abs().amax(-1)
+    kept = (apart - NOISES * noise).topk(min(KEPT, len(ids))).indices
     prompts = [
         Prompt(
             text=tokenizer.decode(ids[row]),
@@ -155,9 +158,9 @@ def make_probe(
             log_probs=tuple(round(value, 5) for value in best.values[row].tolist()),
             base=round(apart[row].item(), 5),
         )
-        for row in apart.argsort(descending=True).tolist()
+        for row in kept.tolist()
     ]
-    return Probe(tuple(prompts), round(max(2 * noise, LEAST), 5), made)
+    return Probe(tuple(prompts), round(max(NOISES * noise[kept].max().item(), LEAST), 5), made)
 
 
 @dataclass(frozen=True, slots=True)

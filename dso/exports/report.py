@@ -42,7 +42,6 @@ class MergeReport:
         changed: number of values that should have changed.
         lost: share of them that are what they were, as the change is below the dtype's steps.
         probe: of the folder.
-        difference: of the folder from its probe, as it was loaded anew.
     """
 
     steering: str
@@ -57,7 +56,6 @@ class MergeReport:
     changed: int
     lost: float
     probe: Probe
-    difference: float
 
     def __str__(self) -> str:
         in_full = self.sites - len({entry.site for entry in self.left_out})
@@ -67,11 +65,9 @@ class MergeReport:
             f"float32      {self.float32} from the hooks",
             f"{self.dtype:<12} {self.saved} from the hooks, as the folder loads",
             f"rounding     {self.lost:.1%} of {self.changed} changed values vanish in {self.dtype}",
-            f"probe        {self.difference:.2g} nats off, loaded anew; tolerance {self.probe.tolerance:g}",
+            f"probe        {len(self.probe.prompts)} prompts; within {self.probe.tolerance:g} nats, where the base "
+            f"model is {max(prompt.base for prompt in self.probe.prompts):.2g} off",
         ]
         if not self.probe.tells:
-            lines.append(
-                "             the base model is within the tolerance, too: the probe cannot tell whether the steering "
-                "is there"
-            )
+            lines.append("             too close: rounding hides whether the steering is there")
         return "\n".join(lines)

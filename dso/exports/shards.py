@@ -69,8 +69,8 @@ class Shards:
         for file in files:
             if not (folder / file).is_file():
                 raise UserError(
-                    f"{folder}: no {file}, and only safetensors can be merged into; load the model with transformers and "
-                    "save it with save_pretrained first"
+                    f"{folder}: no {file}, and only safetensors can be merged into; load the model with transformers "
+                    "and save it with save_pretrained first"
                 )
             for key, entry in read_header(folder / file).items():
                 self.header[key] = entry
@@ -202,9 +202,13 @@ def write_tensors(path: Path, entries: Sequence[Entry]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for entry in entries:
-            value = entry.make()
-            value = value.to(DTYPES.get(entry.dtype, value.dtype)).contiguous()
-            file.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            file.write(_bytes(entry))
+
+
+def _bytes(entry: Entry) -> memoryview:
+    value = entry.make()
+    value = value.to(DTYPES.get(entry.dtype, value.dtype)).contiguous()
+    return value.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _count(shape: Iterable[int]) -> int:

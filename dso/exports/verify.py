@@ -6,6 +6,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,27 +36,30 @@ def folder_difference(folder: Path, probe: Probe) -> float:
     return largest_difference(probe, answers)
 
 
-def url_difference(url: str, model: str, probe: Probe) -> tuple[float, str]:
+def url_difference(url: str, model: str | None, probe: Probe) -> tuple[float, str]:
     """Largest difference, in nats, of a server with OpenAI's completions endpoint, and a note, which may be empty.
 
     Prompts are sent as token ids; a server that takes text only gets their text. ``$OPENAI_API_KEY`` is sent if set.
 
     Args:
         url: with or without ``/v1`` or ``/v1/completions``.
-        model: the name by which the server knows the model.
+        model: the name by which the server knows the model; None takes the first that it lists.
         probe: of the folder that it should be serving.
 
     Raises:
         UserError: if it cannot be reached, refuses, or gives no log-probabilities.
     """
-    place = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1/completions"
+    root = url.rstrip("/").removesuffix("/completions").removesuffix("/v1") + "/v1"
+    place = f"{root}/completions"
+    name = _first_model(f"{root}/models") if model is None else model
     note, answers = "", []
     for prompt in probe.prompts:
+        body = {"model": name, "max_tokens": 1, "temperature": 0, "logprobs": TOP}
         try:
-            reply = _ask(place, model, list(prompt.ids))
+            reply = _ask(place, body | {"prompt": list(prompt.ids)})
         except _Refused:
             try:
-                reply = _ask(place, model, prompt.text)
+                reply = _ask(place, body | {"prompt": prompt.text})
             except _Refused as error:
                 raise UserError(str(error)) from error
             note = "it takes no token ids; the prompts were sent as text, to which it may have added a token of its own"
@@ -67,13 +71,20 @@ class _Refused(Exception):
     """The server understood the request and did not want it."""
 
 
-def _ask(place: str, model: str, prompt: list[int] | str) -> Any:
-    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": TOP}
+def _first_model(place: str) -> str:
+    try:
+        return str(_ask(place)["data"][0]["id"])
+    except (_Refused, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{place}: lists no model; name it with --model") from error
+
+
+def _ask(place: str, body: Mapping[str, Any] | None = None) -> Any:
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("OPENAI_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
     try:
-        request = urllib.request.Request(place, json.dumps(body).encode(), headers)
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(place, data, headers)
         with urllib.request.urlopen(request, timeout=PATIENCE) as reply:
             return json.loads(reply.read())
     except urllib.error.HTTPError as error:

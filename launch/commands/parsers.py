@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_config(commands)
     _add_evaluate(commands)
     _add_compare(commands)
+    _add_merge(commands)
 
     generate = commands.add_parser("generate", help="generate text with a steered model")
     generate.add_argument("steering", help="folder or Hub id of a steering")
@@ -133,6 +134,26 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
     compare.add_argument("--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)")
     compare.add_argument("--json", metavar="FILE", help="also write the figures to a file")
     compare.add_argument("--quiet", action="store_true", help="print only the table")
+
+
+def _add_merge(commands: argparse._SubParsersAction) -> None:
+    merge = commands.add_parser("merge", help="write a plain model folder with a steering merged into the weights")
+    merge.add_argument("steering", help="folder or Hub id of a steering")
+    merge.add_argument("--scale", type=float, default=1.0, help="strength, fixed from then on (default: 1)")
+    merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    merge.add_argument("--model", help=STATED)
+    merge.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the one they are stored in)")
+    merge.add_argument("--allow-partial", action="store_true", help="leave out what has no place in the architecture")
+    merge.add_argument("--allow-rounding", action="store_true", help="accept changes that vanish in the dtype")
+    text = "set to measure on what is left out: a name or a .jsonl file (default: that of the steering's run)"
+    merge.add_argument("--decisions", metavar="SET", help=text)
+    _add_option(merge)
+    merge.add_argument("--split", default="test", help="of --decisions (default: test)")
+
+    verify = commands.add_parser("verify", help="ask a merged folder, or a server, whether it runs the merged weights")
+    verify.add_argument("folder", help="that dso merge has written")
+    verify.add_argument("--url", help="of a server with OpenAI's completions, as in http://localhost:8000/v1")
+    verify.add_argument("--model", help="its name on that server (default: the first that the server lists)")
 
 
 def _add_option(command: argparse.ArgumentParser) -> None:

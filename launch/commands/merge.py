@@ -1,0 +1,96 @@
+"""``dso merge``: write a plain model folder with a steering merged into the weights."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from dso.decisions.decision import DecisionSet
+from dso.decisions.sets import load_decisions
+from dso.errors import UserError
+from dso.evaluation.evaluator import Evaluator
+from dso.evaluation.report import ScalePoint, decimal_text, fixed_rows, interval_text
+from dso.exports.merge import Merging
+from dso.models.backbone import Backbone
+from dso.steering.model import Steering
+from launch.commands.common import pairs, quieten
+from launch.run.measure import cut_points
+
+SHOWN = 8  # parts that are left out, by name
+HEAD = ("", "bias [95%]", "log-odds [95%]", "order", "accuracy [95%]", "mass", "KL", "KL unamb.")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """``dso merge``."""
+    quieten()
+    steering = Steering.from_pretrained(arguments.steering)
+    merging = Merging.of(steering, arguments.scale, arguments.model)
+    if left := merging.plan.left_out:
+        print(f"{len(left)} parts of the steering have no place in {type(merging.model).__name__}:")
+        for entry in left[:SHOWN]:
+            print(f"  {entry.part} at {entry.site}: {entry.reason}")
+        if len(left) > SHOWN:
+            print(f"  and {len(left) - SHOWN} more")
+        print(_cost(arguments, merging), flush=True)
+    report = merging.write(
+        arguments.out,
+        arguments.dtype,
+        allow_partial=arguments.allow_partial,
+        allow_rounding=arguments.allow_rounding,
+        stated=str(arguments.steering),
+    )
+    print(report)
+    print(f"{arguments.out}: ask a server that runs it with: dso verify {arguments.out} --url URL --model NAME")
+    return 0
+
+
+def _cost(arguments: argparse.Namespace, merging: Merging) -> str:
+    """What leaving these parts out does to the measured figures."""
+    try:
+        decisions = _decisions(arguments)
+    except UserError as error:
+        return f"What leaving them out costs was not measured: {error}"
+    if decisions is None:
+        return "What leaving them out costs was not measured; --decisions SET measures it."
+    steering, part, model = merging.steering, merging.part, merging.model
+    backbone = Backbone(model, merging.tokenizer, "model", processor=merging.processor, scoring=steering.config.scoring)
+    target = None
+    if {*steering.config.groups} == {*decisions.groups}:
+        target = dict(zip(steering.config.groups, steering.config.target, strict=True))
+    with steering.on(model, 0.0) as whole, part.on(model, 0.0) as rest:
+        evaluator = Evaluator(backbone, decisions, whole)
+        scales = [0.0, arguments.scale, arguments.scale]
+        measured = evaluator.settings([(None, 0.0), (whole, arguments.scale), (rest, arguments.scale)])
+    points = cut_points(scales, measured, decisions, target, bootstrap=1000)
+    names = ("base", "with hooks", "merged")
+    rows = [HEAD, *((name, *_cells(point)) for name, point in zip(names, points, strict=True))]
+    return f"On {len(decisions)} decisions, at scale {arguments.scale:g}:\n{fixed_rows(rows)}"
+
+
+def _cells(point: ScalePoint) -> tuple[str, ...]:
+    return (
+        interval_text(point.bias.bias),
+        interval_text(point.bias.log_odds.bias),
+        decimal_text(point.bias.order_effect, 2),
+        interval_text(point.accuracy),
+        decimal_text(point.answer_mass),
+        decimal_text(point.kl),
+        decimal_text(point.kl_unambiguous),
+    )
+
+
+def _decisions(arguments: argparse.Namespace) -> DecisionSet | None:
+    """Those that are named, or else the test split of the run that the steering is the result of."""
+    if arguments.decisions:
+        data = load_decisions(arguments.decisions, **pairs(arguments.option, "--option"))
+        return data.select(split=arguments.split)
+    config = Path(arguments.steering).parent / "config.yaml"
+    if not config.is_file():
+        return None
+    from launch.config.schema import load_config
+    from launch.run.session import open_decisions, split_of
+
+    found = load_config(str(config))
+    print(f"dso: measuring on the test split of {found.data.set}", file=sys.stderr)
+    return split_of(found, open_decisions(found), "test")
