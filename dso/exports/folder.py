@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from dso.errors import UserError
 from dso.exports.notes import BASE_CARD, NOTES_FILE
-from dso.exports.plan import MergeError, MergePlan
+from dso.exports.plan import Change, MergeError, MergePlan
 from dso.exports.probe import PROBE_FILE, read_probe
 from dso.exports.running import outputs
 from dso.exports.shards import Added, Make, Shards
@@ -23,6 +25,7 @@ from dso.exports.slots import switched_config
 from dso.files import as_path
 from dso.models.loading import MODEL_FILES
 
+PARAMETERS = ("weight", "bias")
 CONFIG = "config.json"
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -91,23 +94,25 @@ def write_weights(shards: Shards, fresh: Path, model: nn.Module, plan: MergePlan
     added: dict[str, Added] = {}
     modules = dict(model.named_modules())
     for name in dict.fromkeys([*plan.changes, *plan.new_biases]):
-        change, module = plan.changes.get(name), modules[name]
-        own = {key: module._parameters.get(key) for key in ("weight", "bias")}
+        module, change = modules[name], plan.changes.get(name)
+        own = {key: module._parameters.get(key) for key in PARAMETERS}
         keys = {key: shards.key_of(f"{name}.{key}", value) for key, value in own.items() if value is not None}
-
-        def new(which: int, change=change, keys=keys) -> Tensor:
-            weight, bias = (shards.tensor(keys[key]) if key in keys else None for key in ("weight", "bias"))
-            value = change.apply(weight, bias)[which]
-            assert value is not None
-            return value
-
         if change is not None and change.moves_weight and "weight" in keys:
-            changed[keys["weight"]] = lambda new=new: new(0)
+            changed[keys["weight"]] = partial(_new, shards, change, keys, "weight")
         if change is not None and "bias" in keys:
-            changed[keys["bias"]] = lambda new=new: new(1)
+            changed[keys["bias"]] = partial(_new, shards, change, keys, "bias")
         if name in plan.new_biases:
             count = outputs(module)
-            moved = change is not None and change.makes_bias
-            make: Make = (lambda new=new: new(1)) if moved else (lambda count=count: torch.zeros(count))
+            make: Make = partial(torch.zeros, count)
+            if change is not None and change.makes_bias:
+                make = partial(_new, shards, change, keys, "bias")
             added[keys["weight"].removesuffix("weight") + "bias"] = Added(keys["weight"], count, make)
     shards.write(fresh, changed, added, target if target != shards.dtype() else None)
+
+
+def _new(shards: Shards, change: Change, keys: Mapping[str, str], wanted: str) -> Tensor:
+    """A module's new weight or bias, from the files; ``keys`` are those of its old ones."""
+    old = [shards.tensor(keys[key]) if key in keys else None for key in PARAMETERS]
+    value = change.apply(*old)[PARAMETERS.index(wanted)]
+    assert value is not None  # asked for where there is one only
+    return value

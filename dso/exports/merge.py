@@ -22,15 +22,17 @@ from torch import Tensor
 from dso.exports.folder import copy_rest, require_ours, write_config, write_weights
 from dso.exports.notes import NOTES_FILE, notes
 from dso.exports.plan import MergeError, MergePlan, partial_steering, plan_merge
-from dso.exports.probe import make_probe, probe_ids, versions
+from dso.exports.probe import BASE, make_probe, probe_ids, versions
 from dso.exports.report import Distance, MergeReport
 from dso.exports.running import in_float32, logits, merged_parameters, new_zeros, with_parameters
 from dso.exports.shards import Shards
+from dso.exports.verify import judge_logits
 from dso.files import PART, as_path, replace_folder, require_room
 from dso.models.loading import DTYPES, load_parts, local_folder
 from dso.steering.model import Steering
 
 SAME = 1e-5  # of the largest logit: what a folder may be off itself
+WITHOUT = "merged model without its new biases"  # as a program runs it that skips them
 LOST = 0.01  # share of the changes that may vanish in the dtype of the folder before it is refused
 
 
@@ -150,7 +152,7 @@ class Merging:
 
     @torch.no_grad()
     def _fill(
-        self, fresh: Path, target: torch.dtype, exact: Mapping[str, Tensor], lost: float, changed: int, stated: str
+        self, fresh: Path, target: torch.dtype, exact: dict[str, Tensor], lost: float, changed: int, stated: str
     ) -> MergeReport:
         shards = Shards(self.source)
         require_room(fresh, shards.size(target))
@@ -159,7 +161,7 @@ class Merging:
         base_card = copy_rest(self.source, fresh)
         ids = probe_ids(self.tokenizer)
         model = self.model if target == shards.dtype() else load_parts(str(self.source), None, _name(target))[0].eval()
-        base, hooked, merged, wanted = self._in_float32(model, ids, exact, target)
+        hooked, merged, wanted, others = self._in_float32(model, ids, exact, target)
         with self.part.on(model, self.scale, check=False):
             hooked_in_target = logits(model, ids)
         loaded = load_parts(str(fresh), None, _name(target))[0].eval()
@@ -177,12 +179,14 @@ class Merging:
             "steering": stated, "base_model": base_name, "scale": self.scale, "dtype": _name(target),
             "partial": bool(self.plan.left_out), "versions": versions(),
         }  # fmt: skip
-        probe = make_probe(self.tokenizer, ids, wanted[:, -1], rounded[:, -1], base[:, -1], made)
+        last = {name: values[:, -1] for name, values in others.items()}
+        probe = make_probe(self.tokenizer, ids, wanted[:, -1], rounded[:, -1], last, made)
+        narrow = logits(loaded, torch.tensor([prompt.ids for prompt in probe.prompts]))[:, -1]
         report = MergeReport(
             steering=stated, base=base_name, scale=self.scale, dtype=_name(target),
             sites=len(self.steering.config.sites), left_out=tuple(self.plan.left_out),
-            effect=Distance.of(hooked, base), float32=Distance.of(merged, hooked), saved=saved, changed=changed,
-            lost=lost, probe=probe,
+            effect=Distance.of(hooked, others[BASE]), float32=Distance.of(merged, hooked), saved=saved,
+            changed=changed, lost=lost, probe=probe, bfloat16=judge_logits(probe, narrow),
         )  # fmt: skip
         text = notes(report, sees=self.processor is not None, base_card=base_card)
         (fresh / NOTES_FILE).write_text(text, encoding="utf-8")
@@ -191,20 +195,23 @@ class Merging:
         return report
 
     def _in_float32(
-        self, model: Any, ids: Tensor, exact: Mapping[str, Tensor], target: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits of the base, of the hooks, of the merged weights, and of those as they are stored."""
+        self, model: Any, ids: Tensor, exact: dict[str, Tensor], target: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Logits of the hooks, of the merged weights, of those as they are stored, and of other models by name."""
         stored = {name: value.to(target).float() for name, value in exact.items()}
         zeros = new_zeros(self.plan, model)
         with in_float32(model):
-            base = logits(model, ids)
+            others = {BASE: logits(model, ids)}
             with self.part.on(model, self.scale, check=False):
                 hooked = logits(model, ids)
             found = []
             for values in (exact, stored):
                 with with_parameters(model, zeros | values):
                     found.append(logits(model, ids))
-        return base, hooked, *found
+            if zeros:
+                with with_parameters(model, {name: value for name, value in stored.items() if name not in zeros}):
+                    others[WITHOUT] = logits(model, ids)
+        return hooked, found[0], found[1], others
 
     def _lost(self, exact: Mapping[str, Tensor], target: torch.dtype) -> tuple[float, int]:
         """The share of changed values that the dtype does not tell from the old ones, and their number."""

@@ -1,14 +1,18 @@
 """A probe: what a folder's model says to a few prompts, kept beside it, so that anyone can see whether it is the one.
 
 ``dso_probe.json`` holds, for each prompt, its token ids, the most probable next tokens and their log-probabilities,
-computed in float32 from the very weights that the folder holds. ``tolerance`` is what rounding may add where a program
-computes in bfloat16; ``base`` is how far the model without the steering is off, so that a program that skips what was
-merged (a bias that it has no slot for, an old copy of the weights) is told from one that does not.
+computed in float32 from the very weights that the folder holds; and what else a program may say that skips what was
+merged: the base model, and the merged model without the biases that the base does not have. An answer passes if
+
+- no log-probability is further off than ``tolerance``, twice what computing in bfloat16 changes here; and
+- it lies nearer to the merged model than to any of the others. With ``m`` the merged model's log-probabilities, ``o``
+  another's and ``f`` those that were found, over all tokens of all prompts:  sum (f - o)(m - o) / sum (m - o)^2 >= 1/2.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +24,12 @@ from torch import Tensor
 
 from dso.errors import UserError
 
+BASE = "base model"
 PROBE_FILE = "dso_probe.json"
 FORMAT = 1
 TOP = 5  # tokens a prompt: what OpenAI-style completions list at most
-KEPT = 4  # prompts of a probe
+KEPT = 6  # prompts of a probe
+HALF = 0.5  # of the way from another model to the merged one
 NOISES = 2  # the tolerance is so many times what bfloat16 changes
 LEAST = 0.01  # nats; programs differ by that much in float32, too
 TEXTS = (
@@ -47,7 +53,7 @@ class Prompt:
         tokens: ids of the most probable next tokens, best first.
         words: the same as text.
         log_probs: natural logarithms of their probabilities.
-        base: largest difference of the base model's log-probabilities from these.
+        others: name -> the same of another model.
     """
 
     text: str
@@ -55,7 +61,7 @@ class Prompt:
     tokens: tuple[int, ...]
     words: tuple[str, ...]
     log_probs: tuple[float, ...]
-    base: float
+    others: Mapping[str, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,7 @@ class Probe:
     """A folder's probe.
 
     Attributes:
-        prompts: the first one tells the steered model from its base best.
+        prompts: the first one tells the merged model from its base best.
         tolerance: largest difference, in nats, that is not a fault.
         made: what was merged, and the versions it was made with.
     """
@@ -72,10 +78,13 @@ class Probe:
     tolerance: float
     made: Mapping[str, Any]
 
-    @property
-    def tells(self) -> bool:
-        """Whether the base model would fail."""
-        return max(prompt.base for prompt in self.prompts) > self.tolerance
+    def apart(self, name: str) -> float:
+        """Largest difference of another model from this one, in nats."""
+        return max(
+            abs(other - own)
+            for prompt in self.prompts
+            for other, own in zip(prompt.others[name], prompt.log_probs, strict=True)
+        )
 
     def write(self, folder: Path) -> None:
         """Write the file into a folder."""
@@ -106,18 +115,19 @@ def read_probe(folder: Path) -> Probe:
                 tokens=tuple(int(number) for number in entry["tokens"]),
                 words=tuple(str(word) for word in entry["words"]),
                 log_probs=tuple(float(number) for number in entry["log_probs"]),
-                base=float(entry["base"]),
+                others={str(name): tuple(map(float, values)) for name, values in entry["others"].items()},
             )
             for entry in record["prompts"]
         )
-        if not all(p.ids and len(p.tokens) == len(p.words) == len(p.log_probs) > 0 for p in prompts) or not prompts:
-            raise ValueError("a prompt is empty or its lists differ in length")
+        lengths = {len(part) for p in prompts for part in (p.tokens, p.words, p.log_probs, *p.others.values())}
+        if not prompts or 0 in lengths or len(lengths) > 1 or not all(p.ids and p.others for p in prompts):
+            raise ValueError("a prompt is empty, or its lists differ in length")
         return Probe(prompts, float(record["tolerance"]), dict(record["made"]))
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no {PROBE_FILE}; dso merge writes one beside a model") from error
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{path}: damaged: {reason}") from error
 
@@ -132,7 +142,7 @@ def probe_ids(tokenizer: Any) -> Tensor:
 
 
 def make_probe(
-    tokenizer: Any, ids: Tensor, wanted: Tensor, rounded: Tensor, base: Tensor, made: Mapping[str, Any]
+    tokenizer: Any, ids: Tensor, wanted: Tensor, rounded: Tensor, others: Mapping[str, Tensor], made: Mapping[str, Any]
 ) -> Probe:
     """The probe of a model: of the prompts that tell it from its base in spite of rounding.
 
@@ -141,26 +151,44 @@ def make_probe(
         ids: (prompts, tokens).
         wanted: (prompts, vocabulary) next-token logits of the folder's weights in float32.
         rounded: the same computed in bfloat16, from which the tolerance comes.
-        base: the same of the base model in float32.
+        others: the same of other models in float32; :data:`BASE` is one of them.
         made: see :class:`Probe`.
     """
     log_probs = wanted.log_softmax(-1)
-    best = log_probs.topk(TOP)
-    noise = (rounded.log_softmax(-1) - log_probs).gather(-1, best.indices).abs().amax(-1)
-    apart = (base.log_softmax(-1) - log_probs).gather(-1, best.indices).abs().amax(-1)
+    tables = {name: values.log_softmax(-1) for name, values in others.items()}
+    chosen = torch.tensor(_same_number([_plain_tokens(tokenizer, row) for row in log_probs]))
+    own = log_probs.gather(-1, chosen)
+    noise = (rounded.log_softmax(-1).gather(-1, chosen) - own).abs().amax(-1)
+    apart = (tables[BASE].gather(-1, chosen) - own).abs().amax(-1)
     kept = (apart - NOISES * noise).topk(min(KEPT, len(ids))).indices
     prompts = [
         Prompt(
             text=tokenizer.decode(ids[row]),
             ids=tuple(ids[row].tolist()),
-            tokens=tuple(best.indices[row].tolist()),
-            words=tuple(tokenizer.decode([token]) for token in best.indices[row].tolist()),
-            log_probs=tuple(round(value, 5) for value in best.values[row].tolist()),
-            base=round(apart[row].item(), 5),
+            tokens=tuple(chosen[row].tolist()),
+            words=tuple(tokenizer.decode([token]) for token in chosen[row].tolist()),
+            log_probs=_short(own[row]),
+            others={name: _short(table[row, chosen[row]]) for name, table in tables.items()},
         )
         for row in kept.tolist()
     ]
     return Probe(tuple(prompts), round(max(NOISES * noise[kept].max().item(), LEAST), 5), made)
+
+
+def _short(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 5) for value in values.tolist())
+
+
+def _same_number(rows: list[list[int]]) -> list[list[int]]:
+    return [row[: min(map(len, rows))] for row in rows]
+
+
+def _plain_tokens(tokenizer: Any, log_probs: Tensor) -> list[int]:
+    """The most probable tokens, of those with a text of their own: servers list tokens by their texts."""
+    best = log_probs.topk(min(4 * TOP, log_probs.shape[-1])).indices.tolist()
+    words = [tokenizer.decode([token]) for token in best]
+    plain = [token for token, word in zip(best, words, strict=True) if words.count(word) == 1 and "\ufffd" not in word]
+    return (plain or best)[:TOP]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +199,29 @@ class Answer:
     by_word: Mapping[str, float]
 
 
-def largest_difference(probe: Probe, answers: Sequence[Answer]) -> float:
-    """Largest difference of a log-probability from the probe's, in nats.
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a program's answers compare with a probe.
+
+    Attributes:
+        largest: difference of a log-probability, in nats.
+        tolerance: of the probe.
+        shares: name of another model -> how much of the way from there to the merged model the answers are, by the
+            formula of the module; nan for a model that says the very same.
+    """
+
+    largest: float
+    tolerance: float
+    shares: Mapping[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is the merged model."""
+        return self.largest <= self.tolerance and not any(share < HALF for share in self.shares.values())
+
+
+def judge(probe: Probe, answers: Sequence[Answer]) -> Verdict:
+    """Hold answers against a probe, one a prompt.
 
     A token that is not listed has at most the smallest log-probability that is, so it differs by what is missing from
     there at least.
@@ -180,19 +229,27 @@ def largest_difference(probe: Probe, answers: Sequence[Answer]) -> float:
     Raises:
         UserError: if an answer lists no token, or none lists one of the probe's.
     """
-    worst, met = 0.0, False
+    worst = 0.0
+    along, length = dict.fromkeys(probe.prompts[0].others, 0.0), dict.fromkeys(probe.prompts[0].others, 0.0)
+    met = False
     for prompt, answer in zip(probe.prompts, answers, strict=True):
         listed = [*answer.by_id.values(), *answer.by_word.values()]
         if not listed:
             raise UserError("the answer lists no log-probabilities")
-        for token, word, wanted in zip(prompt.tokens, prompt.words, prompt.log_probs, strict=True):
+        for place, (token, word) in enumerate(zip(prompt.tokens, prompt.words, strict=True)):
+            wanted = prompt.log_probs[place]
             found = answer.by_id.get(token, answer.by_word.get(word))
-            met = met or found is not None
-            difference = max(0.0, wanted - min(listed)) if found is None else abs(found - wanted)
-            worst = max(worst, difference)
+            if found is None:
+                worst = max(worst, wanted - min(listed))
+                continue
+            worst, met = max(worst, abs(found - wanted)), True
+            for name, values in prompt.others.items():
+                along[name] += (found - values[place]) * (wanted - values[place])
+                length[name] += (wanted - values[place]) ** 2
     if not met:
         raise UserError(f"no answer lists {probe.prompts[0].words[0]!r} or another of the probe's tokens by its text")
-    return worst
+    shares = {name: along[name] / square if square else math.nan for name, square in length.items()}
+    return Verdict(worst, probe.tolerance, shares)
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dso.exports.plan import LeftOut
-from dso.exports.probe import Probe
+from dso.exports.probe import Probe, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class MergeReport:
         changed: number of values that should have changed.
         lost: share of them that are what they were, as the change is below the dtype's steps.
         probe: of the folder.
+        bfloat16: the folder's own answers in bfloat16, held against its probe.
     """
 
     steering: str
@@ -56,6 +57,7 @@ class MergeReport:
     changed: int
     lost: float
     probe: Probe
+    bfloat16: Verdict
 
     def __str__(self) -> str:
         in_full = self.sites - len({entry.site for entry in self.left_out})
@@ -65,9 +67,11 @@ class MergeReport:
             f"float32      {self.float32} from the hooks",
             f"{self.dtype:<12} {self.saved} from the hooks, as the folder loads",
             f"rounding     {self.lost:.1%} of {self.changed} changed values vanish in {self.dtype}",
-            f"probe        {len(self.probe.prompts)} prompts; within {self.probe.tolerance:g} nats, where the base "
-            f"model is {max(prompt.base for prompt in self.probe.prompts):.2g} off",
+            f"probe        {len(self.probe.prompts)} prompts, tolerance {self.probe.tolerance:g} nats; "
+            + ", ".join(f"{name}: {self.probe.apart(name):.2g} off" for name in self.bfloat16.shares),
         ]
-        if not self.probe.tells:
-            lines.append("             too close: rounding hides whether the steering is there")
+        if not self.bfloat16.passed:
+            lines.append(
+                "             run in bfloat16, rounding hides what was merged: the folder fails its own probe there"
+            )
         return "\n".join(lines)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dso.errors import UserError
-from dso.exports.probe import TOP, Answer, Probe, largest_difference
+from dso.exports.probe import TOP, Answer, Probe, Verdict, judge
 from dso.exports.running import logits
 from dso.exports.shards import Shards
 from dso.models.loading import DTYPES, load_parts
@@ -21,23 +22,27 @@ from dso.models.loading import DTYPES, load_parts
 PATIENCE = 120.0  # seconds for one answer; a server may still be loading
 
 
-def folder_difference(folder: Path, probe: Probe) -> float:
-    """Largest difference, in nats, of the model in a folder, as transformers loads it in the dtype it is stored in.
+def verify_folder(folder: Path, probe: Probe) -> Verdict:
+    """Ask the model in a folder, as transformers loads it in the dtype it is stored in.
 
     Raises:
         UserError: if it cannot be loaded.
     """
     stored = Shards(folder).dtype()
     model, _, _ = load_parts(str(folder), None, next(name for name, value in DTYPES.items() if value == stored))
-    answers = []
-    for prompt in probe.prompts:
-        found = logits(model.eval(), torch.tensor([prompt.ids]))[0, -1].log_softmax(-1)
-        answers.append(Answer({token: found[token].item() for token in prompt.tokens}, {}))
-    return largest_difference(probe, answers)
+    rows = logits(model.eval(), torch.tensor([prompt.ids for prompt in probe.prompts]))[:, -1]
+    return judge_logits(probe, rows)
 
 
-def url_difference(url: str, model: str | None, probe: Probe) -> tuple[float, str]:
-    """Largest difference, in nats, of a server with OpenAI's completions endpoint, and a note, which may be empty.
+def judge_logits(probe: Probe, rows: Tensor) -> Verdict:
+    """Hold next-token logits (prompts, vocabulary) against a probe."""
+    found = rows.log_softmax(-1)
+    pairs = zip(probe.prompts, found, strict=True)
+    return judge(probe, [Answer({token: row[token].item() for token in prompt.tokens}, {}) for prompt, row in pairs])
+
+
+def verify_url(url: str, model: str | None, probe: Probe) -> tuple[Verdict, str]:
+    """Ask a server with OpenAI's completions endpoint; with a note on how it went, which may be empty.
 
     Prompts are sent as token ids; a server that takes text only gets their text. ``$OPENAI_API_KEY`` is sent if set.
 
@@ -64,7 +69,7 @@ def url_difference(url: str, model: str | None, probe: Probe) -> tuple[float, st
                 raise UserError(str(error)) from error
             note = "it takes no token ids; the prompts were sent as text, to which it may have added a token of its own"
         answers.append(_answer(reply, place))
-    return largest_difference(probe, answers), note
+    return judge(probe, answers), note
 
 
 class _Refused(Exception):

@@ -27,7 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
     steering = Steering.from_pretrained(arguments.steering)
     merging = Merging.of(steering, arguments.scale, arguments.model)
     if left := merging.plan.left_out:
-        print(f"{len(left)} parts of the steering have no place in {type(merging.model).__name__}:")
+        print(
+            f"What has no place in {type(merging.model).__name__} ({len(left)} of {len(steering.config.sites)} sites):"
+        )
         for entry in left[:SHOWN]:
             print(f"  {entry.part} at {entry.site}: {entry.reason}")
         if len(left) > SHOWN:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dso.exports.probe import read_probe
-from dso.exports.verify import folder_difference, url_difference
+from dso.exports.verify import verify_folder, verify_url
 from dso.files import as_path
 from launch.commands.common import quieten
 
@@ -19,16 +19,14 @@ def run(arguments: argparse.Namespace) -> int:
     probe = read_probe(folder)
     note = ""
     if arguments.url:
-        what = arguments.url
-        largest, note = url_difference(arguments.url, arguments.model, probe)
+        verdict, note = verify_url(arguments.url, arguments.model, probe)
     else:
-        what = arguments.folder
-        largest = folder_difference(folder, probe)
-    passed = largest <= probe.tolerance
-    verdict = "yes, it is the merged model" if passed else "no, it is another model, or part of it was skipped"
-    print(f"{what}: {verdict}; largest difference {largest:.2g} nats, tolerance {probe.tolerance:g}")
-    base = max(prompt.base for prompt in probe.prompts)
-    print(f"The base model without the steering would differ by {base:.2g}.")
+        verdict = verify_folder(folder, probe)
+    says = "yes, it is the merged model" if verdict.passed else "no, it is another model, or skips a part of this one"
+    print(f"{arguments.url or arguments.folder}: {says}")
+    print(f"largest difference {verdict.largest:.2g} nats, tolerance {verdict.tolerance:g}")
+    for name, share in verdict.shares.items():
+        print(f"{share:.0%} of the way from the {name} to the merged model")
     if note:
         print(f"Note: {note}.")
-    return 0 if passed else EXIT_DIFFERS
+    return 0 if verdict.passed else EXIT_DIFFERS
