@@ -56,6 +56,12 @@ At scale {scale:g}: bias {bias} (base model {base_bias}), cut by {cut}; in log-o
 (base model {base_accuracy}). Brackets are 95% intervals.
 """
 
+INTENDED = """\
+For whoever owns a system in which this base model chooses between people of the groups above, in decisions like those
+that were measured, and who measures it again where it runs. It is one part of making such decisions fair. It is no
+proof that they are, and no reason to let a model decide about people without a person who answers for it.
+"""
+
 LIMITS = (
     "The numbers hold for decisions of the kind above: ambiguous choices between the candidates of the decision set. "
     "They say nothing about bias in other tasks, in free-form text, in other languages or for other attributes.",
@@ -117,6 +123,8 @@ def model_card(
         markdown_rows([("group", "fair share"), *_target(config, base)]),
         "## Training\n",
         markdown_rows([("what", "value"), *((clean(str(k)), clean(str(v))) for k, v in training.items())]),
+        "## Intended use\n",
+        INTENDED,
         "## Limits\n",
         "\n".join(f"- {limit}" for limit in (*LIMITS, *_measured_limits(ordered, base, full, kl_budget), *limits))
         + "\n",

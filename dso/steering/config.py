@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dso.errors import UserError
 from dso.models.scores import Scoring
+
+FINITE = 1e30  # a whole number of JSON may be beyond any float
 
 
 class SteeringError(UserError):
@@ -87,10 +88,14 @@ def _faults(config: SteeringConfig) -> Iterator[str]:
         yield f"fingerprint must be a string a site, found {known!r}"
     if not isinstance(config.scoring, Scoring):
         yield f"scoring must be a rule of scoring, found {config.scoring!r}"
+    if odd := [group for group in config.groups if not isinstance(group, str)]:
+        yield f"groups must be strings, found {odd[0]!r}"
+    if odd := [row for row in config.scale_curve if not isinstance(row, dict)]:
+        yield f"scale_curve must be rows with names, found {odd[0]!r}"
     if not isinstance(config.revision, str | None):
         yield f"revision must be a string or null, found {config.revision!r}"
     for name in ("target", "scale_range"):
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in getattr(config, name)):
+        if not all(isinstance(n, int | float) and abs(n) < FINITE for n in getattr(config, name)):
             yield f"{name} must be finite numbers, found {list(getattr(config, name))}"
     if config.target and len(config.target) != len(config.groups):
         yield f"{len(config.target)} shares in the target of {len(config.groups)} groups"

@@ -4,8 +4,11 @@
     unsteered(model)     the base model within a block, whoever is attached
     detach_all(model)    takes them all off
 
-The hooks know their handle, so one that was lost is found again. A copy or a pickle of a steered model is the base
-model: a hook is not copied, something that does nothing stands in its place.
+The hooks (:mod:`dso.steering.hooks`) know their handle, so one that was lost is found again. A copy or a pickle of a
+steered model is the base model.
+
+Several steerings on a model act in the order in which they were attached: where they share a site, the second one
+transforms what the first one gives, ``h'' = T2(T1(h))``.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dso.steering.config import SteeringConfig, SteeringError
+from dso.steering.hooks import AfterPass, BeforePass, Hook, SiteHook
 from dso.steering.hosts import forget_compiled, unwrapped
 from dso.steering.operators import SteeringOperator
 
@@ -27,6 +31,7 @@ class Attachable(Protocol):
     """What a handle needs of a steering."""
 
     config: SteeringConfig
+    key: str
 
     @property
     def operators(self) -> dict[str, SteeringOperator]: ...
@@ -39,12 +44,19 @@ class Handle:
 
     Args:
         steering: the operators.
+        model: the whole model, or what wraps it.
         modules: the model's modules by site.
         scale: see :attr:`scale`.
+
+    Attributes:
+        off: whether the scale is 0 throughout.
+        numbers: the scale as one number, or one a row.
+        coefficient: the scale as a tensor.
     """
 
-    def __init__(self, steering: Attachable, modules: Mapping[str, nn.Module], scale: float | Tensor):
+    def __init__(self, steering: Attachable, model: nn.Module, modules: Mapping[str, nn.Module], scale: float | Tensor):
         self.steering = steering
+        self.key = steering.key
         # In the precision of the scale itself, so that a bound such as 1.2 can be set.
         self._limits = torch.tensor(steering.config.scale_range, dtype=torch.float32).tolist()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -52,6 +64,9 @@ class Handle:
         try:
             for site, operator in steering.operators.items():
                 self._hooks.append(modules[site].register_forward_hook(SiteHook(self, site, operator)))
+            for whole in dict.fromkeys((unwrapped(model), model)):  # outside of what torch.compile made of it, too
+                self._hooks.append(whole.register_forward_pre_hook(BeforePass(self), with_kwargs=True))
+                self._hooks.append(whole.register_forward_hook(AfterPass(self)))
         except BaseException:
             self.detach()
             raise
@@ -62,7 +77,8 @@ class Handle:
         """The coefficient s: a float, or a tensor of shape (batch,).
 
         A batch of n times as many rows is that of ``generate`` with beams or with several sequences a prompt: row i has
-        the scale of prompt i // n.
+        the scale of prompt i // n. A key-value cache keeps the scale that it was begun at: a pass that would go on
+        with it at another one raises SteeringError.
         """
         return self._stated if isinstance(self._stated, float) else self._stated.clone()
 
@@ -77,14 +93,16 @@ class Handle:
         low, high = self._limits
         if scale.ndim > 1 or not scale.numel():
             raise SteeringError(f"scale has shape {tuple(scale.shape)}, expected a number or one value a batch row")
-        for number in scale.flatten().tolist():
+        numbers = tuple(scale.flatten().tolist())
+        for number in numbers:
             if not math.isfinite(number) or not low <= number <= high:
                 raise SteeringError(
                     f"scale is {number:g}, expected a number from {low:g} to {high:g}, the range this steering states"
                 )
-        self._scale = scale
+        self.coefficient = scale
+        self.numbers = numbers
         self._stated = scale if scale.ndim else float(value)
-        self._off = not bool(scale.any())
+        self.off = not any(numbers)
 
     def detach(self) -> None:
         """Take the hooks off; doing it twice is harmless."""
@@ -95,49 +113,10 @@ class Handle:
             forget_compiled()
 
 
-class SiteHook:
-    """The forward hook of one site."""
-
-    def __init__(self, handle: Handle, site: str, operator: SteeringOperator):
-        self.handle = handle
-        self.site = site
-        self.operator = operator
-
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        if self.handle._off:
-            return None
-        if not isinstance(output, Tensor):
-            raise SteeringError(f"site {self.site!r} gives a {type(output).__name__}, expected one tensor")
-        if next(self.operator.parameters()).device != output.device:
-            self.operator.to(output.device)
-        scale = self.handle._scale
-        if not scale.ndim:  # one number on the CPU goes with tensors of any device, without a transfer
-            return self.operator(output, scale)
-        copies, rest = divmod(output.shape[0], scale.shape[0])
-        if rest or not copies:
-            raise SteeringError(f"{scale.shape[0]} scales for a batch of {output.shape[0]} at site {self.site!r}")
-        rows = scale.to(output.device).repeat_interleave(copies).view(-1, *[1] * (output.ndim - 1))
-        return torch.where(rows == 0, output, self.operator(output, rows))
-
-    def __deepcopy__(self, memo: dict) -> Any:
-        return left_out
-
-    def __reduce__(self) -> Any:
-        return _left_out, ()
-
-
-def left_out(module: nn.Module, args: tuple, output: Tensor) -> None:
-    """What stands for a steering's hook in a copy of the model."""
-
-
-def _left_out() -> Any:
-    return left_out
-
-
 def attached(model: nn.Module) -> list[Handle]:
     """The handles of the steerings on a model, or on what it wraps."""
     hooks = (hook for module in unwrapped(model).modules() for hook in module._forward_hooks.values())
-    return list(dict.fromkeys(hook.handle for hook in hooks if isinstance(hook, SiteHook)))
+    return list(dict.fromkeys(hook.handle for hook in hooks if isinstance(hook, Hook)))
 
 
 @contextmanager

@@ -7,26 +7,30 @@
     handle.scale = 0.8            # live; a tensor of shape (batch,) steers each row by itself
     handle.detach()
 
-Scale 0 is the base model bit for bit: the hook returns its input. A change of scale in the middle of a
-generation leaves keys and values of the old scale in the cache, so start a new cache with it.
+Scale 0 is the base model bit for bit: the hook returns its input. A key-value cache that was begun at one scale cannot
+be gone on with at another: that raises SteeringError, and a new cache is the way on.
 """
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dso.errors import UserError
-from dso.steering.checkpoint import read_checkpoint, write_checkpoint
+from dso.steering.checkpoint import FILES, read_checkpoint, write_checkpoint
 from dso.steering.config import SteeringConfig, SteeringError
 from dso.steering.fingerprint import fingerprint, require_same
 from dso.steering.handle import Handle, attached
 from dso.steering.hosts import named_sites, plain_name, unwrapped
+from dso.steering.hub import upload
 from dso.steering.operators import SteeringOperator, make_operator
 from dso.steering.sites import resolve_sites, site_width
 
@@ -36,11 +40,16 @@ class Steering(nn.Module):
 
     Args:
         config: sites with their widths, the operator kind, and what a checkpoint states besides.
+
+    Attributes:
+        card: the model card that is saved with it, Markdown.
     """
 
     def __init__(self, config: SteeringConfig):
         super().__init__()
         self.config = config
+        self.card = ""
+        self.key = secrets.token_hex(8)  # by which a key-value cache remembers what it was begun with
         self._names = tuple(config.sites)
         self._operators = nn.ModuleList(
             make_operator(config.operator, width, config.rank) for width in config.sites.values()
@@ -97,7 +106,8 @@ class Steering(nn.Module):
     def attach(self, model: nn.Module, scale: float | Tensor = 1.0, *, check: bool = True) -> Handle:
         """Steer a model until the handle is detached.
 
-        A model may be compiled or wrapped already; what was compiled before is compiled anew.
+        A model may be compiled or wrapped already; what was compiled before is compiled anew. Several steerings may be
+        on a model, and act in the order in which they were attached.
 
         Args:
             check: refuse a model of other weights than the ones that the steering was trained on.
@@ -114,7 +124,7 @@ class Steering(nn.Module):
         modules = self._modules_of(model)
         if check:
             require_same(self.config.fingerprint, model, self.config.sites, self._made_for)
-        return Handle(self, modules, scale)
+        return Handle(self, model, modules, scale)
 
     @contextmanager
     def on(self, model: nn.Module, scale: float | Tensor = 1.0, *, check: bool = True) -> Iterator[Handle]:
@@ -139,24 +149,59 @@ class Steering(nn.Module):
                 raise SteeringError(f"module {site!r} has width {found}, expected {width}; {self._made_for}")
         return {site: modules[site] for site in self.config.sites}
 
-    def save_pretrained(self, folder: str | Path, card: str = "") -> None:
-        """Write ``dso_config.json``, ``dso_model.safetensors`` and ``README.md`` (``card``) into a folder.
+    def save_pretrained(self, folder: str | Path, card: str | None = None) -> None:
+        """Write ``dso_config.json``, ``dso_model.safetensors`` and ``README.md`` into a folder.
 
         Other files in it stay. See :func:`dso.steering.checkpoint.write_checkpoint` for what a kill leaves.
+
+        Args:
+            card: the model card; :attr:`card`, the one it was loaded with, by default.
         """
-        write_checkpoint(folder, self.config, self.tensors(), card)
+        write_checkpoint(folder, self.config, self.tensors(), self.card if card is None else card)
+
+    def push_to_hub(
+        self, name: str, *, card: str | None = None, private: bool | None = None, revision: str | None = None
+    ) -> str:
+        """Upload the steering with its model card to the Hub, and give its address.
+
+        Args:
+            name: ``owner/name``; the repository is made if it is not there.
+            card: see :meth:`save_pretrained`.
+            private: visibility of a new repository; the Hub's default for the owner when None.
+            revision: the branch; it is made if it is not there.
+
+        Raises:
+            SteeringError: if there is no card, or the Hub is not reached, or refuses.
+        """
+        if not (self.card if card is None else card).strip():
+            raise SteeringError(
+                f"{name}: a steering is published with a card that says what was measured; give one "
+                "(card=dso.evaluation.card.model_card(...)), or push what `dso train` saved"
+            )
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, card)
+            return upload(Path(folder), name, FILES, private=private, revision=revision)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Steering:
-        """Read a steering from a folder, or from the Hub by its id.
+        """Read a steering from a folder, from the Hub by its id, or from W&B (``wandb:entity/project/name:version``).
 
         Raises:
             SteeringError: if there is none, or it is damaged, or of a newer format.
         """
-        config, tensors = read_checkpoint(source, revision)
+        config, tensors, card = read_checkpoint(source, revision)
         try:
             steering = cls(config)
             steering.load_tensors(tensors)
         except UserError as error:
             raise SteeringError(f"{source}: {error}") from error
+        steering.card = card
+        steering.key = _digest(tensors)  # so that it is the same one, however often it is loaded
         return steering.requires_grad_(False)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(key.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

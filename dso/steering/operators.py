@@ -9,6 +9,9 @@ With ``h`` of shape (..., d) and the inference-time coefficient ``s``:
 
 Every operator starts as the identity. Arithmetic is float32; the result has the dtype of ``h``.
 ``s`` is a scalar tensor, or a tensor that broadcasts against ``h`` (one value a batch row).
+
+An operator works in two steps: :meth:`~SteeringOperator.terms` is what depends on ``s`` alone, so that it is computed
+once a scale, and :meth:`~SteeringOperator.steer` is what each activation goes through.
 """
 
 from __future__ import annotations
@@ -19,18 +22,8 @@ from torch import Tensor, nn
 from dso.errors import UserError
 
 
-def affine(h: Tensor, a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
-    """h + scale * (a * h + b), as one fused multiply-add over the activation."""
-    return torch.addcmul((scale * b).to(h.dtype), h, 1 + scale * a)
-
-
-def low_rank(h: Tensor, u: Tensor, v: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
-    """h + scale * (U V^T h + b)."""
-    return h + scale * (h @ v @ u.T + b)
-
-
 class SteeringOperator(nn.Module):
-    """One site's transform; subclasses define :meth:`transform` and ``kind``.
+    """One site's transform; subclasses define :meth:`terms`, :meth:`steer` and ``kind``.
 
     Args:
         width: d, the size of the activation's last dimension.
@@ -42,9 +35,13 @@ class SteeringOperator(nn.Module):
         super().__init__()
         self.width = width
 
-    def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
+    def terms(self, scale: Tensor | float) -> tuple[Tensor, ...]:
+        """What :meth:`steer` needs of the coefficients at a scale."""
+        raise TypeError(f"{type(self).__name__} defines no terms")
+
+    def steer(self, h: Tensor, *terms: Tensor) -> Tensor:
         """The steered activation in float32, for ``h`` (..., width) in float32."""
-        raise TypeError(f"{type(self).__name__} defines no transform")
+        raise TypeError(f"{type(self).__name__} defines no steer")
 
     def scaled(self, scale: float) -> dict[str, Tensor]:
         """The coefficients, by name, of the operator that does at scale 1 what this one does at ``scale``."""
@@ -52,7 +49,7 @@ class SteeringOperator(nn.Module):
 
     def forward(self, h: Tensor, scale: Tensor | float) -> Tensor:
         """The steered activation, of the shape and dtype of ``h``."""
-        return self.transform(h.float(), scale).to(h.dtype)
+        return self.steer(h.float(), *self.terms(scale)).to(h.dtype)
 
 
 class AffineOperator(SteeringOperator):
@@ -65,8 +62,12 @@ class AffineOperator(SteeringOperator):
         self.a = nn.Parameter(torch.zeros(width))
         self.b = nn.Parameter(torch.zeros(width))
 
-    def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
-        return affine(h, self.a, self.b, scale)
+    def terms(self, scale: Tensor | float) -> tuple[Tensor, ...]:
+        return 1 + scale * self.a, scale * self.b
+
+    def steer(self, h: Tensor, *terms: Tensor) -> Tensor:
+        slope, offset = terms
+        return torch.addcmul(offset, h, slope)  # one pass over the activation
 
 
 class ScaleOperator(SteeringOperator):
@@ -78,8 +79,11 @@ class ScaleOperator(SteeringOperator):
         super().__init__(width)
         self.a = nn.Parameter(torch.zeros(width))
 
-    def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
-        return h * (1 + scale * self.a)
+    def terms(self, scale: Tensor | float) -> tuple[Tensor, ...]:
+        return (1 + scale * self.a,)
+
+    def steer(self, h: Tensor, *terms: Tensor) -> Tensor:
+        return h * terms[0]
 
 
 class BiasOperator(SteeringOperator):
@@ -91,8 +95,11 @@ class BiasOperator(SteeringOperator):
         super().__init__(width)
         self.b = nn.Parameter(torch.zeros(width))
 
-    def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
-        return h + scale * self.b
+    def terms(self, scale: Tensor | float) -> tuple[Tensor, ...]:
+        return (scale * self.b,)
+
+    def steer(self, h: Tensor, *terms: Tensor) -> Tensor:
+        return h + terms[0]
 
 
 class LowRankOperator(SteeringOperator):
@@ -108,8 +115,12 @@ class LowRankOperator(SteeringOperator):
         self.v = nn.Parameter(torch.randn(width, rank) / width**0.5)
         self.b = nn.Parameter(torch.zeros(width))
 
-    def transform(self, h: Tensor, scale: Tensor | float) -> Tensor:
-        return low_rank(h, self.u, self.v, self.b, scale)
+    def terms(self, scale: Tensor | float) -> tuple[Tensor, ...]:
+        return self.v, scale if isinstance(scale, Tensor) else torch.tensor(scale), self.u.T, scale * self.b
+
+    def steer(self, h: Tensor, *terms: Tensor) -> Tensor:
+        v, scale, u, offset = terms
+        return h + (h @ v * scale) @ u + offset
 
     def scaled(self, scale: float) -> dict[str, Tensor]:
         return super().scaled(scale) | {"v": self.v}  # U V^T is scaled once

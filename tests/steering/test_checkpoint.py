@@ -321,6 +321,9 @@ def test_tensors_of_another_steering_are_refused(folder, tmp_path):
         ({"target": [1.0]}, "1 shares in the target of 2 groups"),
         ({"base_model": None}, "base_model must be a string, found None"),
         ({"revision": 3}, "revision must be a string or null"),
+        ({"scale_range": [0, 10**400]}, "scale_range must be finite numbers"),
+        ({"groups": ["a", 2]}, "groups must be strings, found 2"),
+        ({"scale_curve": [1.0]}, "scale_curve must be rows with names, found 1.0"),
     ],
 )
 def test_configs_that_cannot_be_used(folder, changes, message):
@@ -423,6 +426,7 @@ def test_a_file_is_no_place_for_a_steering(steering, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
+        {"sites": {f"model.layers.{n}.norm": 2**26 for n in range(2)}},  # 1.3 GB, by 2,000 bytes
         {"sites": {f"model.layers.{n}.norm": 2**31 for n in range(4)}},
         {"sites": {"model.norm": 2**46}},
         {"sites": {"model.norm": 2**80}},
@@ -433,28 +437,9 @@ def test_nothing_is_allocated_that_the_files_do_not_hold(folder, changes, monkey
     rewrite(folder, fingerprint={}, **changes)
     monkeypatch.setattr(checkpoint, "load_safetensors", load := Counting(checkpoint.load_safetensors))
     started = time.monotonic()
-    with pytest.raises(SteeringError, match=r"has the unknown|lacks|has shape|cannot be made|expected"):
+    with pytest.raises(SteeringError, match=r"ask for more than 4 GiB|damaged: it has \d+ bytes, expected"):
         Steering.from_pretrained(folder)
-    assert time.monotonic() - started < 2 and load.calls == 1
-
-
-def test_random_edits_are_refused_or_change_nothing(folder, steering):
-    drawn = random.Random(5)
-    whole = {name: (folder / name).read_bytes() for name in (CONFIG, TENSORS)}
-    for _ in range(300):
-        name = drawn.choice([CONFIG, TENSORS])
-        data = bytearray(whole[name])
-        start = drawn.randrange(len(data))
-        data[start : start + drawn.randrange(40)] = drawn.randbytes(drawn.randrange(40))
-        (folder / name).write_bytes(data)
-        try:
-            again = Steering.from_pretrained(folder)
-        except SteeringError:
-            pass
-        else:
-            assert again.config == steering.config
-            assert all(torch.equal(value, steering.tensors()[key]) for key, value in again.tensors().items())
-        (folder / name).write_bytes(whole[name])
+    assert time.monotonic() - started < 2 and load.calls == 0
 
 
 # ---------------------------------------------------------------- where it is looked for

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dso.errors import UserError
-from dso.steering.operators import AffineOperator, BiasOperator, LowRankOperator, affine, low_rank, make_operator
+from dso.steering.operators import AffineOperator, BiasOperator, LowRankOperator, make_operator
 
 WIDTH = 6
 
@@ -54,12 +54,21 @@ def test_formulas(kind, scale):
         torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-6)
 
 
-def test_affine_and_low_rank_by_hand():
-    h, a, b = torch.tensor([2.0, -3.0]), torch.tensor([0.5, 1.0]), torch.tensor([1.0, -1.0])
-    # 2 + 0.5 (0.5 * 2 + 1) = 3 and -3 + 0.5 (1 * -3 - 1) = -5
-    assert affine(h, a, b, 0.5).tolist() == [3.0, -5.0]
-    # V^T h = 2 - 3 = -1; U V^T h = (-2, -1); 2 + 0.5 (-2 + 1) = 1.5 and -3 + 0.5 (-1 - 1) = -4
-    assert low_rank(h, torch.tensor([[2.0], [1.0]]), torch.tensor([[1.0], [1.0]]), b, 0.5).tolist() == [1.5, -4.0]
+@torch.no_grad()
+def test_operators_by_hand():
+    h = torch.tensor([2.0, -3.0])
+    values = {"a": [0.5, 1.0], "b": [1.0, -1.0], "u": [[2.0], [1.0]], "v": [[1.0], [1.0]]}
+    wanted = {
+        "affine": [3.0, -5.0],  # 2 + 0.5 (0.5 * 2 + 1) and -3 + 0.5 (1 * -3 - 1)
+        "scale": [2.5, -4.5],  # 2 + 0.5 * 0.5 * 2 and -3 + 0.5 * 1 * -3
+        "bias": [2.5, -3.5],
+        "low_rank": [1.5, -4.0],  # V^T h = -1, U V^T h = (-2, -1): 2 + 0.5 (-2 + 1) and -3 + 0.5 (-1 - 1)
+    }
+    for kind, result in wanted.items():
+        operator = make_operator(kind, 2, 1 if kind == "low_rank" else None)
+        for name, value in operator.named_parameters():
+            value.copy_(torch.tensor(values[name]))
+        assert operator(h, 0.5).tolist() == result
 
 
 @pytest.mark.parametrize("kind", ["affine", "bias", "low_rank"])
