@@ -152,7 +152,7 @@ def test_a_pickle_in_the_tensors_place_is_refused(folder):
         def __reduce__(self):
             return os.mkdir, (str(folder / "exploded"),)
 
-    torch.save({"x": Bomb()}, folder / TENSORS)
+    torch.save({"x": Bomb(), "y": torch.zeros(1000)}, folder / TENSORS)  # of a size that would do
     with pytest.raises(SteeringError, match="damaged"):
         Steering.from_pretrained(folder)
     rewrite(folder, tensors_sha256=hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest())

@@ -141,7 +141,7 @@ def test_nesting_is_no_way_in(folder):
             Steering.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/outside", "a/../../b", "C:\\x", "a\nb", ""])
+@pytest.mark.parametrize("name", ["../../outside", "/outside", "a/../../b", "C:\\x", "a\nb"])
 def test_a_name_of_a_site_is_no_place(tmp_path, name):
     config = SteeringConfig(sites={name: 2})
     made = Steering(config)
@@ -150,7 +150,7 @@ def test_a_name_of_a_site_is_no_place(tmp_path, name):
     again.save_pretrained(tmp_path / "a" / "b" / "again")
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert files == sorted(f"a/b/{place}/{file}" for place in ("steering", "again") for file in (CONFIG, TENSORS, CARD))
-    with pytest.raises(SteeringError, match="the model has no module|has width 0|width"):
+    with pytest.raises(SteeringError, match="the model has no module"):
         again.attach(tiny_llama())
 
 

@@ -8,6 +8,7 @@ estimators   regression, expected, reinforce, ppo and the published form: decisi
 groups       gender x race, four groups
 transfer     trained steerings on sets they never saw: held-out occupations, WinoBias, pronouns
 freeform     free-form answers of the embedded model: what is said before and after
+overhead     time of prefill and decode with hooks, with a scale a row, and merged, against the base model; of imports
 scenes       the embedded vision-language model: both planted associations before and after, and a sheet of pictures
 """
 
@@ -77,6 +78,18 @@ def build_parser() -> argparse.ArgumentParser:
     harm.add_argument("--limit", type=int, help="questions (default: all)")
     harm.add_argument("--scale", type=float, default=1.0, help="of the steerings (default: 1)")
 
+    overhead = names.add_parser("overhead", help="what steering costs at inference")
+    overhead.add_argument("--model", default="smollm2-135m")
+    overhead.add_argument("--dtype", default="float32")
+    overhead.add_argument("--operator", default="affine", help="(default: affine, the dearest at norms)")
+    overhead.add_argument("--batch", type=int, default=4)
+    overhead.add_argument("--prompt", type=int, default=64, help="tokens (default: 64)")
+    overhead.add_argument("--new", type=int, default=16, help="tokens, one by one (default: 16)")
+    overhead.add_argument("--rounds", type=int, default=10)
+    overhead.add_argument("--compiled", action="store_true", help="compiled models too, which takes minutes")
+    overhead.add_argument("--imports", type=int, default=0, metavar="N", help="time imports, N times (default: 0)")
+    overhead.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: of a machine that is shared")
+
     for sub in names.choices.values():
         # Not docs/results, which keeps what is published: a sweep of other settings would write over it.
         sub.add_argument("--results", default="runs/bench", help="folder for what was measured (default: runs/bench)")
@@ -88,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     from dso.errors import UserError
     from launch.run.train import Stopped
-    from tools.bench import answers, estimators, harm, scaling, scenes, sweeps, timing
+    from tools.bench import answers, estimators, harm, overhead, scaling, scenes, sweeps, timing
 
     functions = {
         "step": timing.step,
@@ -100,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "transfer": sweeps.transfer,
         "scenes": scenes.scenes,
         "harm": harm.harm,
+        "overhead": overhead.overhead,
         "freeform": answers.freeform,
     }
     try:
