@@ -67,7 +67,7 @@ class SiteHook(Hook):
         self._scale: Tensor | None = None  # that the terms were computed for
         self._state: tuple = ()
         self._terms: tuple[Tensor, ...] = ()
-        self._base: Tensor | None = None  # the rows of scale 0, if there are any
+        self._base: Tensor | None = None  # the rows of scale 0, where the terms do not see to them
 
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if self.handle.off:
@@ -104,8 +104,14 @@ class SiteHook(Hook):
         with torch.no_grad(), torch.inference_mode(False):  # a tensor made in inference mode could not be trained with
             own = next(self.operator.parameters()).device
             given = self._rows(output, scale.to(own)) if scale.ndim else scale
-            terms = tuple(term.to(output.device) for term in self.operator.terms(given))
-            base = (given == 0).to(output.device) if scale.ndim and 0 in self.handle.numbers else None
+            terms, base = self.operator.terms(given), None
+            if scale.ndim and 0 in self.handle.numbers:
+                zero = given == 0
+                if self.operator.neutral is None:
+                    base = zero.to(output.device)
+                else:  # once a scale instead of once a pass
+                    terms = tuple(t.where(~zero, n) for t, n in zip(terms, self.operator.neutral, strict=True))
+            terms = tuple(term.to(output.device) for term in terms)
         self._terms, self._base, self._state, self._scale = terms, base, state, scale
 
     def _rows(self, output: Tensor, scale: Tensor) -> Tensor:

@@ -23,13 +23,14 @@ from dso.errors import UserError
 
 
 class SteeringOperator(nn.Module):
-    """One site's transform; subclasses define :meth:`terms`, :meth:`steer` and ``kind``.
+    """One site's transform; subclasses define :meth:`terms`, :meth:`steer`, ``kind`` and ``neutral``.
 
     Args:
         width: d, the size of the activation's last dimension.
     """
 
     kind: str
+    neutral: tuple[float, ...] | None  # terms with which steer gives h back to the bit; h + -0 is h, also where h is -0
 
     def __init__(self, width: int):
         super().__init__()
@@ -56,6 +57,7 @@ class AffineOperator(SteeringOperator):
     """h + s * (a * h + b)."""
 
     kind = "affine"
+    neutral = (1.0, -0.0)
 
     def __init__(self, width: int):
         super().__init__(width)
@@ -74,6 +76,7 @@ class ScaleOperator(SteeringOperator):
     """h + s * a * h."""
 
     kind = "scale"
+    neutral = (1.0,)
 
     def __init__(self, width: int):
         super().__init__(width)
@@ -90,6 +93,7 @@ class BiasOperator(SteeringOperator):
     """h + s * b."""
 
     kind = "bias"
+    neutral = (-0.0,)
 
     def __init__(self, width: int):
         super().__init__(width)
@@ -106,6 +110,7 @@ class LowRankOperator(SteeringOperator):
     """h + s * (U V^T h + b); U starts at zero and V at random, so that the start is the identity and gradients flow."""
 
     kind = "low_rank"
+    neutral = None
 
     def __init__(self, width: int, rank: int):
         super().__init__(width)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, StaticCache
 
 from dso import Steering, attached
-from dso.steering.config import SteeringError
+from dso.steering.config import SteeringConfig, SteeringError
 from dso.steering.hooks import SiteHook
 
 INPUT = torch.tensor([[5, 9, 33, 70, 12], [8, 8, 40, 2, 61]])
@@ -240,6 +240,23 @@ def test_a_loaded_steering_gives_what_one_in_training_gives(model):
             wanted = logits(model)
         with loaded.on(model, scale):
             assert torch.equal(logits(model), wanted) and torch.equal(logits(model), wanted)
+
+
+@pytest.mark.parametrize("operator", ["affine", "scale", "bias", "low_rank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_scale_0_is_kept_to_the_bit(operator, dtype):
+    norm = nn.LayerNorm(4)
+    steering = Steering(
+        SteeringConfig(operator=operator, rank=2 if operator == "low_rank" else None, sites={"norm": 4})
+    ).requires_grad_(False)
+    for value in steering.parameters():
+        value.fill_(torch.nan)
+    with steering.on(nn.ModuleDict({"norm": norm}), torch.tensor([0.0, 1.0])):
+        (hook,) = norm._forward_hooks.values()
+        h = torch.tensor([[0.0, -0.0, 1e-40, torch.inf], [1.0, 2.0, 3.0, 4.0]]).to(dtype)
+        found = hook(norm, (), h)
+    bits = torch.int32 if dtype is torch.float32 else torch.int16
+    assert torch.equal(found[0].view(bits), h[0].view(bits)) and found[1].isnan().all()
 
 
 def test_what_is_kept_follows_coefficients_rows_and_devices(model):
