@@ -60,8 +60,8 @@ def pairs(items: list[str], option: str) -> dict:
     return {key: parse_yaml(value) for key, value in (item.split("=", 1) for item in items)}
 
 
-def numbers(text: str) -> list[float]:
-    """Comma-separated finite numbers.
+def numbers(text: str, option: str = "--scales") -> list[float]:
+    """Comma-separated finite numbers, the value of an option.
 
     Raises:
         UserError: if they are not.
@@ -71,5 +71,5 @@ def numbers(text: str) -> list[float]:
     except ValueError:
         found = [math.nan]
     if not all(map(math.isfinite, found)):
-        raise UserError(f"--scales {text!r}: expected comma-separated numbers, as in 0,0.5,1")
+        raise UserError(f"{option} {text!r}: expected comma-separated numbers, as in 0,0.5,1")
     return found

@@ -9,16 +9,13 @@ from pathlib import Path
 from dso.decisions.decision import DecisionSet
 from dso.decisions.sets import load_decisions
 from dso.errors import UserError
-from dso.evaluation.evaluator import Evaluator
-from dso.evaluation.report import ScalePoint, decimal_text, fixed_rows, interval_text
 from dso.exports.merge import Merging
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 from launch.commands.common import pairs, quieten
-from launch.run.measure import cut_points
+from launch.commands.cost import cost_table
 
 SHOWN = 8  # parts that are left out, by name
-HEAD = ("", "bias [95%]", "log-odds [95%]", "order", "accuracy [95%]", "mass", "KL", "KL unamb.")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,31 +52,11 @@ def _cost(arguments: argparse.Namespace, merging: Merging) -> str:
         return f"What leaving them out costs was not measured: {error}"
     if decisions is None:
         return "What leaving them out costs was not measured; --decisions SET measures it."
-    steering, part, model = merging.steering, merging.part, merging.model
-    backbone = Backbone(model, merging.tokenizer, "model", processor=merging.processor, scoring=steering.config.scoring)
-    target = None
-    if {*steering.config.groups} == {*decisions.groups}:
-        target = dict(zip(steering.config.groups, steering.config.target, strict=True))
-    with steering.on(model, 0.0) as whole, part.on(model, 0.0) as rest:
-        evaluator = Evaluator(backbone, decisions, whole)
-        scales = [0.0, arguments.scale, arguments.scale]
-        measured = evaluator.settings([(None, 0.0), (whole, arguments.scale), (rest, arguments.scale)])
-    points = cut_points(scales, measured, decisions, target, bootstrap=1000)
-    names = ("base", "with hooks", "merged")
-    rows = [HEAD, *((name, *_cells(point)) for name, point in zip(names, points, strict=True))]
-    return f"On {len(decisions)} decisions, at scale {arguments.scale:g}:\n{fixed_rows(rows)}"
-
-
-def _cells(point: ScalePoint) -> tuple[str, ...]:
-    return (
-        interval_text(point.bias.bias),
-        interval_text(point.bias.log_odds.bias),
-        decimal_text(point.bias.order_effect, 2),
-        interval_text(point.accuracy),
-        decimal_text(point.answer_mass),
-        decimal_text(point.kl),
-        decimal_text(point.kl_unambiguous),
+    steering = merging.steering
+    backbone = Backbone(
+        merging.model, merging.tokenizer, "model", processor=merging.processor, scoring=steering.config.scoring
     )
+    return cost_table(backbone, decisions, steering, merging.part, [arguments.scale], "merged")
 
 
 def _decisions(arguments: argparse.Namespace) -> DecisionSet | None:

@@ -30,6 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--chat", action="store_true", help="send the prompt as a user's chat message")
     generate.add_argument("--max-new-tokens", type=_positive, default=40, help="(default: 40)")
 
+    _add_export(commands)
+
     inspect = commands.add_parser("inspect", help="show what a steering states and which sites it moves most")
     inspect.add_argument("steering", help="folder or Hub id of a steering")
     inspect.add_argument("--top", type=_count, default=10, help="sites to list (default: 10)")
@@ -154,6 +156,20 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     verify.add_argument("folder", help="that dso merge has written")
     verify.add_argument("--url", help="of a server with OpenAI's completions, as in http://localhost:8000/v1")
     verify.add_argument("--model", help="its name on that server (default: the first that the server lists)")
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser("export", help="write a steering as an adapter that other programs load")
+    export.add_argument("steering", help="folder or Hub id of a steering")
+    export.add_argument("--to", required=True, choices=("lora", "ln-tuning", "gguf-lora"), help="the adapter's format")
+    export.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    export.add_argument("--scale", default="1", help="strength; with several, as in 0.25,0.5,1, a folder in DIR each")
+    export.add_argument("--rank", type=_positive, metavar="K", help="keep the K strongest slopes of each site")
+    export.add_argument("--allow-partial", action="store_true", help="leave out what the format cannot hold")
+    export.add_argument("--decisions", metavar="SET", help="measure on these what the adapter lacks")
+    export.add_argument("--split", default="test", help="split to measure (default: test)")
+    _add_option(export)
+    add_model(export)
 
 
 def _add_option(command: argparse.ArgumentParser) -> None:
