@@ -24,7 +24,7 @@ from dso.exports.notes import NOTES_FILE, notes
 from dso.exports.plan import MergeError, MergePlan, partial_steering, plan_merge
 from dso.exports.probe import BASE, make_probe, probe_ids, versions
 from dso.exports.report import Distance, MergeReport
-from dso.exports.running import in_float32, logits, merged_parameters, new_zeros, with_parameters
+from dso.exports.running import computing_in, logits, merged_parameters, new_zeros, with_parameters
 from dso.exports.shards import Shards
 from dso.exports.verify import judge_logits
 from dso.files import PART, as_path, replace_folder, require_room
@@ -165,7 +165,7 @@ class Merging:
         with self.part.on(model, self.scale, check=False):
             hooked_in_target = logits(model, ids)
         loaded = load_parts(str(fresh), None, _name(target))[0].eval()
-        with in_float32(loaded):
+        with computing_in(loaded, torch.float32):
             off = Distance.of(logits(loaded, ids), wanted).largest
         if off > SAME * (1 + wanted.abs().max().item()):
             raise MergeError(
@@ -173,7 +173,8 @@ class Merging:
                 "this is a fault of dso, or of how transformers reads this model's files"
             )
         saved = Distance.of(logits(loaded, ids), hooked_in_target)
-        rounded = logits(loaded.to(torch.bfloat16), ids)
+        with computing_in(loaded, torch.bfloat16):
+            rounded = logits(loaded, ids)
         base_name = self.steering.config.base_model or self.source.name
         made = {
             "steering": stated, "base_model": base_name, "scale": self.scale, "dtype": _name(target),
@@ -181,11 +182,13 @@ class Merging:
         }  # fmt: skip
         last = {name: values[:, -1] for name, values in others.items()}
         probe = make_probe(self.tokenizer, ids, wanted[:, -1], rounded[:, -1], last, made)
-        narrow = logits(loaded, torch.tensor([prompt.ids for prompt in probe.prompts]))[:, -1]
+        rows = {tuple(row): logit for row, logit in zip(ids.tolist(), rounded[:, -1], strict=True)}
+        narrow = torch.stack([rows[prompt.ids] for prompt in probe.prompts])
         report = MergeReport(
             steering=stated, base=base_name, scale=self.scale, dtype=_name(target),
             sites=len(self.steering.config.sites), left_out=tuple(self.plan.left_out),
             effect=Distance.of(hooked, others[BASE]), float32=Distance.of(merged, hooked), saved=saved,
+            dtype_itself=Distance.of(hooked_in_target, hooked),
             changed=changed, lost=lost, probe=probe, bfloat16=judge_logits(probe, narrow),
         )  # fmt: skip
         text = notes(report, sees=self.processor is not None, base_card=base_card)
@@ -200,7 +203,7 @@ class Merging:
         """Logits of the hooks, of the merged weights, of those as they are stored, and of other models by name."""
         stored = {name: value.to(target).float() for name, value in exact.items()}
         zeros = new_zeros(self.plan, model)
-        with in_float32(model):
+        with computing_in(model, torch.float32):
             others = {BASE: logits(model, ids)}
             with self.part.on(model, self.scale, check=False):
                 hooked = logits(model, ids)

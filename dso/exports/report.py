@@ -39,6 +39,7 @@ class MergeReport:
         effect: of the hooks, against the base model.
         float32: merged weights before they are rounded, against hooks, both in float32.
         saved: the folder as transformers loads it, against hooks, both in its dtype.
+        dtype_itself: the hooks in the folder's dtype, against themselves in float32.
         changed: number of values that should have changed.
         lost: share of them that are what they were, as the change is below the dtype's steps.
         probe: of the folder.
@@ -54,6 +55,7 @@ class MergeReport:
     effect: Distance
     float32: Distance
     saved: Distance
+    dtype_itself: Distance
     changed: int
     lost: float
     probe: Probe
@@ -65,7 +67,8 @@ class MergeReport:
             f"merged       {in_full} of {self.sites} sites in full, scale {self.scale:g}, in {self.dtype}",
             f"effect       logits move by {self.effect}",
             f"float32      {self.float32} from the hooks",
-            f"{self.dtype:<12} {self.saved} from the hooks, as the folder loads",
+            f"{self.dtype:<12} {self.saved} from the hooks, as the folder loads"
+            + (f" (the hooks themselves: {self.dtype_itself} from float32)" if self.dtype != "float32" else ""),
             f"rounding     {self.lost:.1%} of {self.changed} changed values vanish in {self.dtype}",
             f"probe        {len(self.probe.prompts)} prompts, tolerance {self.probe.tolerance:g} nats; "
             + ", ".join(f"{name}: {self.probe.apart(name):.2g} off" for name in self.bfloat16.shares),

@@ -1,4 +1,4 @@
-"""Running a model with other weights or in float32, without a second copy of it in memory."""
+"""Running a model with other weights or in another dtype, without a second copy of it in memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dso.exports.plan import MergePlan
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Within the block the model computes in float32; each module's own weights are widened while it runs.
+def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within the block the model computes in a dtype; each module's own weights are converted while it runs.
 
-    So a model in bfloat16 whose files are mapped into memory needs no more room than its largest module.
+    So a model whose files are mapped into memory needs no more room than its largest module.
     """
     kept: dict[nn.Module, dict[str, nn.Parameter | None]] = {}
 
@@ -24,15 +24,13 @@ def in_float32(model: nn.Module) -> Iterator[None]:
         kept[module] = dict(module._parameters)
         for name, value in kept[module].items():
             if value is not None and value.is_floating_point():
-                module._parameters[name] = nn.Parameter(value.float(), requires_grad=False)
+                module._parameters[name] = nn.Parameter(value.to(dtype), requires_grad=False)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if module in kept:
             module._parameters.update(kept.pop(module))
 
-    own = [
-        m for m in model.modules() if any(p is not None and p.dtype != torch.float32 for p in m._parameters.values())
-    ]
+    own = [m for m in model.modules() if any(p is not None and p.dtype != dtype for p in m._parameters.values())]
     hooks = [module.register_forward_pre_hook(before) for module in own]
     hooks += [module.register_forward_hook(after, always_call=True) for module in own]
     try:

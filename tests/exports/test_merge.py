@@ -24,7 +24,7 @@ from dso.exports.merge import Merging
 from dso.exports.norms import NormForm
 from dso.exports.plan import Change, MergeError, plan_merge
 from dso.exports.probe import read_probe
-from dso.exports.running import in_float32, logits
+from dso.exports.running import computing_in, logits
 from dso.exports.shards import Entry, Shards, write_tensors
 from dso.exports.slots import bias_switches
 from dso.steering.model import Steering
@@ -343,7 +343,7 @@ def test_float32_arithmetic_of_a_narrow_model_is_that_of_a_wide_one() -> None:
     for name in ("Llama", "Mixtral", "Gemma2", "GPT-2", "Falcon-ALiBi"):
         narrow = tiny(name).to(torch.bfloat16)
         wanted = logits(tiny(name).to(torch.bfloat16).float(), IDS)
-        with in_float32(narrow):
+        with computing_in(narrow, torch.float32):
             assert torch.equal(logits(narrow, IDS), wanted)
         assert {value.dtype for value in narrow.parameters()} == {torch.bfloat16}
 
