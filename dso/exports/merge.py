@@ -11,7 +11,7 @@ maps its files into memory; it is run on a few short prompts, to be held against
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from dso.models.loading import DTYPES, load_parts, local_folder
 from dso.steering.model import Steering
 
 SAME = 1e-5  # of the largest logit: what a folder may be off itself
-WITHOUT = "merged model without its new biases"  # as a program runs it that skips them
 LOST = 0.01  # share of the changes that may vanish in the dtype of the folder before it is refused
 
 
@@ -157,7 +156,7 @@ class Merging:
         shards = Shards(self.source)
         require_room(fresh, shards.size(target))
         write_weights(shards, fresh, self.model, self.plan, target)
-        write_config(self.source, fresh, self.model.config, self.plan.switches, _name(target))
+        write_config(self.source, fresh, self.model.config, tuple(self.plan.switches), _name(target))
         base_card = copy_rest(self.source, fresh)
         ids = probe_ids(self.tokenizer)
         model = self.model if target == shards.dtype() else load_parts(str(self.source), None, _name(target))[0].eval()
@@ -211,10 +210,18 @@ class Merging:
             for values in (exact, stored):
                 with with_parameters(model, zeros | values):
                     found.append(logits(model, ids))
-            if zeros:
-                with with_parameters(model, {name: value for name, value in stored.items() if name not in zeros}):
-                    others[WITHOUT] = logits(model, ids)
+            for name, without in self._skipping():
+                with with_parameters(model, zeros | stored | {key: zeros[key] for key in without}):
+                    others[name] = logits(model, ids)
         return hooked, found[0], found[1], others
+
+    def _skipping(self) -> Iterator[tuple[str, list[str]]]:
+        """What a program may serve that has no slots for new biases: its name, and which biases it lacks."""
+        keys = {switch: [f"{name}.bias" for name in owners] for switch, owners in self.plan.switches.items()}
+        for switch, own in keys.items():
+            yield f"merged model without {switch}", own
+        if len(keys) > 1:
+            yield f"merged model without {' and '.join(keys)}", [key for own in keys.values() for key in own]
 
     def _lost(self, exact: Mapping[str, Tensor], target: torch.dtype) -> tuple[float, int]:
         """The share of changed values that the dtype does not tell from the old ones, and their number."""

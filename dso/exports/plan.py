@@ -22,7 +22,7 @@ from dso.errors import UserError
 from dso.exports.maps import AffineMap, affine_map
 from dso.exports.norms import NormForm, norm_form
 from dso.exports.readers import Readers, readers
-from dso.exports.slots import bias_switches, needed_switches
+from dso.exports.slots import bias_switches
 from dso.steering.hosts import named_sites, unwrapped
 from dso.steering.model import Steering
 from dso.steering.sites import linear_width
@@ -108,16 +108,20 @@ class MergePlan:
     Attributes:
         scale: of the steering.
         changes: module name -> what becomes of its parameters.
-        switches: names in the text config to turn over.
-        new_biases: linear layers that get a bias from these switches; those without a change get zeros.
+        switches: name in the text config to turn over -> the linear layers that get a bias by it; those without a
+            change get zeros.
         left_out: what is not in ``changes``.
     """
 
     scale: float
     changes: dict[str, Change] = field(default_factory=dict)
-    switches: tuple[str, ...] = ()
-    new_biases: tuple[str, ...] = ()
+    switches: dict[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
+
+    @property
+    def new_biases(self) -> tuple[str, ...]:
+        """The linear layers that get a bias by a switch."""
+        return tuple(dict.fromkeys(name for owners in self.switches.values() for name in owners))
 
 
 def plan_merge(
@@ -217,14 +221,12 @@ class _Planner:
         self.plan.left_out.append(LeftOut(site, part, reason))
 
     def _finish(self) -> None:
-        missing = [
+        missing = {
             name
             for name, change in self.plan.changes.items()
             if change.makes_bias and getattr(self.modules[name], "bias", None) is None
-        ]
-        self.plan.switches = needed_switches(self.switches, missing)
-        new = {name for switch in self.plan.switches for name in self.switches[switch]}
-        self.plan.new_biases = tuple(name for name in self.modules if name in new)
+        }
+        self.plan.switches = {switch: owners for switch, owners in self.switches.items() if missing & {*owners}}
 
 
 def _shared(model: nn.Module) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 ``dso_probe.json`` holds, for each prompt, its token ids, the most probable next tokens and their log-probabilities,
 computed in float32 from the very weights that the folder holds; and what else a program may say that skips what was
-merged: the base model, and the merged model without the biases that the base does not have. An answer passes if
+merged: the base model, and the merged model without biases that the base does not have. An answer passes if
 
 - no log-probability is further off than ``tolerance``, twice what computing in bfloat16 changes here; and
 - it lies nearer to the merged model than to any of the others. With ``m`` the merged model's log-probabilities, ``o``

@@ -35,12 +35,6 @@ def bias_switches(model: Any) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def needed_switches(switches: dict[str, tuple[str, ...]], linears: Iterable[str]) -> tuple[str, ...]:
-    """The switches that give these layers their biases."""
-    wanted = {*linears}
-    return tuple(name for name, owners in switches.items() if wanted & {*owners})
-
-
 def switched_config(config: Any, switches: Iterable[str]) -> Any:
     """A copy of a model's config with these switches of its text part turned over."""
     config = copy.deepcopy(config)

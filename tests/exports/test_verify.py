@@ -126,12 +126,13 @@ def test_a_program_that_skips_new_biases_is_found_out(place: Path, tmp_path: Pat
     probe = read_probe(tmp_path / "out")
     assert verify_folder(tmp_path / "out", probe).passed
     shutil.copytree(tmp_path / "out", tmp_path / "skipping")
-    record = json.loads((tmp_path / "skipping" / "config.json").read_text())
-    (tmp_path / "skipping" / "config.json").write_text(
-        json.dumps(record | {"mlp_bias": False, "attention_bias": False})
-    )
-    verdict = verify_folder(tmp_path / "skipping", probe)
-    assert verdict.shares["merged model without its new biases"] == pytest.approx(0, abs=1e-4) and not verdict.passed
+    record = json.loads((tmp_path / "out" / "config.json").read_text())
+    for skipped in (["mlp_bias"], ["attention_bias"], ["attention_bias", "mlp_bias"]):
+        changed = record | dict.fromkeys(skipped, False)
+        (tmp_path / "skipping" / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+        verdict = verify_folder(tmp_path / "skipping", probe)
+        assert verdict.shares[f"merged model without {' and '.join(skipped)}"] == pytest.approx(0, abs=1e-4)
+        assert not verdict.passed
 
 
 @pytest.mark.parametrize(
