@@ -17,6 +17,7 @@ does in a process of a real launcher what launch/train.py does with the argument
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import random
@@ -225,6 +226,7 @@ def kill(runs: Runs, kills: int, seed: int) -> None:
     tqdm.set_lock(threading.RLock())  # its own is shared by forks: one killed while it holds it would stop all others
     launch.run.report.scale_figure = lambda *_, **__: None  # it would take most of the time
     load_backbone(runs.config)  # what transformers compiles once a process is there in all
+    gc.freeze()  # else each run looks through all that was imported
     rng = random.Random(seed)
     known = []
     for victim in range(runs.size):
@@ -281,7 +283,8 @@ if __name__ == "__main__":
         raise SystemExit(launched(*sys.argv[at + 1 :]))
     given = load_config(sys.argv[1])
     if len(sys.argv) > 4:
-        import deepspeed  # noqa: F401  (before the forks, as it takes seconds)
+        # Before the forks, as it takes seconds: DeepSpeed, and what an engine makes it import.
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     if given.freeform:
         from trainers.grpo import GRPOTrainer, RLOOTrainer
 
