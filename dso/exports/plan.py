@@ -11,7 +11,7 @@ norm, if nobody else does. An operator behind a linear layer goes into that laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -182,7 +182,11 @@ class _Planner:
             here, there = replace(own, offset=None), replace(own, diagonal=None)
         if reason := self._against_reading(site, there):
             self._leave(site, "operator" if there.linear else "offset", reason)
-        else:
+            there = AffineMap()
+        elif there.offset is not None and (reason := self._without_slot(self.readers[site].linears)):
+            self._leave(site, "offset", reason)
+            there = replace(there, offset=None)
+        if there.linear or there.offset is not None:
             for name in self.readers[site].linears:
                 self._change(name).read = there
         if here.linear:
@@ -195,16 +199,19 @@ class _Planner:
             return found.reason
         if own.linear and (tied := [name for name in found.linears if name in self.shared]):
             return f"the weight of {tied[0]}, which reads it, is also that of {self.shared[tied[0]]}"
-        if own.offset is not None and (without := [name for name in found.linears if not self._has_slot(name)]):
-            return f"{without[0]} has no bias, and the architecture no switch for one"
         return ""
+
+    def _without_slot(self, names: Sequence[str]) -> str:
+        """Which of these linear layers can have no bias; empty where all can."""
+        without = [name for name in names if not self._has_slot(name)]
+        return f"{without[0]} has no bias, and the architecture no switch for one" if without else ""
 
     def _linear(self, site: str, own: AffineMap) -> None:
         if own.linear and site in self.shared:
             self._leave(site, "operator", f"its weight is also that of {self.shared[site]}")
             return
-        if own.offset is not None and not self._has_slot(site):
-            self._leave(site, "offset", "it has no bias, and the architecture no switch for one")
+        if own.offset is not None and (reason := self._without_slot([site])):
+            self._leave(site, "offset", reason)
             own = replace(own, offset=None)
         if own.linear or own.offset is not None:
             self._change(site).own = own

@@ -209,6 +209,33 @@ def test_low_rank_at_a_norm_goes_into_its_readers_and_a_norm_without_weight_too(
         torch.testing.assert_close(plain_logits(tmp_path / "out"), hooked, atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def test_a_low_rank_operator_goes_in_without_an_offset_that_has_no_place(tmp_path: Path) -> None:
+    model = roughened(tiny("Phi3", tie_word_embeddings=False))
+    steering = random_steering(model, "low_rank", base_model=str(saved(model, tmp_path / "base")))
+    merging = Merging.of(steering, 0.5)
+    assert {entry.part for entry in merging.plan.left_out} == {"offset"} and len(merging.plan.left_out) == 5
+    assert "qkv_proj has no bias, and the architecture no switch" in merging.plan.left_out[0].reason
+    merging.write(tmp_path / "out", allow_partial=True)
+    with merging.part.on(model, 0.5):
+        hooked = logits(model, IDS)
+    torch.testing.assert_close(plain_logits(tmp_path / "out"), hooked, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_a_vision_models_text_config_gets_the_switch(tmp_path: Path) -> None:
+    model = roughened(CASES["LLaVA"].backbone(layout="padded").model)
+    saved(model, tmp_path / "base")
+    make_processor("LLaVA").save_pretrained(tmp_path / "base")
+    steering = random_steering(model, "affine", base_model=str(tmp_path / "base"))
+    merging = Merging.of(steering, 0.5)
+    merging.write(tmp_path / "out", allow_partial=True)
+    record = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert record["text_config"]["mlp_bias"] and "mlp_bias" not in record
+    with merging.part.on(model, 0.5):
+        hooked = logits(model, IDS)
+    found = plain_logits(tmp_path / "out", kind=AutoModelForImageTextToText)
+    torch.testing.assert_close(found, hooked, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_a_weight_that_is_used_twice_is_not_changed(tmp_path: Path) -> None:
     model = tiny("OLMo", tie_word_embeddings=True)
     plan = plan_merge(random_steering(model), model, 0.5)

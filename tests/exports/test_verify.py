@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import write_config
 from tiny import byte_tokenizer, small_set, tiny_llama
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +25,8 @@ from dso.exports.running import logits
 from dso.exports.verify import verify_folder, verify_url
 from dso.steering.model import Steering
 from launch.cli import main
+from launch.commands.merge import _decisions
+from launch.commands.parsers import build_parser
 
 
 @pytest.fixture(scope="module")
@@ -265,3 +268,11 @@ def test_the_command_says_what_leaving_out_costs_and_stops_unless_told(place: Pa
     }
     assert kl["base"] == 0 < abs(kl["with hooks"] - kl["merged"])
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8").count("without the offset at model.norm") == 1
+
+
+def test_what_leaving_out_costs_is_measured_on_the_runs_own_test_split(place: Path, tmp_path: Path) -> None:
+    write_config(tmp_path, place / "base", data__set=str(place / "set.jsonl")).rename(tmp_path / "config.yaml")
+    command = ["merge", str(tmp_path / "steering"), "--out", str(tmp_path / "out")]
+    found = _decisions(build_parser().parse_args(command))
+    assert found is not None and {decision.split for decision in found} == {"test"} and len(found) == 40
+    assert _decisions(build_parser().parse_args(["merge", str(place / "scale"), "--out", "x"])) is None
