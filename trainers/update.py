@@ -152,7 +152,7 @@ class Updater:
             passed = kept or self.pass_through(lesson.indices, rows, lesson.anchors, part)
             loss, seen = self._loss(lesson, passed, price, clip, mass_price)
             self.learner.backward(loss, first=part == 0, last=part == len(shares) - 1)
-            totals += seen.double().cpu()
+            totals += seen.cpu().double()  # MPS has no float64
         loss, objective, kl, mass, base_mass, lost, clipped = self.learner.world.all_sum(totals).tolist()
         norm, taken = self.learner.step(usable=bool(np.isfinite(loss)))
         measured = {"objective": objective, "loss": loss, "kl": kl, "gradient_norm": norm}

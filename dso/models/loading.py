@@ -32,12 +32,11 @@ def load_parts(name: str, revision: str | None, dtype: str, **options: Any) -> t
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-    source, processor = _source(name, revision), None
-    where = {"revision": revision, "trust_remote_code": False}
+    source, config = find_model(name, revision)
+    processor, where = None, {"revision": revision, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(source, **where)
         kind: Any  # one of transformers' auto classes
         if sees(config):
             processor = load_processor(source, revision, config)
@@ -50,6 +49,21 @@ def load_parts(name: str, revision: str | None, dtype: str, **options: Any) -> t
     if missing := sorted(info["missing_keys"]):
         raise ModelNotFound(f"model {name!r} lacks {len(missing)} of its weights, {missing[0]!r} among them")
     return model, tokenizer, processor
+
+
+def find_model(name: str, revision: str | None) -> tuple[str, Any]:
+    """Where transformers finds a model, a folder or an id of the Hub, and its config.
+
+    Raises:
+        ModelNotFound: if there is no such model; the message says what was looked for.
+    """
+    from transformers import AutoConfig
+
+    source = _source(name, revision)
+    try:
+        return source, AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except LOADER_ERRORS as error:
+        raise ModelNotFound(f"model {name!r} could not be loaded: {_first_line(error)}") from error
 
 
 def sees(config: Any) -> bool:

@@ -16,9 +16,11 @@ from tqdm import tqdm
 
 from dso.decisions.decision import DecisionSet, check_target
 from dso.decisions.sets import load_decisions
+from dso.errors import UserError
 from dso.evaluation.answers import check_answers
 from dso.evaluation.neutral import neutral_texts
 from dso.models.backbone import Backbone
+from dso.models.loading import find_model
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from envs.task import DecisionTask
@@ -97,7 +99,7 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
     if config.constraints.neutral_kl is not None:
         neutral_texts(config.constraints.neutral_texts)
     divided = deepspeed if deepspeed and deepspeed["zero_optimization"].get("stage") == 3 else None
-    with nullcontext() if divided is None else _dividing(divided, world, config.model.dtype):
+    with nullcontext() if divided is None else _dividing(config, divided, world):
         backbone = load_backbone(config, world.device)
         if world.is_main and (line := backbone.layout_line()):
             print(f"dso: {line}", file=sys.stderr)
@@ -113,10 +115,17 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
     return Session(config, backbone, decisions, steering, handle, trainer)
 
 
-def _dividing(deepspeed: dict[str, Any], world: World, dtype: str) -> AbstractContextManager[None]:
+def _dividing(config: TrainConfig, deepspeed: dict[str, Any], world: World) -> AbstractContextManager[None]:
+    """What divides the model as it is loaded, once every process has found it."""
     from trainers.parallel.loading import dividing  # which imports DeepSpeed
 
-    return dividing(deepspeed, world, dtype)
+    missing: UserError | None = None
+    try:
+        find_model(config.model.name, config.model.revision)
+    except UserError as error:
+        missing = error
+    world.require(missing)
+    return dividing(deepspeed, world, config.model.dtype)
 
 
 def open_decisions(config: TrainConfig) -> DecisionSet:
