@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from dso.exports.probe import read_probe
 from dso.exports.verify import verify_folder, verify_url
@@ -26,7 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{arguments.url or arguments.folder}: {says}")
     print(f"largest difference {verdict.largest:.2g} nats, tolerance {verdict.tolerance:g}")
     for name, share in verdict.shares.items():
-        print(f"{share:.0%} of the way from the {name} to the merged model")
+        if math.isnan(share):
+            print(f"the {name} says the same to these prompts")
+        else:
+            print(f"{round(100 * share)}% of the way from the {name} to the merged model")
     if note:
         print(f"Note: {note}.")
     return 0 if verdict.passed else EXIT_DIFFERS

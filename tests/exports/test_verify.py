@@ -223,6 +223,7 @@ def test_a_server_with_the_merged_weights_passes_and_one_without_fails(
         assert main(["verify", str(place / "out"), "--url", url, "--model", "mine"]) == 1
     out = capsys.readouterr().out
     assert "no, it is another model, or skips a part of this one" in out
+    assert "\n0% of the way from the base model to the merged model" in out
 
 
 def test_a_server_that_takes_text_only_gets_text_and_this_is_said(place: Path) -> None:
