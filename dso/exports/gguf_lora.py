@@ -52,6 +52,8 @@ def write_gguf_lora(plan: LoraPlan, model: Any, folder: str | Path, scale: float
         )
     if plan.offsets:
         raise UserError("llama.cpp's adapters hold no offsets; make the plan without them")
+    if "lm_head" in plan.layers and config.tie_word_embeddings:
+        raise UserError("llama.cpp has no layer of its own for a head that is tied to the embedding")
     name = ARCHITECTURES[config.model_type]
     kind = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)

@@ -9,8 +9,8 @@ arXiv 2106.09685):
 A low-rank operator is one of its own rank, A = V^T and B = W U. An offset ``b`` is a constant behind each layer,
 ``s W b``: a bias of B, which PEFT knows (``lora_bias``) and most engines do not.
 
-All layers get the same rank, that of the site with most slopes, padded with zeros: engines scale by alpha / rank, and
-many know one rank an adapter.
+All layers get the same rank, that of the site with most slopes, padded with zeros, and so do those behind a site without
+any: engines scale by alpha / rank, many know one rank an adapter, and TGI skips a kind of layer that one block lacks.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class LoraPlan:
         layers: linear layer -> what it gets.
         rank: of every layer.
         transposed: whether the model stores these layers' weights as (in, out), as GPT-2 does.
+        tied: whether one of these layers has the weight of another module.
         cut: how many slopes were set to zero to get there.
         left_out: site -> why it, or its offset, cannot be in the adapter.
     """
@@ -64,6 +65,7 @@ class LoraPlan:
     layers: dict[str, LoraLayer]
     rank: int
     transposed: bool
+    tied: bool = False
     cut: int = 0
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -80,6 +82,7 @@ def lora_plan(
     *,
     rank: int | None = None,
     offsets: bool = True,
+    tied_head: bool = False,
     allow_partial: bool = False,
     check: bool = True,
 ) -> LoraPlan:
@@ -90,6 +93,8 @@ def lora_plan(
         model: with its weights, not quantised.
         rank: keep the slopes of each site that do most, so many (:func:`strongest`); None keeps all.
         offsets: whether the adapter can hold offsets.
+        tied_head: whether it may be of a head that has the weight of the embedding, which is exact where the head runs
+            as a layer of its own and wrong where an adapter is merged into the weight.
         allow_partial: leave out what cannot be a LoRA, instead of refusing it.
         check: refuse a model of other weights than the ones that the steering was trained on.
 
@@ -100,7 +105,7 @@ def lora_plan(
     if check:
         require_same(steering.config.fingerprint, model, sites, f"the steering is for {steering.config.base_model!r}")
     found = readers(model, sites)
-    left_out = {site: reason for site in sites if (reason := _against(model, site, found[site]))}
+    left_out = {site: reason for site in sites if (reason := _against(model, site, found[site], tied_head))}
     if left_out and not allow_partial:
         raise UserError(_refusal(left_out, len(sites)))
     kept = [site for site in sites if site not in left_out]
@@ -117,10 +122,12 @@ def lora_plan(
     linears = {site: found[site].linears for site in kept}
     if rank is not None:
         part = strongest(whole, model, linears, rank)
-    return replace(_planned(part, named_sites(model), linears), cut=_slopes(whole) - _slopes(part), left_out=left_out)
+    plan = _planned(part, named_sites(model), linears)
+    tied = any(_also(model, name) for name in plan.layers)
+    return replace(plan, tied=tied, cut=_slopes(whole) - _slopes(part), left_out=left_out)
 
 
-def _against(model: nn.Module, site: str, found: Readers) -> str:
+def _against(model: nn.Module, site: str, found: Readers, tied_head: bool) -> str:
     """Why what a site does cannot be a LoRA; empty where it can."""
     modules: Mapping[str, Any] = named_sites(model)
     if linear_width(modules[site]):
@@ -130,8 +137,8 @@ def _against(model: nn.Module, site: str, found: Readers) -> str:
     for name in found.linears:
         if not isinstance(weight := modules[name].weight, Tensor) or not weight.is_floating_point():
             return f"the weight of {name}, which reads it, is quantised"
-        if other := _also(model, name):
-            return f"{name}, which reads it, has the weight of {other}: engines that tie them cannot change one alone"
+        if (other := _also(model, name)) and not tied_head:
+            return f"{name}, which reads it, has the weight of {other}; --tied-head changes it all the same"
     return ""
 
 
@@ -236,8 +243,7 @@ def _planned(
     linears: Mapping[str, Sequence[str]],
 ) -> LoraPlan:
     factors = {site: _factors(operator) for site, operator in steering.operators.items()}
-    factors = {site: found for site, found in factors.items() if found[1].any() or found[2] is not None}
-    if not factors:
+    if not any(u.any() or offset is not None for _, u, offset in factors.values()):
         raise UserError("all coefficients that could be exported are zero; there is nothing to export")
     rank = max(1, *(len(a) for a, _, _ in factors.values()))
     biased = any(offset is not None for _, _, offset in factors.values())

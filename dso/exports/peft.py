@@ -139,6 +139,8 @@ def check_scale(steering: Steering, scale: float) -> float:
 def lora_card(plan: LoraPlan, scale: float) -> str:
     """The README of a LoRA."""
     text = card(plan.steering, scale, plan.left_out, f"LoRA of rank {plan.rank}")
+    if plan.tied:
+        text += "\nIts output layer has the weight of the embedding: do not merge it into the weights.\n"
     if plan.cut:
         text += f"\nOnly the {plan.rank} strongest slopes of each site are in it; {plan.cut} others are left out.\n"
     if plan.offsets:

@@ -24,6 +24,8 @@ def run(arguments: argparse.Namespace) -> int:
     quieten()
     if arguments.rank and arguments.to == "ln-tuning":
         raise UserError("--rank is of LoRA; LN tuning holds all slopes of a norm at no cost")
+    if arguments.tied_head and arguments.to != "lora":
+        raise UserError("--tied-head is of --to lora; LN tuning needs no head, and llama.cpp has none of its own then")
     scales = numbers(arguments.scale, "--scale")
     steering = Steering.from_pretrained(arguments.steering)
     folders = _folders(Path(arguments.out), scales)
@@ -61,7 +63,8 @@ def _write(
             part, left_out = write_ln_tuning(steering, model, folder, scale, allow_partial=partial)
         return part, left_out
     gguf = arguments.to == "gguf-lora"
-    plan = lora_plan(steering, model, rank=arguments.rank, offsets=not gguf, allow_partial=partial)
+    tied = arguments.tied_head
+    plan = lora_plan(steering, model, rank=arguments.rank, offsets=not gguf, tied_head=tied, allow_partial=partial)
     for folder, scale in folders.items():
         (write_gguf_lora if gguf else write_lora)(plan, model, folder, scale)
     cut = f"; {plan.cut} weaker slopes are left out" if plan.cut else ""

@@ -166,6 +166,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--scale", default="1", help="strength; with several, as in 0.25,0.5,1, a folder in DIR each")
     export.add_argument("--rank", type=_positive, metavar="K", help="keep the K strongest slopes of each site")
     export.add_argument("--allow-partial", action="store_true", help="leave out what the format cannot hold")
+    export.add_argument("--tied-head", action="store_true", help="with lora: also change a head tied to the embedding")
     export.add_argument("--decisions", metavar="SET", help="measure on these what the adapter lacks")
     export.add_argument("--split", default="test", help="split to measure (default: test)")
     _add_option(export)

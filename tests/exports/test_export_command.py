@@ -34,7 +34,7 @@ def test_strengths_get_a_folder_each_and_their_cost_is_measured(
     }
     assert alphas == {"scale-0.5": 2, "scale-1": 4}
     assert "LoRA of rank 4 on 10 linear layers; 48 weaker slopes are left out" in out  # 12 at each of 4 norms
-    assert "left out: model.norm: lm_head, which reads it, has the weight of model.embed_tokens" in out
+    assert "left out: model.norm: lm_head, which reads it, has the weight of model.embed_tokens; " in out
     rows = re.findall(r"^(base|with hooks|the adapter) +(\S+) +(.*\S)$", out.partition("On 40 decisions:")[2], re.M)
     names = [("base", "0"), *((who, at) for at in ("0.5", "1") for who in ("with hooks", "the adapter"))]
     assert [row[:2] for row in rows] == names
@@ -49,6 +49,7 @@ def test_strengths_get_a_folder_each_and_their_cost_is_measured(
         (["--to", "gguf-lora", "--scale", "2"], "expected a number from 0 to 1"),
         (["--to", "lora", "--scale", "x"], "--scale 'x': expected comma-separated numbers"),
         (["--to", "ln-tuning", "--rank", "2"], "--rank is of LoRA"),
+        (["--to", "gguf-lora", "--tied-head"], "--tied-head is of --to lora"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

@@ -41,9 +41,12 @@ def test_a_site_with_fewer_slopes_is_padded_to_the_rank_of_the_others() -> None:
     model = tiny_llama()
     steering = steering_of(model, [r"model\.layers\.\d\.input_layernorm"], a=slopes(c0=1.0, c1=1.0, c2=1.0))
     steering.tensors()[f"{INPUT}.a"].data[1:] = 0
-    layer = lora_plan(steering, model).layers[QKV[0]]
+    plan = lora_plan(steering, model)
+    layer = plan.layers[QKV[0]]
     assert layer.a.shape == (3, 16) and layer.a.sum(1).tolist() == [1, 0, 0]
     assert not layer.b[:, 1:].any()
+    steering.tensors()[f"{INPUT}.a"].data[:] = 0  # none at all: still a layer, as TGI wants one in every block
+    assert list(lora_plan(steering, model).layers) == list(plan.layers) and len(plan.layers) == 6
 
 
 def test_kept_are_the_slopes_that_move_the_layers_behind_most() -> None:
@@ -81,7 +84,7 @@ def test_the_gain_of_gemmas_norm_is_one_plus_its_weight() -> None:
 @pytest.mark.parametrize(
     ("architecture", "changes", "site", "reason"),
     [
-        ("Llama", {"tie_word_embeddings": True}, "model.norm", "has the weight of model.embed_tokens"),
+        ("Llama", {"tie_word_embeddings": True}, "model.norm", "has the weight of model.embed_tokens; --tied-head"),
         ("Gemma2", {}, "model.layers.0.post_attention_layernorm", "no linear layer reads it"),
         ("OLMo2", {}, "model.layers.1.post_feedforward_layernorm", "no linear layer reads it"),
         ("Mixtral", {}, "model.layers.0.post_attention_layernorm", "reads it"),

@@ -66,6 +66,20 @@ def test_strengths_are_adapters_that_are_switched_and_mixed_in_a_batch(tmp_path:
 
 
 @torch.no_grad()
+def test_a_head_that_is_tied_to_the_embedding_is_changed_alone(tmp_path: Path) -> None:
+    model = tiny("Llama", tie_word_embeddings=True)
+    steering = moved(model, "scale")
+    plan = lora_plan(steering, model, tied_head=True)
+    assert plan.tied and "lm_head" in plan.layers and not plan.left_out
+    wanted, embedded = hooked(model, steering, 0.5), model.get_input_embeddings()(IDS)
+    write_lora(plan, model, tmp_path / "adapter", 0.5)
+    assert "do not merge it" in (tmp_path / "adapter/README.md").read_text()
+    adapted = PeftModel.from_pretrained(model, tmp_path / "adapter")
+    assert difference(adapted(IDS).logits, wanted) < ROUNDING
+    assert torch.equal(adapted.get_input_embeddings()(IDS), embedded)
+
+
+@torch.no_grad()
 def test_another_scale_is_another_alpha_and_a_merged_lora_is_the_same_model(tmp_path: Path) -> None:
     model = tiny("Llama")
     plan = lora_plan(moved(model, "scale", slopes=3), model)
