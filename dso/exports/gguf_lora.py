@@ -1,6 +1,6 @@
 """A steering as a LoRA file of llama.cpp, whose server takes the strength with each request.
 
-    llama-server -m model.gguf --lora adapter.gguf --lora-init-without-apply
+    llama-server -m model.gguf --lora-scaled adapter.gguf:0
     {"prompt": "...", "lora": [{"id": 0, "scale": 0.5}]}
 
 llama.cpp multiplies what a request asks for by alpha / rank, which is the scale that the file was written for. Its

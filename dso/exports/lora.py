@@ -9,8 +9,8 @@ arXiv 2106.09685):
 A low-rank operator is one of its own rank, A = V^T and B = W U. An offset ``b`` is a constant behind each layer,
 ``s W b``: a bias of B, which PEFT knows (``lora_bias``) and most engines do not.
 
-All layers get the same rank, that of the site with most slopes, padded with zeros, and so do those behind a site without
-any: engines scale by alpha / rank, many know one rank an adapter, and TGI skips a kind of layer that one block lacks.
+All layers get the same rank, that of the site with most slopes, padded with zeros; so do those behind a site with none.
+Engines scale by alpha / rank, many know one rank an adapter, and TGI skips a kind of layer that one block lacks.
 """
 
 from __future__ import annotations

@@ -152,7 +152,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = LlamaForCausalLM(config)
     model.save_pretrained(home / "path/to/model")
     fast.save_pretrained(home / "path/to/model")
-    Steering.for_model(model).save_pretrained(home / "path/to/steering")
+    steering = Steering.for_model(model)
+    for operator in steering.operators.values():
+        operator.a.data.fill_(0.1)  # a steering that does nothing cannot be exported
+    steering.save_pretrained(home / "path/to/steering")
     return home
 
 
