@@ -43,6 +43,7 @@ class Backbone:
         scoring: the rule by which decisions are scored, such as a steering's ``config.scoring``.
 
     Attributes:
+        context: tokens that the model takes at most; None where its config states no limit.
         layout: in use.
         layout_reason: why it is no better one; "" where it is the best, or was chosen.
 
@@ -71,7 +72,7 @@ class Backbone:
         self._encoded: dict[str, Encoded] = {}
         self._stated = scoring or Scoring()
         config = model.config.get_text_config()
-        self._context = positive(config, "max_position_embeddings")
+        self.context = positive(config, "max_position_embeddings")
         self._row_limit = row_limit(config)
         self.layout_reason = ""
         if layout is None and (self.vision is None or self.vision.takes_text):
@@ -143,8 +144,11 @@ class Backbone:
             return None
         return f"{self.name}: prompts are scored in {rows[self.layout]}, not packed: {self.layout_reason}"
 
-    def encode(self, decision: Decision) -> Encoded:
+    def encode(self, decision: Decision, keep: bool = True) -> Encoded:
         """Token ids of the decision; what they say is prompt + candidate, letter for letter.
+
+        Args:
+            keep: them, for as long as the backbone lives.
 
         Raises:
             DecisionError: if two candidates have the same tokens, the tokenizer drops blanks between prompt and
@@ -155,9 +159,10 @@ class Backbone:
             files = self._files(decision.images)
             named = [[c.text for c in decision.candidates], *map(astuple, files)]
             key = json.dumps([decision.prompt, *named])
-            if key not in self._encoded:
-                self._encoded[key] = self._encode(decision, files)
-            return self._encoded[key]
+            encoded = self._encoded.get(key) or self._encode(decision, files)
+            if keep:
+                self._encoded[key] = encoded
+            return encoded
         except DecisionError:
             raise
         except UserError as error:
@@ -193,8 +198,8 @@ class Backbone:
         if len(set(candidates)) < len(candidates):
             return "two candidates have the same tokens"
         longest = len(prompt) + max(map(len, candidates)) - 1
-        if self._context and longest > self._context:
-            return f"{longest} tokens, but {self.name!r} takes at most {self._context}"
+        if self.context and longest > self.context:
+            return f"{longest} tokens, but {self.name!r} takes at most {self.context}"
         return None
 
     def prompt_text(self, decision: Decision) -> str:
@@ -217,9 +222,27 @@ class Backbone:
             )
         return self.vision.render(prompt, date) if self.vision else render_text(prompt, self.tokenizer, self.name, date)
 
-    def score(self, decisions: Sequence[Decision], *, next_token: bool = False, hidden: bool = False) -> Scores:
-        """Score N decisions with the model as it is now, steered or not (see :func:`dso.models.scoring.score`)."""
-        return self._score([self.encode(decision) for decision in decisions], next_token, hidden)
+    def tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of a text or a chat without images.
+
+        Raises:
+            UserError: if it is empty, or the model takes prompts with images only.
+        """
+        require_slots(prompt, 0)
+        self._files(())
+        if not (found := tokenise(self.tokenizer, *self._render(prompt))):
+            raise UserError("the prompt is empty")
+        return found
+
+    def score(
+        self, decisions: Sequence[Decision], *, next_token: bool = False, hidden: bool = False, keep: bool = True
+    ) -> Scores:
+        """Score N decisions with the model as it is now, steered or not (see :func:`dso.models.scoring.score`).
+
+        Args:
+            keep: of :meth:`encode`.
+        """
+        return self._score([self.encode(decision, keep) for decision in decisions], next_token, hidden)
 
     def _score(self, encoded: Sequence[Encoded], next_token: bool, hidden: bool = False) -> Scores:
         return score(
@@ -273,9 +296,7 @@ class Backbone:
         """
         if options.get("return_dict_in_generate"):
             raise UserError("generate returns text; for anything else call the model's own generate (backbone.model)")
-        words = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
-        if (slots := words.count(IMAGE_SLOT)) != len(images):
-            raise UserError(f"the prompt has {slots} slot(s) {IMAGE_SLOT} for {len(images)} image(s)")
+        require_slots(prompt, len(images))
         files, (text, special) = self._files(images), self._render(prompt)
         inputs: dict[str, Tensor] = {}
         if self.vision is not None and files:
@@ -297,6 +318,13 @@ class Backbone:
         )
         made = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return made if options.get("num_return_sequences", 1) > 1 else made[0]
+
+
+def require_slots(prompt: Prompt, images: int) -> None:
+    """Raise UserError unless the prompt has a slot for each image."""
+    words = prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+    if (slots := words.count(IMAGE_SLOT)) != images:
+        raise UserError(f"the prompt has {slots} slot(s) {IMAGE_SLOT} for {images} image(s)")
 
 
 def usable_device(device: str | None) -> str:

@@ -36,6 +36,8 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("steering", help="folder or Hub id of a steering")
     inspect.add_argument("--top", type=_count, default=10, help="sites to list (default: 10)")
 
+    _add_serve(commands)
+
     decisions = commands.add_parser("decisions", help="validate a decision set, count it, show examples")
     decisions.add_argument("set", help="name of a decision set or a .jsonl file")
     _add_option(decisions)
@@ -171,6 +173,20 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--split", default="test", help="split to measure (default: test)")
     _add_option(export)
     add_model(export)
+
+
+def _add_serve(commands: argparse._SubParsersAction) -> None:
+    text = "serve a steered model: OpenAI's protocol with a scale for each request, and a playground in the browser"
+    serve = commands.add_parser("serve", help=text, epilog="The environment variable DSO_API_KEY sets an API key.")
+    serve.add_argument("steering", help="folder or Hub id of a steering")
+    add_model(serve)
+    serve.add_argument("--scale", type=float, default=1.0, help="of requests that name none (default: 1)")
+    serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
+    serve.add_argument("--port", type=_count, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--max-rows", type=_positive, default=32, help="answers written side by side (default: 32)")
+    serve.add_argument("--max-queue", type=_positive, default=512, help="answers that may wait (default: 512)")
+    serve.add_argument("--max-tokens", type=_positive, default=1024, help="of one answer (default: 1024)")
+    serve.add_argument("--max-body", type=_positive, default=1_000_000, help="bytes of a request (default: 1000000)")
 
 
 def _add_option(command: argparse.ArgumentParser) -> None:
