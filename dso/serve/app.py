@@ -1,7 +1,7 @@
 """The server: an ASGI application around an engine, and how it is run until it is told to stop.
 
-    app = make_app(engine, limits, key=None)
-    run(app, bind("127.0.0.1", 8000))
+app = make_app(engine, limits, key=None)
+run(app, bind("127.0.0.1", 8000))
 """
 
 from __future__ import annotations

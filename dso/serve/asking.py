@@ -26,8 +26,8 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 NEUTRAL_CHAT: dict[str, tuple[object, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "logit_bias": ({},), "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0), "store": (False,), "service_tier": ("auto", "default"),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "logit_bias": ({},), "store": (False,),
+    "presence_penalty": (0, 0.0), "frequency_penalty": (0, 0.0), "service_tier": ("auto", "default"),
 }  # fmt: skip
 
 

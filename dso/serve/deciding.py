@@ -77,7 +77,9 @@ def decide(backbone: Backbone, handle: Handle, decision: Decision, scales: Seque
             groups[candidate.group] = groups.get(candidate.group, 0.0) + share
         listed = [
             {"text": candidate.text, "group": candidate.group, "probability": share, "log_prob": log_prob}
-            for candidate, share, log_prob in zip(decision.candidates, shares, scores.log_probs[0].tolist(), strict=True)
+            for candidate, share, log_prob in zip(
+                decision.candidates, shares, scores.log_probs[0].tolist(), strict=True
+            )
         ]
         mass = float(scores.answer_mass()[0])
         made.append({"scale": scale, "groups": groups, "candidates": listed, "answer_mass": mass})

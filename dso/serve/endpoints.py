@@ -149,12 +149,13 @@ class Endpoints:
             rows = self.engine.submit(asked.jobs, tell)
         except (QueueFull, Closed) as error:
             raise refusal(error) from error
-        left, first = len(rows), True
+        left, first, failed = len(rows), True, False
         try:
             yield 0, Piece()
             while left:
                 number, piece = await queue.get()
                 if piece.error is not None:
+                    failed = True
                     raise refusal(piece.error)
                 if first:
                     self.metrics.first.observe(time.monotonic() - begun)
@@ -164,8 +165,8 @@ class Endpoints:
                 yield number, piece
         finally:
             if left:
-                self.metrics.left.inc()
                 self.engine.give_up(rows)
+                self.metrics.left.inc(not failed)
 
 
 def refusal(error: Exception) -> ApiError:

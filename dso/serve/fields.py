@@ -1,4 +1,4 @@
-"""The fields of a request's body, each taken once and checked; what is wrong is said in the shape of OpenAI's errors."""
+"""The fields of a request's body, each taken once and checked, and the shape of OpenAI's errors."""
 
 from __future__ import annotations
 

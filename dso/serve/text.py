@@ -7,7 +7,7 @@ from typing import Any
 
 TAIL = 6  # tokens of the prompt that decide whether the first word begins with a blank
 HALF = "\ufffd"  # what a tokenizer writes for the bytes of an unfinished character
-LONGEST_CHARACTER = 4  # bytes
+OPEN = 3  # bytes of a character that is not finished, at most
 
 
 class TextWriter:
@@ -25,8 +25,9 @@ class TextWriter:
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stops: Sequence[str] = ()):
         self._tokenizer = tokenizer
         self._tokens = list(prompt[-TAIL:])
-        self._said = len(self._tokens)  # tokens whose text is out, or held back
         self._start = 0  # where decoding begins; what comes before is finished
+        self._clean = len(self._tokens)  # where it may begin next
+        self._out = len(self._decode(self._tokens))  # characters that are out, or held back
         self._stops = stops
         self._held = ""
         self.stopped = False
@@ -41,13 +42,16 @@ class TextWriter:
         return self._through_stops(self._decoded(final=True), final=True)
 
     def _decoded(self, final: bool) -> str:
-        before = self._decode(self._tokens[self._start : self._said])
+        """The characters that no further token can change, and that are not out yet."""
         whole = self._decode(self._tokens[self._start :])
-        unfinished = whole.endswith(HALF) and len(self._tokens) - self._said < LONGEST_CHARACTER
-        if len(whole) <= len(before) or (unfinished and not final):
-            return ""
-        self._start, self._said = self._said, len(self._tokens)
-        return whole[len(before) :]
+        unfinished = len(whole) - len(whole.rstrip(HALF))
+        settled = len(whole) - (0 if final else min(unfinished, OPEN))
+        piece = whole[self._out : settled]
+        self._out = max(self._out, settled)
+        if not unfinished:  # decoding goes on from the tokens before these, as a first word may lose its blank
+            self._start, self._clean = self._clean, len(self._tokens)
+            self._out = len(self._decode(self._tokens[self._start :]))
+        return piece
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)
