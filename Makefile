@@ -10,7 +10,7 @@ ARGS ?=
 
 VENV := .venv
 READY := $(VENV)/.ready
-EXTRAS := train,grpo,distributed,test
+EXTRAS := train,grpo,distributed,serve,test
 
 .DEFAULT_GOAL := help
 .SUFFIXES:

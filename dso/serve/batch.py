@@ -1,8 +1,8 @@
 """Rows that are written side by side: one pass of the model gives every row its next token.
 
 Each row has a scale of its own. Rows join at any time and leave at any time, so that a place is free the moment its row
-has ended. A row is padded on the left, its positions count its own tokens only, and no other row sees it; so its
-logits are those that it would get alone, but for the rounding of floating point.
+has ended. A row is padded on the left, its positions count its own tokens only, and no other row sees it; so its logits
+are those that it would get alone, but for the rounding of floating point.
 
 Every layer keeps the keys and values of all tokens, also where the model looks back through a window only: the window
 is in the mask, and as a row's tokens stand side by side, its width in columns is its width in tokens.
@@ -20,10 +20,11 @@ from torch.nn.functional import pad
 from dso.errors import UserError
 from dso.models.backbone import Backbone
 from dso.models.forward import takes
+from dso.serve.prefixes import Prefixes, States
 from dso.steering.handle import Handle
 
 Tokens = Sequence[int]
-States = list[tuple[Tensor, Tensor]]
+Asked = tuple[tuple[int, ...], float]  # a prompt and its scale
 
 
 class Batch:
@@ -39,6 +40,7 @@ class Batch:
         self.device = backbone.device
         self.handle = handle
         self.alone = backbone.company != "any" or not keeps_only_states(self.model)
+        self._prefixes = Prefixes()
         self._forbidden = backbone.vision.forbidden if backbone.vision else []
         self._empty()
 
@@ -67,33 +69,69 @@ class Batch:
         different = list(dict.fromkeys(zip(map(tuple, prompts), scales, strict=True)))
         number = {row: place for place, row in enumerate(different)}
         copies = [number[tuple(prompt), scale] for prompt, scale in zip(prompts, scales, strict=True)]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[*[0] * (longest - len(prompt)), *prompt] for prompt, _ in different])
-        mask = torch.tensor([[*[0] * (longest - len(prompt)), *[1] * len(prompt)] for prompt, _ in different])
-        mask = mask.to(self.device)
-        cache = None if self.alone else new_cache([])
-        logits, cache = self._pass(ids.to(self.device), mask, cache, [scale for _, scale in different], read)
-        self._add(cache, mask, copies)
+        logits = self._join_alone(different[0], read) if self.alone else self._join(different, copies, read)
         self._scales += scales
         return logits[copies]
 
-    def _add(self, cache: Any, mask: Tensor, copies: list[int]) -> None:
-        """Put the states of new rows behind those of the old ones, all padded to one length."""
-        if self.alone:
-            self._cache, self._mask = cache, mask
-            return
-        index = torch.tensor(copies, device=self.device)
-        new = [tuple(part[index] for part in layer) for layer in states_of(cache)]
-        mask = mask[index]
-        if len(self):
-            length = max(self._mask.shape[1], mask.shape[1])
-            old = states_of(self._cache)
-            new = [
-                tuple(torch.cat([_longer(part, length, -2) for part in pair]) for pair in zip(*layers, strict=True))
-                for layers in zip(old, new, strict=True)
+    def _join_alone(self, row: Asked, read: int) -> Tensor:
+        ids = torch.tensor([row[0]], device=self.device)
+        self._mask = torch.ones_like(ids)
+        logits, self._cache = self._pass(ids, self._mask, None, [row[1]], range(len(row[0]) - read, len(row[0])))
+        return logits
+
+    def _join(self, different: Sequence[Asked], copies: Sequence[int], read: int) -> Tensor:
+        """Read different prompts, and put their states behind those of the old rows, all padded to one length."""
+        found = self._read(different, read)
+        rows = [states_of(self._cache)] if len(self) else []
+        rows += [found[copy][1] for copy in copies]
+        masks = [self._mask] if len(self) else []
+        masks += [torch.ones(1, len(different[copy][0]), dtype=torch.long, device=self.device) for copy in copies]
+        self._cache = new_cache(side_by_side(rows))
+        length = max(mask.shape[1] for mask in masks)
+        self._mask = torch.cat([pad(mask, (length - mask.shape[1], 0)) for mask in masks])
+        return torch.cat([logits for logits, _ in found])
+
+    def _read(self, different: Sequence[Asked], read: int) -> list[tuple[Tensor, States]]:
+        """Logits (1, read, V) and states of each prompt, whose beginning is not read again where it is known.
+
+        Prompts with such a beginning have a pass of their own, as they are shorter then.
+        """
+        known = [self._prefixes.find(*row) if read == 1 else None for row in different]
+        found: dict[int, tuple[Tensor, States]] = {}
+        for some in (
+            [n for n, states in enumerate(known) if not states],
+            [n for n, states in enumerate(known) if states],
+        ):
+            if some:
+                made = self._read_together([different[n] for n in some], [known[n] for n in some], read)
+                found |= dict(zip(some, made, strict=True))
+        for number, row in enumerate(different):
+            self._prefixes.keep(*row, found[number][1])
+        return [found[number] for number in range(len(different))]
+
+    def _read_together(
+        self, rows: Sequence[Asked], known: Sequence[States | None], read: int
+    ) -> list[tuple[Tensor, States]]:
+        """One pass over what is new in each prompt: beginnings are padded on the left, the rest on the right."""
+        sizes = [states[0][0].shape[2] if states else 0 for states in known]
+        rests = [prompt[size:] for (prompt, _), size in zip(rows, sizes, strict=True)]
+        start, longest = max(sizes), max(map(len, rests))
+        ids = torch.tensor([[*rest, *[0] * (longest - len(rest))] for rest in rests], device=self.device)
+        before = torch.tensor([[*[0] * (start - size), *[1] * size] for size in sizes], dtype=torch.long)
+        behind = torch.tensor([[*[1] * len(rest), *[0] * (longest - len(rest))] for rest in rests])
+        mask = torch.cat([before, behind], dim=1).to(self.device)
+        columns = [range(len(rest) - read, len(rest)) for rest in rests]
+        keep = sorted({column for own in columns for column in own})
+        cache = new_cache(side_by_side([states for states in known if states]))
+        logits, cache = self._pass(ids, mask, cache, [scale for _, scale in rows], keep)
+        made = []
+        for row, (size, rest) in enumerate(zip(sizes, rests, strict=True)):
+            own = [
+                tuple(p[row : row + 1, :, start - size : start + len(rest)] for p in layer)
+                for layer in states_of(cache)
             ]
-            mask = torch.cat([_longer(self._mask, length, -1), _longer(mask, length, -1)])
-        self._cache, self._mask = new_cache(new), mask
+            made.append((logits[row : row + 1, [keep.index(column) for column in columns[row]]], own))
+        return made
 
     @torch.no_grad()
     def step(self, tokens: Tokens) -> Tensor:
@@ -104,7 +142,7 @@ class Batch:
         """
         ids = torch.tensor(tokens, device=self.device)[:, None]
         self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
-        logits, self._cache = self._pass(ids, self._mask, self._cache, self._scales, 1)
+        logits, self._cache = self._pass(ids, self._mask, self._cache, self._scales, [0])
         return logits[:, 0]
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -121,16 +159,22 @@ class Batch:
         self._cache, self._mask = new_cache(states), mask[:, start:]
         self._scales = [self._scales[row] for row in rows]
 
-    def _pass(self, ids: Tensor, mask: Tensor, cache: Any, scales: Sequence[float], read: int) -> tuple[Tensor, Any]:
+    def _pass(
+        self, ids: Tensor, mask: Tensor, cache: Any, scales: Sequence[float], keep: Sequence[int]
+    ) -> tuple[Tensor, Any]:
+        """Logits (B, len(keep), V) at some columns of ids (B, L), and the cache with what they added."""
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
         forward = type(self.model).forward
+        kept = torch.tensor(list(keep), device=self.device)
         if takes(forward, "position_ids"):
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if takes(forward, "logits_to_keep"):
-            inputs["logits_to_keep"] = read
+            inputs["logits_to_keep"] = kept
         self.handle.scale = torch.tensor(scales) if len(set(scales)) > 1 else scales[0]
         output = self.model(**inputs)
-        logits = output.logits[:, -read:].float()
+        logits = output.logits.float()
+        if logits.shape[1] != len(keep):  # an architecture that knows no logits_to_keep
+            logits = logits[:, kept]
         if self._forbidden:
             logits[..., self._forbidden] = -torch.inf
         return logits, output.past_key_values
@@ -163,12 +207,17 @@ def new_cache(states: Sequence[tuple[Tensor, ...]]) -> Any:
     return cache
 
 
-def states_of(cache: Any) -> list[tuple[Tensor, ...]]:
+def states_of(cache: Any) -> States:
     """Keys and values (B, H, L, D), by layer."""
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _longer(part: Tensor, length: int, axis: int) -> Tensor:
-    """A tensor filled up with zeros in front, along its last axis or the one before."""
-    missing = length - part.shape[axis]
-    return pad(part, (missing, 0) if axis == -1 else (0, 0, missing, 0))
+def side_by_side(rows: Sequence[States]) -> States:
+    """States of several batches as those of one, padded with zeros on the left."""
+    if not rows:
+        return []
+    length = max(states[0][0].shape[2] for states in rows)
+    return [
+        tuple(torch.cat([pad(p, (0, 0, length - p.shape[2], 0)) for p in parts]) for parts in zip(*layers, strict=True))
+        for layers in zip(*rows, strict=True)
+    ]

@@ -49,6 +49,18 @@ def test_a_step_is_timed_against_a_bare_pass(tmp_path: Path, model_folder: Path)
     assert all(row["step_s"] > 0 and row["bare_s"] > 0 and row["ratio"] > 0 for row in rows.values())
 
 
+def test_the_engine_is_timed_against_generate(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Steering.for_model(Backbone.load(str(model_folder)).model).save_pretrained(tmp_path / "steering")
+    options = ["--requests", "3", "--tokens", "2", "--rounds", "1", "--results", str(tmp_path)]
+    assert main(["serve", str(tmp_path / "steering"), "--model", str(model_folder), *options]) == 0
+    assert "32 rows: 3 of 3 answers are those of generate" in capsys.readouterr().out
+    speeds = json.loads((tmp_path / "serve.json").read_text())
+    assert list(speeds) == ["generate, one by one", "engine, 1 rows", "engine, 8 rows", "engine, 32 rows"]
+    assert all(speed > 0 for speed in speeds.values())
+
+
 def test_a_sweep_trains_what_is_missing_and_measures_all(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

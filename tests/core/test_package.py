@@ -74,7 +74,7 @@ def test_the_wheel_holds_the_packages_and_their_data_and_nothing_else(wheel: Pat
     assert {name.split("/")[0] for name in names} == {*PACKAGES, info}
     assert {f"{package}/py.typed" for package in PACKAGES} <= names
     assert f"{info}/licenses/LICENSE" in names
-    kinds = ("*.py", "*.csv", "*.yaml", "*.json", "*.jsonl", "*.safetensors", "*.sh")
+    kinds = ("*.py", "*.csv", "*.html", "*.yaml", "*.json", "*.jsonl", "*.safetensors", "*.sh")
     files = (path for package in PACKAGES for kind in kinds for path in (ROOT / package).rglob(kind))
     shipped = {path.relative_to(ROOT).as_posix() for path in files}
     assert {name for name in names if not name.startswith(info)} >= shipped

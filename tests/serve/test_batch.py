@@ -11,6 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM, RwkvConfig, RwkvForC
 from dso.errors import UserError
 from dso.models.backbone import Backbone
 from dso.serve.batch import Batch, keeps_only_states
+from dso.serve.prefixes import Prefixes
 
 ROWS = ((range(10, 27), 0.0), (range(40, 43), 1.0), (range(90, 131), 0.5), ((7,), 2.0))
 GOES_ON = (5, 9, 200, 31, 77, 8, 60, 61)
@@ -74,6 +75,50 @@ def test_rows_that_join_and_leave_have_the_logits_that_they_have_alone(make) -> 
     assert len(batch) == 0
     written.clear()
     join(2)
+
+
+@pytest.mark.parametrize("make", [tiny_backbone, windowed])
+def test_the_beginning_of_a_prompt_is_not_read_again_at_the_same_scale(make) -> None:
+    backbone = make()
+    handle = strong_steering(backbone.model).attach(backbone.model, 0.0)
+    batch = Batch(backbone, handle)
+    read: list[tuple[int, ...]] = []
+    backbone.model.get_input_embeddings().register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape)))
+
+    def join(prompts: list[list[int]], scales: list[float]) -> list[tuple[int, ...]]:
+        read.clear()
+        logits = batch.join(prompts, scales)
+        passes = list(read)
+        expected = torch.stack([alone(backbone, handle, *row) for row in zip(prompts, scales, strict=True)])
+        torch.testing.assert_close(logits[:, 0], expected, atol=2e-5, rtol=1e-5)
+        return passes
+
+    shared = list(range(20, 50))
+    assert join([[*shared, 3]], [0.5]) == [(1, 31)]
+    assert join([[*shared, 3]], [0.5]) == [(1, 1)]  # all of it is known, and its last token is read for its logits
+    assert join([[*shared, 3]], [1.0]) == [(1, 31)]  # nothing is known at another scale
+    assert join([[*shared, 4, 5], [*shared[:20], 9], [7, 8]], [0.5, 1.0, 0.5]) == [(1, 2), (2, 2)]
+    logits = batch.step([11] * 6)
+    torch.testing.assert_close(logits[4], alone(backbone, handle, [*shared[:20], 9, 11], 1.0), atol=2e-5, rtol=1e-5)
+
+
+def test_prefixes_that_were_used_longest_ago_make_room() -> None:
+    def states(length: int) -> list[tuple[torch.Tensor, ...]]:
+        return [(torch.arange(length).float().view(1, 1, length, 1),) * 2]  # 8 bytes a token
+
+    first, second, third = (tuple(range(start, start + 20)) for start in (0, 100, 200))
+    prefixes = Prefixes(room=2 * 20 * 8)
+    for prompt in (first, second):
+        prefixes.keep(prompt, 0.5, states(20))
+    known = prefixes.find((*first[:18], 99, 98), 0.5)
+    assert known is not None and known[0][0].flatten().tolist() == list(range(18))
+    assert prefixes.find(first, 0.25) is None
+    assert prefixes.find((*first[:15], 99), 0.5) is None  # too short to be worth it
+    prefixes.keep(third, 0.5, states(20))
+    assert prefixes.find(second, 0.5) is None
+    assert prefixes.find(first, 0.5)[0][0].shape[2] == 19  # not its last token
+    prefixes.keep(tuple(range(300, 345)), 0.5, states(45))  # larger than all the room
+    assert prefixes.find(third, 0.5) is not None
 
 
 def test_logits_of_a_whole_prompt() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 
@@ -308,7 +309,8 @@ PAIR = {"prompt": "a", "candidates": [{"text": " b", "group": "x"}, {"text": " c
 def test_bad_input_is_refused_in_openais_shape(
     address: str, path: str, body: dict, param: str | None, said: str
 ) -> None:
-    reply = httpx.post(f"{address}/v1/{path}", json=body)
+    headers = {"Content-Type": "application/json"}
+    reply = httpx.post(f"{address}/v1/{path}", content=json.dumps(body), headers=headers)
     error = reply.json()["error"]
     assert (reply.status_code, error["type"], error["param"]) == (400, "invalid_request_error", param)
     assert said in error["message"] and "\n" not in error["message"]

@@ -9,6 +9,7 @@ groups       gender x race, four groups
 transfer     trained steerings on sets they never saw: held-out occupations, WinoBias, pronouns
 freeform     free-form answers of the embedded model: what is said before and after
 overhead     time of prefill and decode with hooks, with a scale a row, and merged, against the base model; of imports
+serve        tokens a second of dso serve's engine, with a scale for each row, against one answer after the other
 scenes       the embedded vision-language model: both planted associations before and after, and a sheet of pictures
 """
 
@@ -72,6 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
     transfer.add_argument("--winobias", help="folder with the published WinoBias files")
     transfer.add_argument("--splits", default="test-names,test-templates,test-contexts")
 
+    serve = names.add_parser("serve", help="tokens a second of dso serve's engine")
+    serve.add_argument("steering", help="folder of a steering")
+    serve.add_argument("--model", help="base model (default: the one that the steering states)")
+    serve.add_argument("--requests", type=int, default=32, help="at once, at most 32 (default: 32)")
+    serve.add_argument("--tokens", type=int, default=48, help="of each answer (default: 48)")
+    serve.add_argument("--rounds", type=int, default=3, help="(default: 3)")
+
     harm = names.add_parser("harm", help="what steerings cost where nothing should move")
     harm.add_argument("steerings", nargs="+", help="folders of steerings")
     harm.add_argument("--arc", required=True, metavar="CSV", help="ARC-Easy as published: question, options, letter")
@@ -101,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     from dso.errors import UserError
     from launch.run.train import Stopped
-    from tools.bench import answers, estimators, harm, overhead, scaling, scenes, sweeps, timing
+    from tools.bench import answers, estimators, harm, overhead, scaling, scenes, serving, sweeps, timing
 
     functions = {
         "step": timing.step,
@@ -114,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "scenes": scenes.scenes,
         "harm": harm.harm,
         "overhead": overhead.overhead,
+        "serve": serving.serve,
         "freeform": answers.freeform,
     }
     try:

@@ -1,0 +1,121 @@
+"""The playground in a headless Chromium, with a keyboard and on a phone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+
+import pytest
+from serving import served, tiny_engine
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium)")
+PHONE = {"width": 360, "height": 740}
+
+
+@pytest.fixture(scope="module")
+def addresses() -> Iterator[tuple[str, str]]:
+    """Of a server, and of one with a key."""
+    with served(tiny_engine()) as plain, served(tiny_engine(), key="secret") as locked:
+        yield plain, locked
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # Without its sandbox, which a container's root may not use; what it opens is ours.
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser) -> Iterator:
+    page = browser.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("request", lambda request: faults.append(request.url) if "//127.0.0.1:" not in request.url else None)
+    yield page
+    page.close()
+    assert faults == []  # no error, and nothing from elsewhere
+
+
+def settle(page) -> None:
+    page.locator("#columns[aria-busy=false]").wait_for()
+
+
+def percents(page, column: int) -> list[int]:
+    texts = page.locator(".column").nth(column).locator(".bar span:last-child").all_inner_texts()
+    return [int(text.removesuffix("%")) for text in texts]
+
+
+def test_answers_stand_side_by_side_with_bars(page, addresses: tuple[str, str]) -> None:
+    page.goto(addresses[0])
+    settle(page)
+    titles = page.locator(".column h2 .at").all_inner_texts()
+    assert titles == ["Scale 0.00", "Scale 0.50", "Scale 1.00"]
+    for column in range(3):
+        assert sum(percents(page, column)) in (99, 100, 101)
+        assert page.locator(".column .said").nth(column).inner_text()
+    assert page.locator(".column").first.locator(".bar span:first-child").all_inner_texts() == ["female", "male"]
+
+
+def test_the_keyboard_does_all(page, addresses: tuple[str, str]) -> None:
+    page.goto(addresses[0])
+    settle(page)
+    page.locator("#prompt").focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("The pilot is")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("Ann = female\nBob = male\nSam = neither")
+    page.keyboard.press("Control+Enter")
+    page.locator(".column.live .bar").nth(2).wait_for()
+    settle(page)
+    before = percents(page, 2)
+    for _ in range(5):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.id") == "scale":
+            break
+    page.keyboard.press("End")
+    page.locator('.column.live[data-scale="2"]').wait_for()
+    page.wait_for_timeout(250)
+    settle(page)
+    assert page.locator("#value").inner_text() == "2.00"
+    assert percents(page, 2) != before
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")  # keeps a column
+    page.locator(".column").nth(3).wait_for()
+    settle(page)
+    assert percents(page, 2) == percents(page, 3)
+
+
+def test_a_phone_shows_one_column_and_nothing_sticks_out(page, addresses: tuple[str, str]) -> None:
+    page.set_viewport_size(PHONE)
+    page.goto(addresses[0])
+    settle(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    boxes = [page.locator(".column").nth(number).bounding_box() for number in range(3)]
+    assert len({box["x"] for box in boxes}) == 1
+    assert boxes[2]["y"] < boxes[0]["y"]  # the slider's column is right below the slider
+    for button in page.locator("button:visible").all():
+        assert button.bounding_box()["height"] >= 32
+
+
+def test_a_key_is_asked_for_and_errors_are_shown(page, addresses: tuple[str, str]) -> None:
+    page.goto(addresses[1])
+    page.locator("#error").wait_for()
+    assert "API key" in page.locator("#error").inner_text()
+    page.locator("#key").fill("secret")
+    page.keyboard.press("Enter")
+    settle(page)
+    assert sum(percents(page, 0)) in (99, 100, 101)
+    assert page.locator("#error").is_hidden()
+    page.locator("#candidates").fill("Ann = female\nAnn = male")
+    page.keyboard.press("Control+Enter")
+    page.locator("#error").wait_for()
+    assert "same text" in page.locator("#error").inner_text()
