@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 CLOSING = "dso.closing"  # in a request's scope: what to close when it has ended, in whatever way
 Pieces = AsyncGenerator[tuple[int, Piece], None]
 GONE = 499  # what nginx writes down for a client that went away
@@ -123,7 +126,9 @@ class Endpoints:
         await anext(pieces)  # which enters the queue, or raises
         self.metrics.prompt.inc(answer.prompt_tokens)
         if asked.stream:
-            return StreamingResponse(_events(answer, pieces), media_type="text/event-stream")
+            return StreamingResponse(
+                _events(answer, pieces), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
         whole, gone = asyncio.ensure_future(_collect(answer, pieces)), asyncio.ensure_future(_gone(request))
         await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
         left = not whole.done()
@@ -166,7 +171,8 @@ class Endpoints:
         finally:
             if left:
                 self.engine.give_up(rows)
-                self.metrics.left.inc(not failed)
+                if not failed:
+                    self.metrics.left.inc()
 
 
 def refusal(error: Exception) -> ApiError:

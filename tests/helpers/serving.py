@@ -43,7 +43,7 @@ def served(engine: Engine, key: str | None = None, max_body: int = 100_000) -> I
     limits = Limits(scale=1.0, scales=(0.0, 2.0), max_tokens=400, model=MODEL)
     app = make_app(engine, limits, key=key, max_body=max_body)
     socket = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=60))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
     thread.start()
     try:
@@ -54,7 +54,7 @@ def served(engine: Engine, key: str | None = None, max_body: int = 100_000) -> I
         thread.join()
 
 
-def wait_until(done, seconds: float = 20.0) -> None:
+def wait_until(done, seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end, "it did not happen in time"

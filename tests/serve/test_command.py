@@ -40,7 +40,7 @@ def test_it_serves_until_sigterm_and_finishes_what_it_began(model_folder: Path, 
         text = next(chunks).choices[0].text
         process.send_signal(signal.SIGTERM)
         assert text + "".join(chunk.choices[0].text for chunk in chunks) == whole
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
         assert process.stderr is not None
         assert process.stderr.read() == ""
     finally:

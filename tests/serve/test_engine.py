@@ -30,7 +30,7 @@ def ends(pieces: queue.Queue, count: int) -> list[str]:
     """How so many rows ended, by number."""
     found: dict[int, str] = {}
     while len(found) < count:
-        number, piece = pieces.get(timeout=20)
+        number, piece = pieces.get(timeout=120)
         if piece.finish:
             found[number] = piece.finish
     return [found[number] for number in sorted(found)]
@@ -45,7 +45,7 @@ def engine():
 
 def test_a_prompt_that_cannot_be_read_takes_nobody_along(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     running = told(engine, job(tokens=300))
-    running.get(timeout=20)
+    running.get(timeout=120)
     real = engine._batch.join
 
     def join(prompts, scales, read=1):
@@ -74,7 +74,7 @@ def test_a_step_that_fails_tells_its_rows_and_the_engine_goes_on(
 
 def test_requests_are_taken_whole_or_not_at_all(engine: Engine) -> None:
     pieces = told(engine, job(tokens=200))
-    pieces.get(timeout=20)
+    pieces.get(timeout=120)
     with pytest.raises(QueueFull):
         told(engine, *[job()] * 9)
     assert engine.waiting == 0
@@ -102,7 +102,7 @@ def test_rows_wait_where_their_keys_and_values_have_no_room(monkeypatch: pytest.
 
 def test_who_waits_when_it_is_closed_is_told(engine: Engine) -> None:
     pieces = told(engine, *[job(tokens=400)] * 6)
-    pieces.get(timeout=20)
+    pieces.get(timeout=120)
     task = engine.run(lambda: 7)
     engine.close()
     assert task.cancelled()

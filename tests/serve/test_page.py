@@ -83,7 +83,6 @@ def test_the_keyboard_does_all(page, addresses: tuple[str, str]) -> None:
             break
     page.keyboard.press("End")
     page.locator('.column.live[data-scale="2"]').wait_for()
-    page.wait_for_timeout(250)
     settle(page)
     assert page.locator("#value").inner_text() == "2.00"
     assert percents(page, 2) != before

@@ -376,5 +376,5 @@ def test_a_full_queue_turns_requests_away_and_a_server_that_stops_finishes_what_
     engine = tiny_engine()
     assert finished == alone(engine, PROMPT, 1.0, 150)
     engine.close()
-    waiting.join(5)
+    waiting.join(120)
     assert not waiting.is_alive()
