@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from serving import served, tiny_engine
 
@@ -12,6 +14,8 @@ CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium)")
+PROMPT = "The pilot is"
+PEOPLE = {"Ann": "female", "Bob": "male", "Sam": "neither", "Leo": "older"}
 PHONE = {"width": 360, "height": 740}
 
 
@@ -53,6 +57,14 @@ def percents(page, column: int) -> list[int]:
     return [int(text.removesuffix("%")) for text in texts]
 
 
+def weighed(address: str, scale: float) -> list[int]:
+    """What the server says of the people, in percent."""
+    candidates = [{"text": f" {name}", "group": group} for name, group in PEOPLE.items()]
+    body = {"prompt": PROMPT, "candidates": candidates, "scales": [scale]}
+    groups = httpx.post(f"{address}/v1/dso/decide", json=body).json()["scales"][0]["groups"]
+    return [math.floor(100 * groups[group] + 0.5) for group in PEOPLE.values()]
+
+
 def test_answers_stand_side_by_side_with_bars(page, addresses: tuple[str, str]) -> None:
     page.goto(addresses[0])
     settle(page)
@@ -69,14 +81,14 @@ def test_the_keyboard_does_all(page, addresses: tuple[str, str]) -> None:
     settle(page)
     page.locator("#prompt").focus()
     page.keyboard.press("Control+A")
-    page.keyboard.type("The pilot is")
+    page.keyboard.type(PROMPT)
     page.keyboard.press("Tab")
     page.keyboard.press("Control+A")
-    page.keyboard.type("Ann = female\nBob = male\nSam = neither")
+    page.keyboard.type("\n".join(f"{name} = {group}" for name, group in PEOPLE.items()))
     page.keyboard.press("Control+Enter")
-    page.locator(".column.live .bar").nth(2).wait_for()
+    page.locator(".column.live .bar").nth(3).wait_for()
     settle(page)
-    before = percents(page, 2)
+    assert percents(page, 2) == weighed(addresses[0], 1)
     for _ in range(5):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.id") == "scale":
@@ -85,12 +97,12 @@ def test_the_keyboard_does_all(page, addresses: tuple[str, str]) -> None:
     page.locator('.column.live[data-scale="2"]').wait_for()
     settle(page)
     assert page.locator("#value").inner_text() == "2.00"
-    assert percents(page, 2) != before
+    assert percents(page, 2) == weighed(addresses[0], 2)
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")  # keeps a column
     page.locator(".column").nth(3).wait_for()
     settle(page)
-    assert percents(page, 2) == percents(page, 3)
+    assert percents(page, 2) == percents(page, 3) == weighed(addresses[0], 2)
 
 
 def test_a_phone_shows_one_column_and_nothing_sticks_out(page, addresses: tuple[str, str]) -> None:
