@@ -39,6 +39,7 @@ class Batch:
         self.model = backbone.model
         self.device = backbone.device
         self.handle = handle
+        handle.scale = 0.0  # what is found out about the model is the base model's
         self.alone = backbone.company != "any" or not keeps_only_states(self.model)
         self._prefixes = Prefixes()
         self._forbidden = backbone.vision.forbidden if backbone.vision else []
