@@ -21,6 +21,7 @@ from dso.errors import UserError
 from dso.exports.lora import LoraPlan, restricted, target_modules
 from dso.exports.norms import norm_form
 from dso.files import as_path, replace_folder, write_bytes, write_text
+from dso.models.embedded import HUB_IDS
 from dso.steering.fingerprint import require_same
 from dso.steering.hosts import named_sites
 from dso.steering.model import Steering
@@ -170,7 +171,7 @@ def _config(steering: Steering, kind: str) -> dict[str, Any]:
     return {
         "peft_type": kind,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": steering.config.base_model or None,
+        "base_model_name_or_path": HUB_IDS.get(steering.config.base_model, steering.config.base_model) or None,
         "revision": steering.config.revision,
         "inference_mode": True,
         "modules_to_save": None,
