@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parent))
 
 import small_runs  # noqa: E402
+from architectures import tiny  # noqa: E402
 from small_runs import in_orders, learn, letters_set, make_trainer, operators  # noqa: E402
 from tiny import byte_tokenizer, tiny_llama  # noqa: E402
 
@@ -59,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 OWN = ("stage", "orders", "dtype", "checkpointing", "max_tokens", "model")
 DIVIDED = ("zero3", "bfloat16")  # cases of which the model is also loaded in parts
+ARCHITECTURES = ("Mamba", "Mixtral")  # reads weights of layers that it does not call; stores experts one by one
 TIMEOUT = 90  # seconds that a process waits for the other: a run that hangs ends by then
 STEPS = 3
 
@@ -136,6 +138,18 @@ def loaded(name: str, world: World, folder: Path) -> dict[str, Any]:
     found = {"held": held, "sites": config.sites, "weights": config.fingerprint, "layout": layout, "run": run(trainer)}
     trainer.learner.close()
     return found
+
+
+def same_scores(name: str, world: World, folder: Path) -> bool:
+    """Whether an architecture scores alike, bit for bit, where each process loads it whole and where it is divided."""
+    if world.is_main:
+        tiny(name).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+    world.barrier()
+    decisions = list(letters_set())
+    whole = Backbone.load(str(folder), device="cpu").score(decisions).log_probs
+    with dividing(settings_of({"stage": 3}), world, "float32"):
+        return torch.equal(Backbone.load(str(folder), device="cpu").score(decisions).log_probs, whole)
 
 
 def misfit(world: World, folder: Path) -> str:
@@ -269,6 +283,8 @@ def main() -> int:
     if arguments.fail:
         for name in DIVIDED:
             found[f"loaded {name}"] = loaded(name, world, arguments.out / f"model-{name}")
+        for name in ARCHITECTURES:
+            found[f"scores {name}"] = same_scores(name, world, arguments.out / name)
         found["misfit"] = misfit(world, arguments.out / "misfit")
         for name in ("zero0", "zero1", "zero3"):
             found[f"resumed {name}"] = resumed(CASES[name], world, arguments.out / name)

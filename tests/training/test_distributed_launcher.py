@@ -119,6 +119,11 @@ def test_weights_that_are_divided_as_they_are_loaded_make_the_same_run(case: str
         assert all(torch.equal(value, run[key]) for key, value in wanted.items())
 
 
+@pytest.mark.parametrize("name", worker.ARCHITECTURES)
+def test_a_divided_model_scores_as_a_whole_one(name: str, together: dict[str, Any]) -> None:
+    assert [rank[f"scores {name}"] for rank in together["ranks"]] == [True, True]
+
+
 def test_a_model_that_the_reading_process_cannot_load_is_refused_in_all(together: dict[str, Any]) -> None:
     first, second = (rank["misfit"] for rank in together["ranks"])
     folder = together["out"] / "misfit"

@@ -52,13 +52,16 @@ def dividing(settings: dict[str, Any], world: World, dtype: str) -> Iterator[Non
         if verdict[0] is not None:
             raise verdict[0]
 
+    gathered: dict[nn.Module, list[Any]] = {}
+
     def gather(module: nn.Module, _: Any) -> None:
-        if divided := _own(module, "NOT_AVAILABLE"):
+        if divided := _read_by(module):
             agree()
             world.guard(lambda: divided[0].all_gather(divided))
+            gathered[module] = divided
 
     def divide(module: nn.Module, *_: Any) -> None:
-        for parameter in _own(module, "AVAILABLE"):
+        for parameter in gathered.pop(module, ()):
             parameter.partition()
 
     hooks = [register_module_forward_pre_hook(gather), register_module_forward_hook(divide, always_call=True)]
@@ -75,7 +78,13 @@ def dividing(settings: dict[str, Any], world: World, dtype: str) -> Iterator[Non
         del told  # transformers found it as long as it was there
 
 
-def _own(module: nn.Module, status: str) -> list[Any]:
-    """The divided weights of a module itself that are as asked for."""
+def _read_by(module: nn.Module) -> list[Any]:
+    """The divided weights that a module's pass reads and that are not whole: its own.
+
+    One with weights of its own may read those of the layers in it too, without calling them (Mamba's mixer does).
+    """
     own: list[Any] = list(module.parameters(recurse=False))
-    return [parameter for parameter in own if hasattr(parameter, "ds_id") and parameter.ds_status.name == status]
+    if own:
+        layers = (layer for layer in module.children() if not any(layer.children()))
+        own += [parameter for layer in layers for parameter in layer.parameters()]
+    return [p for p in own if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
