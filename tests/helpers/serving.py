@@ -20,9 +20,9 @@ from dso.steering.model import Steering
 MODEL = "tiny"
 
 
-def strong_steering(model) -> Steering:
+def strong_steering(model, operator: str = "affine") -> Steering:
     """A random steering that changes answers at scales of 0.25 already."""
-    steering = Steering.for_model(model, scale_range=(0.0, 2.0))
+    steering = Steering.for_model(model, operator=operator, scale_range=(0.0, 2.0))
     draw = torch.Generator().manual_seed(3)
     steering.load_tensors({key: 0.4 * torch.randn(v.shape, generator=draw) for key, v in steering.tensors().items()})
     return steering.requires_grad_(False)

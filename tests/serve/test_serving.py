@@ -6,14 +6,18 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import torch
-from serving import MODEL, served, tiny_engine, wait_until
+from serving import MODEL, served, strong_steering, tiny_backbone, tiny_engine, wait_until
 
 from dso.decisions.decision import Candidate, Decision
+from dso.exports.merge import Merging
+from dso.exports.probe import read_probe
+from dso.exports.verify import verify_url
 from dso.serve.engine import Engine
 
 PROMPT = "The nurse said"
@@ -141,6 +145,17 @@ def test_log_probabilities_are_those_of_the_steered_model(engine: Engine, client
     )
     chosen = int(made.tokens[0].removeprefix("token_id:"))
     assert made.token_logprobs == pytest.approx([float(expected[chosen])], abs=1e-4)
+
+
+def test_dso_verify_knows_the_scale_that_is_served(model_folder: Path, tmp_path: Path) -> None:
+    backbone = tiny_backbone()
+    steering = strong_steering(backbone.model, "scale")
+    Merging.of(steering, 0.5, str(model_folder)).write(tmp_path / "merged")
+    probe = read_probe(tmp_path / "merged")
+    with served(Engine(backbone, steering.attach(backbone.model))) as address:
+        for scale, same in ((0.5, True), (0, False), (1, False)):
+            verdict, note = verify_url(address, f"{MODEL}@{scale}", probe)
+            assert (verdict.passed, note) == (same, "")
 
 
 def test_echo_scores_the_prompt(engine: Engine, client: openai.OpenAI) -> None:
