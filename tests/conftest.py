@@ -16,7 +16,7 @@ from dso.models.backbone import Backbone
 # Files that take longest, which the two workers begin with, so that none is left to one of them at the end.
 LONGEST = (
     "launching/test_kill.py", "training/test_tracking_wandb.py", "training/test_distributed.py",
-    "training/test_distributed_launcher.py", "launching/test_cli.py", "core/test_readme.py",
+    "training/test_distributed_launcher.py", "launching/test_cli.py",
 )  # fmt: skip
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from small_runs import write_config
+
+from launch.cli import main
 
 ROOT = Path(__file__).parents[2]
 LONGEST = 150  # lines that are read to their end
@@ -28,13 +28,17 @@ def test_the_readme_is_read_to_its_end() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= LONGEST
 
 
-def test_the_commands_run_in_their_order(model_folder: Path, tmp_path: Path) -> None:
+def test_the_commands_run_in_their_order(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: tests/launching has those of their own."""
     os.symlink(model_folder, tmp_path / "model")
     config = json.loads(write_config(tmp_path, Path("model")).read_text("utf-8"))  # JSON is YAML
     config["run"] = {"output_dir": "runs"}
     os.rename(tmp_path / "letters.jsonl", tmp_path / "decisions.jsonl")
     config["data"]["set"] = "decisions.jsonl"
     (tmp_path / "smollm2-roles.yaml").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     ran = []
     for words in readme_commands():
         if words[0] in NOT_HERE:
@@ -43,10 +47,7 @@ def test_the_commands_run_in_their_order(model_folder: Path, tmp_path: Path) -> 
         words = [word.replace("=MODEL", "=model").replace("=FILE.jsonl", "=decisions.jsonl") for word in words]
         if words[1] in ("evaluate", "compare"):
             words += ["--set", "decisions.jsonl"]
-        command = [sys.executable, "-m", "launch.cli", *words[1:]]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        assert main(words[1:]) == 0, f"{shlex.join(words)}\n{''.join(capsys.readouterr())}"
         ran.append(words[1])
     assert ran == ["train", "generate", "inspect", "evaluate", "compare", "decisions", "train"]
     assert json.loads((tmp_path / "runs" / "mine" / "curve.json").read_text("utf-8"))
