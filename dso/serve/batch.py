@@ -42,6 +42,7 @@ class Batch:
         handle.scale = 0.0  # what is found out about the model is the base model's
         self.alone = backbone.company != "any" or not keeps_only_states(self.model)
         self._prefixes = Prefixes()
+        self._turned: tuple[Tensor | None, tuple[float, ...]] = (None, ())
         self._forbidden = backbone.vision.forbidden if backbone.vision else []
         self._empty()
 
@@ -171,7 +172,7 @@ class Batch:
             inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         if takes(forward, "logits_to_keep"):
             inputs["logits_to_keep"] = kept
-        self.handle.scale = torch.tensor(scales) if len(set(scales)) > 1 else scales[0]
+        self._turn(scales)
         output = self.model(**inputs)
         logits = output.logits.float()
         if logits.shape[1] != len(keep):  # an architecture that knows no logits_to_keep
@@ -179,6 +180,13 @@ class Batch:
         if self._forbidden:
             logits[..., self._forbidden] = -torch.inf
         return logits, output.past_key_values
+
+    def _turn(self, scales: Sequence[float]) -> None:
+        """Set the handle, unless it stands there: what hooks compute for a scale they keep until it is set anew."""
+        wanted = tuple(scales) if len(set(scales)) > 1 else (scales[0],)
+        if self.handle.coefficient is not self._turned[0] or wanted != self._turned[1]:
+            self.handle.scale = torch.tensor(wanted) if len(wanted) > 1 else wanted[0]
+            self._turned = self.handle.coefficient, wanted
 
 
 def keeps_only_states(model: Any) -> bool:

@@ -102,6 +102,20 @@ def test_the_beginning_of_a_prompt_is_not_read_again_at_the_same_scale(make) -> 
     torch.testing.assert_close(logits[4], alone(backbone, handle, [*shared[:20], 9, 11], 1.0), atol=2e-5, rtol=1e-5)
 
 
+def test_the_handle_is_turned_only_where_scales_change() -> None:
+    backbone = tiny_backbone()
+    handle = strong_steering(backbone.model).attach(backbone.model, 0.0)
+    batch = Batch(backbone, handle)
+    batch.join([[5], [6]], [0.5, 1.0])
+    kept = handle.coefficient
+    batch.step([7, 8])
+    assert handle.coefficient is kept
+    handle.scale = 2.0  # whoever ran between two steps
+    torch.testing.assert_close(batch.step([9, 9])[1], alone(backbone, handle, [6, 8, 9], 1.0), atol=2e-5, rtol=1e-5)
+    batch.keep([1])
+    torch.testing.assert_close(batch.step([9])[0], alone(backbone, handle, [6, 8, 9, 9], 1.0), atol=2e-5, rtol=1e-5)
+
+
 def test_prefixes_that_were_used_longest_ago_make_room() -> None:
     def states(length: int) -> list[tuple[torch.Tensor, ...]]:
         return [(torch.arange(length).float().view(1, 1, length, 1),) * 2]  # 8 bytes a token
