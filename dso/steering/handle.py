@@ -60,6 +60,7 @@ class Handle:
         # In the precision of the scale itself, so that a bound such as 1.2 can be set.
         self._limits = torch.tensor(steering.config.scale_range, dtype=torch.float32).tolist()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.coefficient, self.numbers = torch.tensor(0.0), (0.0,)
         self.scale = scale
         try:
             for site, operator in steering.operators.items():
@@ -99,8 +100,8 @@ class Handle:
                 raise SteeringError(
                     f"scale is {number:g}, expected a number from {low:g} to {high:g}, the range this steering states"
                 )
-        self.coefficient = scale
-        self.numbers = numbers
+        if scale.ndim != self.coefficient.ndim or numbers != self.numbers:  # hooks keep what they made of the same ones
+            self.coefficient, self.numbers = scale, numbers
         self._stated = scale if scale.ndim else float(value)
         self.off = not any(numbers)
 

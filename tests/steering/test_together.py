@@ -281,7 +281,7 @@ def test_what_is_kept_follows_coefficients_rows_and_devices(model):
 
 def test_a_site_costs_one_operation_and_none_of_its_coefficients(model):
     steering = frozen(model, sites=["model.norm"])
-    with steering.on(model, 0.5):
+    with steering.on(model, 0.5) as handle:
         (hook,) = model.model.norm._forward_hooks.values()
         assert isinstance(hook, SiteHook)
         h, calls = torch.randn(2, 3, 16), []
@@ -292,9 +292,14 @@ def test_a_site_costs_one_operation_and_none_of_its_coefficients(model):
                 return function(*args, **(kwargs or {}))
 
         hook(model.model.norm, (), h)
+        handle.scale = 0.5  # as before
         with Counting():
             hook(model.model.norm, (), h)
         assert calls == ["aten.addcmul.default"]
+        handle.scale = 0.6
+        with Counting():
+            hook(model.model.norm, (), h)
+        assert len(calls) > 2
 
 
 # ---------------------------------------------------------------- placed by transformers

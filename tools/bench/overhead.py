@@ -19,9 +19,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StaticCache
 
+from dso.exports.plan import plan_merge
+from dso.exports.running import merged_parameters
 from dso.files import write_text
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
@@ -72,9 +74,14 @@ def _steering(model: Any, operator: str) -> Steering:
 
 def _variants(model: Any, steering: Steering, batch: int) -> dict[str, Any]:
     scales = torch.linspace(0.1, 1.0, batch)
-    found = {name: _twin(model) for name in ("base", "hooks", "per row", "base again")}
+    found = {name: _twin(model) for name in ("base", "hooks", "per row", "merged", "base again")}
     steering.attach(found["hooks"], SCALE)
     steering.attach(found["per row"], scales)
+    with torch.no_grad():
+        for name, value in merged_parameters(plan_merge(steering, model, SCALE), model).items():
+            owner, _, key = name.rpartition(".")
+            weight = nn.Parameter(value.to(model.dtype), requires_grad=False)
+            found["merged"].get_submodule(owner).register_parameter(key, weight)
     return found
 
 
