@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dso.steering.config import SteeringConfig, SteeringError
-from dso.steering.hooks import AfterPass, BeforePass, Hook, SiteHook
+from dso.steering.hooks import AfterPass, BeforePass, Scales, SiteHook
 from dso.steering.hosts import forget_compiled, unwrapped
 from dso.steering.operators import SteeringOperator
 
@@ -60,7 +60,8 @@ class Handle:
         # In the precision of the scale itself, so that a bound such as 1.2 can be set.
         self._limits = torch.tensor(steering.config.scale_range, dtype=torch.float32).tolist()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self.coefficient, self.numbers = torch.tensor(0.0), (0.0,)
+        self.coefficient = torch.tensor(0.0)
+        self.numbers: Scales = (0.0,)
         self.scale = scale
         try:
             for site, operator in steering.operators.items():
@@ -117,7 +118,8 @@ class Handle:
 def attached(model: nn.Module) -> list[Handle]:
     """The handles of the steerings on a model, or on what it wraps."""
     hooks = (hook for module in unwrapped(model).modules() for hook in module._forward_hooks.values())
-    return list(dict.fromkeys(hook.handle for hook in hooks if isinstance(hook, Hook)))
+    handles = (getattr(hook, "handle", None) for hook in hooks)
+    return list(dict.fromkeys(handle for handle in handles if isinstance(handle, Handle)))
 
 
 @contextmanager

@@ -25,13 +25,14 @@ def test_ratios_are_of_a_round() -> None:
 def test_variants_share_weights_and_nothing_else() -> None:
     model = tiny_llama()
     found = overhead._variants(model, overhead._steering(model, "scale"), 2)
-    assert [len(attached(one)) for one in found.values()] == [0, 1, 1, 0, 0] and attached(model) == []
-    weights = [one.model.layers[0].mlp.up_proj.weight.data_ptr() for one in (model, *found.values())]
+    assert [len(attached(one)) for one in found.values()] == [0, 1, 1, 0, 0, 0] and attached(model) == []
+    weights = [one.get_input_embeddings().weight.data_ptr() for one in (model, *found.values())]
     assert len(set(weights)) == 1
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    base, hooks, rows, merged, again = (one(ids).logits for one in found.values())
+    base, hooks, rows, merged, lora, again = (one(ids).logits for one in found.values())
     assert torch.equal(base, again) and not torch.allclose(base, hooks) and not torch.allclose(hooks, rows)
     torch.testing.assert_close(merged, hooks, atol=1e-5, rtol=1e-5)
+    assert (lora - hooks).abs().max() < (base - hooks).abs().max()  # all but the final norm's slopes
 
 
 def test_it_runs(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,5 +40,5 @@ def test_it_runs(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixtu
     assert main(["overhead", "--model", str(model_folder), *options, "--results", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "overhead.json").read_text())
     assert set(found["eager"]) == {"prefill", "decode"} and found["rounds"] == 2 and found["clock"] == "cpu"
-    assert set(found["eager"]["decode"]) == {"base", "hooks", "per row", "merged", "base again"}
+    assert set(found["eager"]["decode"]) == {"base", "hooks", "per row", "merged", "lora", "base again"}
     assert "prefill" in capsys.readouterr().out

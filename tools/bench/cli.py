@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     overhead = names.add_parser("overhead", help="what steering costs at inference")
     overhead.add_argument("--model", default="smollm2-135m")
     overhead.add_argument("--dtype", default="float32")
-    overhead.add_argument("--operator", default="affine", help="(default: affine, the dearest at norms)")
+    overhead.add_argument("--operator", default="scale", help="(default: scale, the default run's)")
     overhead.add_argument("--batch", type=int, default=4)
     overhead.add_argument("--prompt", type=int, default=64, help="tokens (default: 64)")
     overhead.add_argument("--new", type=int, default=16, help="tokens, one by one (default: 16)")

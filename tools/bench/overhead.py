@@ -1,4 +1,5 @@
-"""What steering costs at inference: prefill and decode with hooks, with a scale a row, and merged, against the base.
+"""What steering costs at inference: prefill and decode with hooks, with a scale a row, merged, and as a LoRA of PEFT's
+with the 16 strongest slopes, against the base.
 
 Every variant is a model of its own that shares the base's weights, so that nothing is attached or compiled between
 measurements. A round measures all of them, one after the other; ratios are within a round, as machines are noisy.
@@ -16,12 +17,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
+from dso.exports.lora import lora_plan
+from dso.exports.peft import write_lora
 from dso.exports.plan import plan_merge
 from dso.exports.running import merged_parameters
 from dso.files import write_text
@@ -29,6 +33,7 @@ from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 
 SCALE = 0.5
+RANK = 16  # what multi-LoRA servers take without further ado
 IMPORTS = {
     "torch and transformers": "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer",
     "dso": "from dso import Backbone, Steering",
@@ -73,8 +78,10 @@ def _steering(model: Any, operator: str) -> Steering:
 
 
 def _variants(model: Any, steering: Steering, batch: int) -> dict[str, Any]:
+    from peft import PeftModel
+
     scales = torch.linspace(0.1, 1.0, batch)
-    found = {name: _twin(model) for name in ("base", "hooks", "per row", "merged", "base again")}
+    found = {name: _twin(model) for name in ("base", "hooks", "per row", "merged", "lora", "base again")}
     steering.attach(found["hooks"], SCALE)
     steering.attach(found["per row"], scales)
     with torch.no_grad():
@@ -82,6 +89,10 @@ def _variants(model: Any, steering: Steering, batch: int) -> dict[str, Any]:
             owner, _, key = name.rpartition(".")
             weight = nn.Parameter(value.to(model.dtype), requires_grad=False)
             found["merged"].get_submodule(owner).register_parameter(key, weight)
+    with TemporaryDirectory() as made:
+        folder = Path(made) / "lora"
+        write_lora(lora_plan(steering, model, rank=RANK, allow_partial=True), model, folder, SCALE)
+        found["lora"] = PeftModel.from_pretrained(found["lora"], folder).eval()
     return found
 
 
