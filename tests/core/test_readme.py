@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,17 @@ def readme_commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for block in shell for line in block.splitlines() if line.strip()]
 
 
+def served(words: list[str]) -> int:
+    """The exit code of a server that is stopped once it says where it is."""
+    command = [sys.executable, "-m", "launch.cli", *words, "--port", "0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert "http://127.0.0.1:" in process.stdout.readline()
+        process.terminate()
+        return process.wait(120)
+
+
 def test_the_readme_is_read_to_its_end() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= LONGEST
 
@@ -35,6 +48,7 @@ def test_the_commands_run_in_their_order(
     os.symlink(model_folder, tmp_path / "model")
     config = json.loads(write_config(tmp_path, Path("model")).read_text("utf-8"))  # JSON is YAML
     config["run"] = {"output_dir": "runs"}
+    config["steering"] = {"operator": "scale"}  # as the config that stands there
     os.rename(tmp_path / "letters.jsonl", tmp_path / "decisions.jsonl")
     config["data"]["set"] = "decisions.jsonl"
     (tmp_path / "smollm2-roles.yaml").write_text(json.dumps(config), encoding="utf-8")
@@ -47,9 +61,11 @@ def test_the_commands_run_in_their_order(
         words = [word.replace("=MODEL", "=model").replace("=FILE.jsonl", "=decisions.jsonl") for word in words]
         if words[1] in ("evaluate", "compare"):
             words += ["--set", "decisions.jsonl"]
-        assert main(words[1:]) == 0, f"{shlex.join(words)}\n{''.join(capsys.readouterr())}"
+        code = served(words[1:]) if words[1] == "serve" else main(words[1:])
+        assert code == 0, f"{shlex.join(words)}\n{''.join(capsys.readouterr())}"
         ran.append(words[1])
-    assert ran == ["train", "generate", "inspect", "evaluate", "compare", "decisions", "train"]
+    used = ["generate", "inspect", "evaluate", "compare", "merge", "verify", "export", "serve"]
+    assert ran == ["train", *used, "decisions", "train"]
     assert json.loads((tmp_path / "runs" / "mine" / "curve.json").read_text("utf-8"))
 
 
