@@ -3,7 +3,8 @@
 KL-regularised reward maximisation has the closed form ``pi* = pi_0 exp(r / beta) / Z`` (Rafailov et al. 2023, Direct
 preference optimization, section 4). Where ``r / beta`` is minus what a context adds to the log-odds of a group, pi* is
 the base model with its association taken out and everything else, such as the liking for one of the people, where it
-was; but for a share of what their order does (:data:`ORDER`). ``regression`` (:mod:`trainers.lesson`) learns towards it.
+was; but for a share of what their order does (:data:`ORDER`). ``regression`` (:mod:`trainers.lesson`) learns towards
+it.
 
 Of question q in template t and context c, about the people of block b, averaged over the orders of the people,
 
