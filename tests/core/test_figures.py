@@ -70,3 +70,13 @@ def test_what_it_costs_elsewhere_is_shown() -> None:
         cells = [f"{row['accuracy']:.3f}", "{:+.2f} [{:+.2f}, {:+.2f}]".format(*points)]
         cells += ["{:+.2f}% [{:+.2f}, {:+.2f}]".format(*change), f"{row['neutral_kl']:.3f}"]
         assert f"| {' | '.join([name, *cells])} |" in lines("docs/results.md")
+
+
+def test_what_a_cut_to_the_strongest_slopes_costs_is_shown() -> None:
+    rows = json.loads((ROOT / "docs/results/adapters.json").read_text("utf-8"))["rows"]
+    for row in rows:
+        probability, log_odds = row["bias"]["probability"]["bias"][0], row["bias"]["log_odds"]["bias"][0]
+        mass = row["answer_mass"] / rows[0]["answer_mass"]
+        cells = [f"{probability:.3f}", f"{log_odds:.3f}", f"{row['bias']['order_effect']:.2f}"]
+        cells += [f"{row['accuracy'][0]:.3f}", f"{mass:.2f}", f"{row['kl']:.3f}", f"{row['kl_unambiguous']:.3f}"]
+        assert f"| {' | '.join([row['slopes'], *cells])} |" in lines("docs/adapters.md")
