@@ -32,7 +32,8 @@ def from_linear_act(model: nn.Module, maps: Mapping[str, tuple[Tensor, Tensor]],
     Raises:
         SteeringError: if there is no such module, or a map has another shape than its output or is not finite.
     """
-    modules, tensors = named_sites(model), {}
+    modules = named_sites(model)
+    tensors: dict[str, Tensor] = {}
     for site, (slope, offset) in maps.items():
         if site not in modules:
             raise SteeringError(f"the model has no module {site!r}, which a map is for")
