@@ -79,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     serve.add_argument("--requests", type=int, default=32, help="at once, at most 32 (default: 32)")
     serve.add_argument("--tokens", type=int, default=48, help="of each answer (default: 48)")
     serve.add_argument("--rounds", type=int, default=3, help="(default: 3)")
+    serve.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: of a machine that is shared")
 
     harm = names.add_parser("harm", help="what steerings cost where nothing should move")
     harm.add_argument("steerings", nargs="+", help="folders of steerings")

@@ -6,7 +6,7 @@ import argparse
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,7 @@ PROMPTS = tuple(
 )
 SCALES = (0.0, 0.25, 0.5, 1.0)
 Asked = Sequence[tuple[str, float]]
+Clock = Callable[[], float]
 
 
 def serve(arguments: argparse.Namespace) -> None:
@@ -37,13 +38,14 @@ def serve(arguments: argparse.Namespace) -> None:
     backbone = Backbone.load(arguments.model or steering.config.base_model, scoring=steering.config.scoring)
     handle = steering.to(backbone.device).attach(backbone.model)
     asked = [(prompt, SCALES[number % len(SCALES)]) for number, prompt in enumerate(PROMPTS[: arguments.requests])]
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {}
     written = 0
     for _ in range(arguments.rounds):
-        texts, passed = one_by_one(backbone, handle, asked, arguments.tokens)
+        texts, passed = one_by_one(backbone, handle, asked, arguments.tokens, clock)
         seconds.setdefault("generate, one by one", []).append(passed)
         for rows in (1, 8, 32):
-            made, passed, written = by_engine(backbone, handle, asked, arguments.tokens, rows)
+            made, passed, written = by_engine(backbone, handle, asked, arguments.tokens, rows, clock)
             seconds.setdefault(f"engine, {rows} rows", []).append(passed)
             same = sum(one == other for one, other in zip(texts, made, strict=True))
             print(f"{rows} rows: {same} of {len(asked)} answers are those of generate", flush=True)
@@ -54,18 +56,20 @@ def serve(arguments: argparse.Namespace) -> None:
     write_text(Path(arguments.results) / "serve.json", json.dumps(speeds, indent=1) + "\n")
 
 
-def one_by_one(backbone: Backbone, handle: Handle, asked: Asked, tokens: int) -> tuple[list[str], float]:
+def one_by_one(backbone: Backbone, handle: Handle, asked: Asked, tokens: int, clock: Clock) -> tuple[list[str], float]:
     """The answers of ``generate``, and the seconds that they took."""
-    texts, start = [], time.perf_counter()
+    texts, start = [], clock()
     for prompt, scale in asked:
         handle.scale = scale
         made = backbone.generate(prompt, max_new_tokens=tokens)
         assert isinstance(made, str)
         texts.append(made)
-    return texts, time.perf_counter() - start
+    return texts, clock() - start
 
 
-def by_engine(backbone: Backbone, handle: Handle, asked: Asked, tokens: int, rows: int) -> tuple[list[str], float, int]:
+def by_engine(
+    backbone: Backbone, handle: Handle, asked: Asked, tokens: int, rows: int, clock: Clock
+) -> tuple[list[str], float, int]:
     """The same by the engine with so many rows side by side, and the tokens that were written."""
     engine = Engine(backbone, handle, max_rows=rows)
     texts, counts, left = [""] * len(asked), [0] * len(asked), threading.Semaphore(0)
@@ -77,10 +81,10 @@ def by_engine(backbone: Backbone, handle: Handle, asked: Asked, tokens: int, row
             left.release()
 
     greedy = Sampling(0.0)
-    start = time.perf_counter()
+    start = clock()
     engine.submit([Job(prompt=backbone.tokens(p), scale=s, max_tokens=tokens, sampling=greedy) for p, s in asked], tell)
     for _ in asked:
         left.acquire()
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     engine.close()
     return texts, seconds, sum(counts)
