@@ -35,7 +35,7 @@ from dso.steering.model import Steering
 SCALE = 0.5
 RANK = 16  # what multi-LoRA servers take without further ado
 IMPORTS = {
-    "torch and transformers": "import torch; from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "torch and transformers": "import torch, transformers",
     "dso": "from dso import Backbone, Steering",
 }
 
