@@ -63,6 +63,17 @@ def test_the_parts_of_its_bias_are_shown() -> None:
         assert line(row, *cells) in lines("docs/results.md")
 
 
+@pytest.mark.parametrize(
+    "name", ["test-names", "test-templates", "test-contexts", "pronouns", "type1-test", "type2-test"]
+)
+def test_sets_that_were_not_trained_on_are_shown(name: str) -> None:
+    for row in kept(f"transfer-{name}.json"):
+        order = row["bias"]["order_effect"]
+        cells = [interval(row["bias"]["probability"]["context_part"]), cut(row, "context_part")]
+        cells += [cut(row, "context_part_log_odds"), cut(row, "bias"), "" if order is None else f"{order:.2f}"]
+        assert line(row, *cells) in lines("docs/results.md")
+
+
 def test_what_it_costs_elsewhere_is_shown() -> None:
     measured = json.loads((ROOT / "docs/results/harm.json").read_text("utf-8"))
     for row, name in zip(measured["rows"], ("base", "seed 0", "seed 1", "seed 2"), strict=True):
