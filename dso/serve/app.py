@@ -9,7 +9,7 @@ from __future__ import annotations
 import hmac
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -149,11 +149,20 @@ def bind(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(app: Starlette, at: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C; answers that are being written are finished first, for up to 30 seconds."""
+def run(app: Starlette, at: socket.socket, started: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; answers that are being written are finished first, for up to 30 seconds.
+
+    Args:
+        started: called once requests are taken and signals are heard.
+    """
     import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            started()
 
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE, server_header=False)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when it has ended
     with suppress(KeyboardInterrupt):  # likewise
-        uvicorn.Server(config).run(sockets=[at])
+        Server(config).run(sockets=[at])

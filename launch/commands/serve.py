@@ -36,9 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
     key = os.environ.get("DSO_API_KEY") or None
     app = make_app(engine, limits, key=key, max_body=arguments.max_body)
     host, port = socket.getsockname()[:2]
-    print(
-        f"serving {limits.model} at scales {limits.scales[0]:g} to {limits.scales[1]:g}: http://{host}:{port}",
-        flush=True,
-    )
-    run(app, socket)
+    line = f"serving {limits.model} at scales {limits.scales[0]:g} to {limits.scales[1]:g}: http://{host}:{port}"
+    run(app, socket, lambda: print(line, flush=True))
     return 0
