@@ -245,7 +245,7 @@ def test_a_steering_that_is_attached_already_is_not_attached_twice(
         before = hooks(backbone)
         _, reward, _, _, info = env.step(action)
         assert handle.scale == 1.0
-        assert hooks(backbone) == before == len(steering.config.sites)
+        assert hooks(backbone) == before == len(steering.config.sites) + 1  # which watches the caches of the model
     _, same, _, _, expected = alone.step(action)
     assert info == pytest.approx(expected, abs=1e-6)
     assert reward == pytest.approx(same, abs=1e-6)

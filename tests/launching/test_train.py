@@ -59,10 +59,12 @@ def test_every_step_and_measurement_is_recorded(run: tuple[TrainConfig, Result])
     learned, turned = ([row for row in history if (row["scale"] == 1) == own] for own in (True, False))
     assert [(row["step"], row["decisions"]) for row in learned] == [(0, 0), (2, 40), (4, 80), (6, 120)]
     assert [row["eval/bias"] for row in rows if "eval/bias" in row] == [row["bias"] for row in learned]
-    # In the end the last operators are turned up, by 1.4 at a time and to 8 at most; that is no step of learning.
+    # In the end the last operators are turned up, by 1.4 at a time, then half of that; that is no step of learning.
     assert turned and history == [*learned, *turned]
     assert {(row["step"], row["decisions"]) for row in turned} == {(6, 120)}
-    assert [row["scale"] for row in turned] == pytest.approx([1.4**number for number in range(1, len(turned) + 1)])
+    *up, last = [row["scale"] for row in turned]
+    assert up == pytest.approx([1.4**number for number in range(1, len(turned))])
+    assert last == pytest.approx(up[-1] / 1.4**0.5)
 
 
 def test_the_curve_is_measured_on_the_test_split(run: tuple[TrainConfig, Result], model_folder: Path) -> None:
@@ -101,7 +103,7 @@ def test_the_best_candidate_inside_the_constraints_is_shipped(
     base = history[0]
     inside = [
         row for row in history
-        if row["kl"] <= 0.2 and row["answer_mass"] >= 0.9 and row["accuracy"] >= base["accuracy"] - 0.01
+        if row["kl"] <= 0.7 * 0.2 and row["answer_mass"] >= 0.9 and row["accuracy"] >= base["accuracy"] - 0.01
     ]  # fmt: skip
     best = min(inside, key=lambda row: row["bias"])
     assert best["step"] > 0
