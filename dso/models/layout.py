@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dso.errors import UserError
+from dso.errors import UserError, first_line
 from dso.models.encoded import Encoded
 from dso.models.scoring import Layout, score
 
@@ -143,7 +143,7 @@ def _try(run: Callable[[], Tensor]) -> tuple[Tensor | None, str]:
     except torch.OutOfMemoryError:
         raise
     except REFUSALS as error:
-        return None, (str(error).splitlines() or [type(error).__name__])[0]
+        return None, first_line(error)
     return (found, "") if bool(found.isfinite().any()) else (None, "it gives no finite numbers")
 
 

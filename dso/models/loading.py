@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from dso.errors import UserError
+from dso.errors import UserError, first_line
 from dso.models.embedded import EMBEDDED, SHIPPED, ModelNotFound, embedded_folder
 from dso.models.processor import load_processor
 
@@ -45,7 +45,7 @@ def load_parts(name: str, revision: str | None, dtype: str, **options: Any) -> t
             tokenizer, kind = AutoTokenizer.from_pretrained(source, **where), AutoModelForCausalLM
         model, info = kind.from_pretrained(source, dtype=DTYPES[dtype], output_loading_info=True, **where, **options)
     except LOADER_ERRORS as error:
-        raise ModelNotFound(f"model {name!r} could not be loaded: {_first_line(error)}") from error
+        raise ModelNotFound(f"model {name!r} could not be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise ModelNotFound(f"model {name!r} lacks {len(missing)} of its weights, {missing[0]!r} among them")
     return model, tokenizer, processor
@@ -63,7 +63,7 @@ def find_model(name: str, revision: str | None) -> tuple[str, Any]:
     try:
         return source, AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except LOADER_ERRORS as error:
-        raise ModelNotFound(f"model {name!r} could not be loaded: {_first_line(error)}") from error
+        raise ModelNotFound(f"model {name!r} could not be loaded: {first_line(error)}") from error
 
 
 def sees(config: Any) -> bool:
@@ -94,7 +94,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
     except (OSError, ValueError) as error:
-        raise ModelNotFound(f"model {name!r} could not be fetched: {_first_line(error)}") from error
+        raise ModelNotFound(f"model {name!r} could not be fetched: {first_line(error)}") from error
 
 
 def _source(name: str, revision: str | None) -> str:
@@ -117,10 +117,6 @@ def _source(name: str, revision: str | None) -> str:
         snapshot_download(name, revision=revision, allow_patterns=["config.json"])
     except (OSError, ValueError) as error:
         raise ModelNotFound(
-            f"model {name!r}: no such folder, and not to be had from the Hub: {_first_line(error)}"
+            f"model {name!r}: no such folder, and not to be had from the Hub: {first_line(error)}"
         ) from error
     return name
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -19,7 +19,7 @@ from datetime import datetime
 from typing import Any
 
 from dso.decisions.decision import IMAGE_SLOT, Message
-from dso.errors import UserError
+from dso.errors import UserError, first_line
 
 Prompt = str | Sequence[Message]
 TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
@@ -143,7 +143,7 @@ def _apply(tokenizer: Any, template: str, messages: Sequence[Any], name: str, da
             continue_final_message=prefilled,
         )
     except (TemplateError, ValueError, TypeError) as error:  # a template may fail at a form it does not expect
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"the chat template of {name!r} refuses the prompt: {reason}") from error
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dso.decisions.images import ImageFile, ImageMemory, open_image
-from dso.errors import UserError
+from dso.errors import UserError, first_line
 from dso.models.prompts import Prompt, chat_template, render_images
 
 IMAGE_MEMORY = 512 * 2**20
@@ -175,7 +175,7 @@ class Vision:
                 images=[pictures], text=[text], add_special_tokens=special, return_tensors="pt", padding=False
             )
         except ValueError as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(f"the processor of {self._name!r} refuses the prompt with its images: {reason}") from error
         length = made["input_ids"].shape[1]
         of_images = {name for part in self._part.made for name in part}

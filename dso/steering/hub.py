@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dso.errors import UserError
+from dso.errors import UserError, first_line
 from dso.files import as_path, cache_folder, replace_folder
 from dso.steering.config import SteeringError
 
@@ -44,7 +44,7 @@ def find_folder(source: str | Path, revision: str | None, files: Sequence[str]) 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise SteeringError(f"{source}: no such folder, and not to be had from the Hub: {_reason(error)}") from error
+        raise SteeringError(f"{source}: no such folder, and not to be had from the Hub: {first_line(error)}") from error
 
 
 def upload(folder: Path, name: str, files: Sequence[str], *, private: bool | None, revision: str | None) -> str:
@@ -69,7 +69,7 @@ def upload(folder: Path, name: str, files: Sequence[str], *, private: bool | Non
             commit_message="Upload steering",
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SteeringError(f"{name}: not uploaded: {_reason(error)}") from error
+        raise SteeringError(f"{name}: not uploaded: {first_line(error)}") from error
     return str(place)
 
 
@@ -90,7 +90,7 @@ def _from_artifact(source: str, files: Sequence[str]) -> Path:
     except UserError:
         raise
     except (Error, OSError, ValueError) as error:
-        raise SteeringError(f"{source}: not to be had from Weights & Biases: {_reason(error)}") from error
+        raise SteeringError(f"{source}: not to be had from Weights & Biases: {first_line(error)}") from error
     return place
 
 
@@ -105,7 +105,3 @@ def _fetch(artifact: Any, files: Sequence[str], folder: Path) -> None:
         if (entry.size or 0) > LARGEST:
             raise SteeringError(f"{artifact.name}: {name} has {entry.size} bytes, more than any steering")
         entry.download(root=str(folder))
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

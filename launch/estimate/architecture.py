@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dso.errors import first_line
 from dso.files import cache_folder
 from dso.models.embedded import EMBEDDED, SHIPPED, ModelNotFound
 from dso.models.loading import DTYPES, HUB_ID, LOADER_ERRORS, sees
@@ -85,7 +86,7 @@ def load_architecture(name: str, revision: str | None = None, dtype: str = "floa
         with torch.device("meta"):
             model = _auto_class(config).from_config(config, dtype=DTYPES[dtype])
     except LOADER_ERRORS as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ModelNotFound(f"model {name!r}: no model can be made of {source}: {reason}") from error
     folder = path.parent if isinstance(path, Path) else None
     return Architecture(model.eval().requires_grad_(False), source, folder)

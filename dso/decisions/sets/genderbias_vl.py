@@ -25,6 +25,7 @@ from typing import Any
 from dso.decisions.decision import DecisionError, DecisionSet
 from dso.decisions.sets.parquet import read_table
 from dso.decisions.sets.portraits import Portrait, portrait_decisions, some_of_each
+from dso.errors import first_line
 from dso.files import cache_folder
 
 GROUPS = ("female", "male")
@@ -153,6 +154,6 @@ def _fetch(name: str, revision: str | None) -> Path:
                 with tarfile.open(folder / f"{archive}.tar.gz") as packed:
                     packed.extractall(folder, filter="data")
     except (OSError, ValueError, tarfile.TarError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DecisionError(f"genderbias-vl: {name!r} cannot be fetched from the Hub: {reason}") from error
     return folder

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dso.decisions.decision import DecisionError
+from dso.errors import first_line
 
 
 def parquet_files(name: str, path: str | Path, revision: str | None, most: int | None) -> list[Path]:
@@ -33,7 +34,7 @@ def parquet_files(name: str, path: str | Path, revision: str | None, most: int |
         names = sorted(file for file in listed if file.endswith(".parquet"))
         files = [Path(hf_hub_download(str(path), file, repo_type=kind, revision=revision)) for file in names[:most]]
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DecisionError(
             f"{name}: there is no folder {str(path)!r}, and the Hub does not give it: {reason}"
         ) from error
