@@ -75,8 +75,7 @@ def fit_association(log_policy: Tensor, index: Tensor, layout: Layout, n_groups:
     blocks = layout.blocks[members].unique(return_inverse=True)[1]
     shares, present = group_log_shares(log_policy.double(), layout.groups[index][:, : log_policy.shape[1]], n_groups)
     known = present[first]
-    values = shares.new_zeros(len(questions), n_groups).index_add(0, question, shares.masked_fill(~present, 0.0))
-    values = values / torch.bincount(question)[:, None]
+    values = _means(shares.masked_fill(~present, 0.0), question)
     return _alternate(values, known, templates, contexts, blocks, layout.n_templates, layout.n_contexts)
 
 
@@ -182,9 +181,13 @@ def _order(log_policy: Tensor, groups: Tensor, questions: Tensor, n_groups: int)
     shares, present = group_log_shares(log_policy, groups, n_groups)
     values = _centred(shares.masked_fill(~present, 0.0), present, torch.zeros_like(shares))
     question = questions.unique(return_inverse=True)[1]
+    return values - _means(values, question)[question]
+
+
+def _means(values: Tensor, question: Tensor) -> Tensor:
+    """(Q, G) the mean of each question's decisions, from (N, G) values."""
     count = torch.bincount(question)
-    mean = values.new_zeros(len(count), n_groups).index_add(0, question, values) / count[:, None]
-    return values - mean[question]
+    return values.new_zeros(len(count), values.shape[1]).index_add(0, question, values) / count[:, None]
 
 
 def _moved(log_policy: Tensor, shift: Tensor, groups: Tensor) -> Tensor:

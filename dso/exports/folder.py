@@ -19,11 +19,11 @@ from dso.errors import UserError
 from dso.exports.notes import BASE_CARD, NOTES_FILE
 from dso.exports.plan import Change, MergeError, MergePlan
 from dso.exports.probe import PROBE_FILE, read_probe
-from dso.exports.running import outputs
 from dso.exports.shards import Added, Make, Shards
 from dso.exports.slots import switched_config
 from dso.files import as_path
 from dso.models.loading import MODEL_FILES
+from dso.steering.sites import linear_width
 
 PARAMETERS = ("weight", "bias")
 CONFIG = "config.json"
@@ -102,7 +102,7 @@ def write_weights(shards: Shards, fresh: Path, model: nn.Module, plan: MergePlan
         if change is not None and "bias" in keys:
             changed[keys["bias"]] = partial(_new, shards, change, keys, "bias")
         if name in plan.new_biases:
-            count = outputs(module)
+            count = linear_width(module)
             make: Make = partial(torch.zeros, count)
             if change is not None and change.makes_bias:
                 make = partial(_new, shards, change, keys, "bias")

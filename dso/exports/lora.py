@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from dso.errors import UserError
 from dso.exports.norms import norm_form
+from dso.exports.plan import shared_weights
 from dso.exports.readers import Readers, readers
 from dso.steering.fingerprint import require_same
 from dso.steering.hosts import named_sites, unwrapped
@@ -105,7 +106,8 @@ def lora_plan(
     if check:
         require_same(steering.config.fingerprint, model, sites, f"the steering is for {steering.config.base_model!r}")
     found = readers(model, sites)
-    left_out = {site: reason for site in sites if (reason := _against(model, site, found[site], tied_head))}
+    modules, shared = named_sites(model), shared_weights(model)
+    left_out = {site: why for site in sites if (why := _against(modules, site, found[site], shared, tied_head))}
     if left_out and not allow_partial:
         raise UserError(_refusal(left_out, len(sites)))
     kept = [site for site in sites if site not in left_out]
@@ -122,14 +124,13 @@ def lora_plan(
     linears = {site: found[site].linears for site in kept}
     if rank is not None:
         part = strongest(whole, model, linears, rank)
-    plan = _planned(part, named_sites(model), linears)
-    tied = any(_also(model, name) for name in plan.layers)
+    plan = _planned(part, modules, linears)
+    tied = any(name in shared for name in plan.layers)
     return replace(plan, tied=tied, cut=_slopes(whole) - _slopes(part), left_out=left_out)
 
 
-def _against(model: nn.Module, site: str, found: Readers, tied_head: bool) -> str:
+def _against(modules: Mapping[str, Any], site: str, found: Readers, shared: Mapping[str, str], tied_head: bool) -> str:
     """Why what a site does cannot be a LoRA; empty where it can."""
-    modules: Mapping[str, Any] = named_sites(model)
     if linear_width(modules[site]):
         return "it is a linear layer itself, not a norm"
     if not found.sole:
@@ -137,16 +138,10 @@ def _against(model: nn.Module, site: str, found: Readers, tied_head: bool) -> st
     for name in found.linears:
         if not isinstance(weight := modules[name].weight, Tensor) or not weight.is_floating_point():
             return f"the weight of {name}, which reads it, is quantised"
-        if (other := _also(model, name)) and not tied_head:
+        if name in shared and not tied_head:
+            other = shared[name].removesuffix(".weight")
             return f"{name}, which reads it, has the weight of {other}; --tied-head changes it all the same"
     return ""
-
-
-def _also(model: nn.Module, name: str) -> str:
-    """Another module that has a module's weight, or an empty string."""
-    modules: Mapping[str, Any] = named_sites(model)
-    own = modules[name].weight
-    return next((n for n, m in modules.items() if n != name and getattr(m, "weight", None) is own), "")
 
 
 def _refusal(left_out: Mapping[str, str], count: int) -> str:

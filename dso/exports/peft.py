@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from dso.errors import UserError
 from dso.exports.lora import LoraPlan, restricted, target_modules
+from dso.exports.maps import affine_map
 from dso.exports.norms import norm_form
+from dso.exports.plan import Change
 from dso.files import as_path, replace_folder, write_bytes, write_text
 from dso.models.embedded import HUB_IDS
 from dso.steering.fingerprint import require_same
@@ -98,12 +100,10 @@ def write_ln_tuning(
         if "b" in coefficients and coefficients["b"].any() and not form.bias:
             left_out[site] = "the norm has no bias for its offset"
             _clear([coefficients["b"]])
-        slope = 1 + scale * coefficients.get("a", torch.zeros(operator.width)).cpu()
-        key = f"{PREFIX}{site}.ln_tuning_layers."
-        tensors[f"{key}weight"] = (form.base + module.weight.detach().float().cpu()) * slope - form.base
-        if form.bias:
-            moved = scale * coefficients["b"].cpu() if "b" in coefficients else 0
-            tensors[f"{key}bias"] = module.bias.detach().float().cpu() * slope + moved
+        old = module.weight.detach().cpu(), module.bias.detach().cpu() if form.bias else None
+        weight, bias = Change(form=form, own=affine_map(operator, scale)).apply(*old)
+        new = {"weight": weight, "bias": bias}
+        tensors |= {f"{PREFIX}{site}.ln_tuning_layers.{key}": value for key, value in new.items() if value is not None}
     if left_out and not allow_partial:
         site, reason = next(iter(left_out.items()))
         raise UserError(

@@ -23,7 +23,7 @@ from dso.exports.maps import AffineMap, affine_map
 from dso.exports.norms import NormForm, norm_form
 from dso.exports.readers import Readers, readers
 from dso.exports.slots import bias_switches
-from dso.steering.hosts import named_sites, unwrapped
+from dso.steering.hosts import named_sites, plain_name, unwrapped
 from dso.steering.model import Steering
 from dso.steering.sites import linear_width
 
@@ -141,7 +141,7 @@ class _Planner:
         self.plan = MergePlan(scale)
         self.model: Any = unwrapped(model)
         self.modules = named_sites(model)
-        self.shared = _shared(self.model)
+        self.shared = shared_weights(self.model)
         maps = {site: affine_map(operator, scale) for site, operator in steering.operators.items()}
         moved = {site: own for site, own in maps.items() if own.linear or own.offset is not None}
         self.forms = {
@@ -236,11 +236,11 @@ class _Planner:
         self.plan.switches = {switch: owners for switch, owners in self.switches.items() if missing & {*owners}}
 
 
-def _shared(model: nn.Module) -> dict[str, str]:
+def shared_weights(model: nn.Module) -> dict[str, str]:
     """Module -> the other parameter that its weight is, for weights that are used in two places."""
     places: dict[int, list[str]] = {}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        places.setdefault(id(value), []).append(name)
+    for name, value in unwrapped(model).named_parameters(remove_duplicate=False):
+        places.setdefault(id(value), []).append(plain_name(name))
     pairs = [(name, other) for names in places.values() for name in names for other in names if other != name]
     return {name.removesuffix(".weight"): other for name, other in pairs}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dso.exports.plan import MergePlan
+from dso.steering.sites import linear_width
 
 
 @contextmanager
@@ -70,12 +71,7 @@ def merged_parameters(plan: MergePlan, model: nn.Module) -> dict[str, Tensor]:
 
 def new_zeros(plan: MergePlan, model: nn.Module) -> dict[str, Tensor]:
     """The biases that a plan's switches bring, by name, as zeros: some have nothing to do."""
-    return {f"{name}.bias": torch.zeros(outputs(model.get_submodule(name))) for name in plan.new_biases}
-
-
-def outputs(linear: Any) -> int:
-    """Number of outputs of a linear layer."""
-    return int(linear.weight.shape[1] if type(linear).__name__ == "Conv1D" else linear.weight.shape[0])
+    return {f"{name}.bias": torch.zeros(linear_width(model.get_submodule(name))) for name in plan.new_biases}
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ wrapper, PEFT) is looked through; what wraps a part of it leaves a segment in th
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -64,17 +64,21 @@ def weights(site: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, value
 
 
+def divided(parameters: Iterable[Any]) -> list[Any]:
+    """Those that ZeRO-3 has divided among processes and that are not whole at the moment."""
+    return [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
+
+
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """Within the block the weights of a module that ZeRO-3 has divided are whole; for all processes together."""
-    parameters: list[Any] = list(module.parameters())  # DeepSpeed has made more than a tensor of each
-    divided = [p for p in parameters if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
-    if divided:
-        divided[0].all_gather(divided)
+    parts = divided(module.parameters())
+    if parts:
+        parts[0].all_gather(parts)
     try:
         yield
     finally:
-        for parameter in divided:
+        for parameter in parts:
             parameter.partition()
 
 

@@ -7,6 +7,8 @@ import math
 import sys
 from pathlib import Path
 
+from dso.decisions.decision import DecisionSet
+from dso.decisions.sets import load_decisions
 from dso.errors import UserError
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
@@ -47,6 +49,15 @@ def load_backbone(arguments: argparse.Namespace, steering: Steering | None = Non
     if line := backbone.layout_line():
         print(f"dso: {line}", file=sys.stderr)
     return backbone
+
+
+def open_split(name: str, arguments: argparse.Namespace) -> DecisionSet:
+    """The split ``--split`` of a decision set with its ``--option`` values.
+
+    Raises:
+        UserError: if there is no such set or split, or an option is none of the set's.
+    """
+    return load_decisions(name, **pairs(arguments.option, "--option")).select(split=arguments.split)
 
 
 def pairs(items: list[str], option: str) -> dict:

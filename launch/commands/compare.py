@@ -10,20 +10,19 @@ import sys
 from tqdm import tqdm
 
 from dso.decisions.decision import check_target
-from dso.decisions.sets import load_decisions
 from dso.errors import UserError
 from dso.evaluation.comparison import compare
 from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.report import compared_json, comparison_table
 from dso.files import write_text
 from dso.steering.model import Steering
-from launch.commands.common import load_backbone, pairs, quieten
+from launch.commands.common import load_backbone, open_split, pairs, quieten
 
 
 def run(arguments: argparse.Namespace) -> int:
     """``dso compare``."""
     (first, scale), (second, other) = (_place(text) for text in (arguments.first, arguments.second))
-    data = load_decisions(arguments.set, **pairs(arguments.option, "--option")).select(split=arguments.split)
+    data = open_split(arguments.set, arguments)
     data.select(kind="ambiguous")
     shares = pairs(arguments.target, "--target") or None
     check_target(shares, data.groups)

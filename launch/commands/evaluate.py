@@ -9,13 +9,12 @@ import sys
 from tqdm import tqdm
 
 from dso.decisions.decision import check_target
-from dso.decisions.sets import load_decisions
 from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.figure import scale_figure
 from dso.evaluation.report import contexts_table, scale_table
 from dso.files import write_text
 from dso.steering.model import Steering
-from launch.commands.common import load_backbone, numbers, pairs, quieten
+from launch.commands.common import load_backbone, numbers, open_split, pairs, quieten
 from launch.run.measure import scale_points
 
 
@@ -23,8 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     """``dso evaluate``."""
     bare = arguments.steering == "none"
     scales = [0.0] if bare else sorted({0.0, *numbers(arguments.scales)})
-    data = load_decisions(arguments.set, **pairs(arguments.option, "--option"))
-    data = data.select(split=arguments.split)
+    data = open_split(arguments.set, arguments)
     data.select(kind="ambiguous")
     shares = pairs(arguments.target, "--target") or None
     check_target(shares, data.groups)

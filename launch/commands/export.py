@@ -6,14 +6,13 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from dso.decisions.sets import load_decisions
 from dso.errors import UserError
 from dso.exports.gguf_lora import write_gguf_lora
 from dso.exports.lora import lora_plan
 from dso.exports.peft import check_scale, require_new, write_ln_tuning, write_lora
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
-from launch.commands.common import load_backbone, numbers, pairs, quieten
+from launch.commands.common import load_backbone, numbers, open_split, quieten
 from launch.commands.cost import cost_table
 
 SHOWN = 5  # sites that are left out, by name
@@ -41,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     for folder in folders:
         print(f"wrote {folder}")
     if arguments.decisions:
-        data = load_decisions(arguments.decisions, **pairs(arguments.option, "--option"))
-        print(cost_table(backbone, data.select(split=arguments.split), steering, part, scales, "the adapter"))
+        data = open_split(arguments.decisions, arguments)
+        print(cost_table(backbone, data, steering, part, scales, "the adapter"))
     return 0
 
 

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 from dso.decisions.decision import DecisionSet
-from dso.decisions.sets import load_decisions
 from dso.errors import UserError
 from dso.exports.merge import Merging
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
-from launch.commands.common import pairs, quieten
+from launch.commands.common import open_split, quieten
 from launch.commands.cost import cost_table
 
 SHOWN = 8  # parts that are left out, by name
@@ -62,8 +61,7 @@ def _cost(arguments: argparse.Namespace, merging: Merging) -> str:
 def _decisions(arguments: argparse.Namespace) -> DecisionSet | None:
     """Those that are named, or else the test split of the run that the steering is the result of."""
     if arguments.decisions:
-        data = load_decisions(arguments.decisions, **pairs(arguments.option, "--option"))
-        return data.select(split=arguments.split)
+        return open_split(arguments.decisions, arguments)
     config = Path(arguments.steering).parent / "config.yaml"
     if not config.is_file():
         return None

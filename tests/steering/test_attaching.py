@@ -8,32 +8,18 @@ import pickle
 
 import pytest
 import torch
+from steered import INPUT, logits, moved
 from tiny import byte_tokenizer, tiny_llama
-from torch import Tensor, nn
+from torch import nn
 
 from dso import Steering, attached, detach_all
 from dso.models.backbone import Backbone
 from dso.steering.config import SteeringError
 
-INPUT = torch.tensor([[5, 9, 33, 70, 12], [8, 8, 40, 2, 61]])
-
 
 @pytest.fixture
 def model():
     return tiny_llama()
-
-
-def moved(model: nn.Module, seed: int = 0, **facts) -> Steering:
-    steering = Steering.for_model(model, **facts)
-    generator = torch.Generator().manual_seed(seed)
-    for value in steering.tensors().values():
-        value.data = 0.3 * torch.randn(value.shape, generator=generator)
-    return steering
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(INPUT).logits
 
 
 # ---------------------------------------------------------------- who is attached

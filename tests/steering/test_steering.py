@@ -6,6 +6,7 @@ import copy
 import math
 
 import pytest
+import steered
 import torch
 from architectures import tiny, tokens
 from tiny import tiny_llama
@@ -27,11 +28,7 @@ def model():
 
 def moved(model: nn.Module, operator: str = "affine", seed: int = 0, **facts) -> Steering:
     """A steering with random coefficients."""
-    steering = Steering.for_model(model, operator=operator, rank=KINDS[operator], **facts)
-    generator = torch.Generator().manual_seed(seed)
-    for value in steering.tensors().values():
-        value.data = 0.3 * torch.randn(value.shape, generator=generator)
-    return steering
+    return steered.moved(model, seed, operator=operator, rank=KINDS[operator], **facts)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from steered import INPUT, logits, moved
 from tiny import tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, StaticCache
@@ -17,26 +18,12 @@ from dso import Steering, attached
 from dso.steering.config import SteeringConfig, SteeringError
 from dso.steering.hooks import SiteHook
 
-INPUT = torch.tensor([[5, 9, 33, 70, 12], [8, 8, 40, 2, 61]])
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
 
 @pytest.fixture
 def model():
     return tiny_llama()
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(INPUT).logits
-
-
-def moved(model: nn.Module, seed: int = 0, **facts) -> Steering:
-    steering = Steering.for_model(model, **facts)
-    generator = torch.Generator().manual_seed(seed)
-    for value in steering.tensors().values():
-        value.data = 0.3 * torch.randn(value.shape, generator=generator)
-    return steering
 
 
 def frozen(model: nn.Module, seed: int = 0, **facts) -> Steering:

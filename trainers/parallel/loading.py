@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from dso.errors import UserError
+from dso.steering.hosts import divided
 from trainers.parallel.engine import complete, import_deepspeed
 from trainers.parallel.ranks import World
 
@@ -55,10 +56,10 @@ def dividing(settings: dict[str, Any], world: World, dtype: str) -> Iterator[Non
     gathered: dict[nn.Module, list[Any]] = {}
 
     def gather(module: nn.Module, _: Any) -> None:
-        if divided := _read_by(module):
+        if parts := _read_by(module):
             agree()
-            world.guard(lambda: divided[0].all_gather(divided))
-            gathered[module] = divided
+            world.guard(lambda: parts[0].all_gather(parts))
+            gathered[module] = parts
 
     def divide(module: nn.Module, *_: Any) -> None:
         for parameter in gathered.pop(module, ()):
@@ -87,4 +88,4 @@ def _read_by(module: nn.Module) -> list[Any]:
     if own:
         layers = (layer for layer in module.children() if not any(layer.children()))
         own += [parameter for layer in layers for parameter in layer.parameters()]
-    return [p for p in own if hasattr(p, "ds_id") and p.ds_status.name == "NOT_AVAILABLE"]
+    return divided(own)
