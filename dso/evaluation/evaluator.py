@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dso.decisions.decision import DecisionSet
+from dso.decisions.decision import Decision, DecisionSet
 from dso.errors import UserError
 from dso.models.backbone import Backbone
 from dso.models.scores import Scores
-from dso.steering.handle import Handle, unsteered
+from dso.steering.handle import Handle, Turnable, unsteered
 
 CHUNK = 240
 
@@ -38,13 +39,22 @@ class Measurement:
     kl: np.ndarray
 
 
-def check_scoring(backbone: Backbone, handle: Handle | None) -> None:
+@runtime_checkable
+class Rewrites(Protocol):
+    """A handle that asks another question, with the same candidates, instead of changing the model."""
+
+    def rewrite(self, decision: Decision) -> Decision:
+        """The decision as it is asked at this scale."""
+        ...
+
+
+def check_scoring(backbone: Backbone, handle: Turnable | None) -> None:
     """Make sure that a steering is measured by the rule of scoring that it was trained with.
 
     Raises:
         UserError: if the backbone has another one.
     """
-    if handle is None:
+    if not isinstance(handle, Handle):
         return
     if reason := handle.steering.config.scoring.difference(backbone.scoring):
         raise UserError(
@@ -61,7 +71,7 @@ class Evaluator:
     Args:
         backbone: the model that ``handle`` is attached to.
         decisions: what to decide.
-        handle: the steering; None measures the base model only.
+        handle: the steering, or what acts like one; None measures the base model only.
         keep_reference: keep the base's distributions in memory (4 bytes x vocabulary a decision).
         progress: called with the number of forward-passed decisions after each chunk.
 
@@ -73,7 +83,7 @@ class Evaluator:
         self,
         backbone: Backbone,
         decisions: DecisionSet,
-        handle: Handle | None = None,
+        handle: Turnable | None = None,
         *,
         keep_reference: bool = False,
         progress: Callable[[int], None] | None = None,
@@ -99,7 +109,7 @@ class Evaluator:
         return self.settings([(self.handle, scale) for scale in scales])
 
     @torch.no_grad()
-    def settings(self, settings: Sequence[tuple[Handle | None, float]]) -> list[Measurement]:
+    def settings(self, settings: Sequence[tuple[Turnable | None, float]]) -> list[Measurement]:
         """The set under each of several handles and scales, one at a time, over one pass of the base model.
 
         All steerings on the model have the scale afterwards that they had before.
@@ -127,10 +137,13 @@ class Evaluator:
             self._kept[number] = self._scores(chunk)
         return self._kept[number]
 
-    def _scores(self, chunk: Sequence[int], handle: Handle | None = None, scale: float = 0.0) -> Scores:
+    def _scores(self, chunk: Sequence[int], handle: Turnable | None = None, scale: float = 0.0) -> Scores:
         if handle is not None:
             handle.scale = scale
-        scores = self.backbone.score([self.decisions[i] for i in chunk], next_token=True)
+        asked = [self.decisions[i] for i in chunk]
+        if isinstance(handle, Rewrites):
+            asked = [handle.rewrite(decision) for decision in asked]
+        scores = self.backbone.score(asked, next_token=True)
         if handle is not None:
             handle.scale = 0.0
         # Every chunk has to have the set's K columns for the parts to be joined.

@@ -53,10 +53,10 @@ class ScalePoint:
         return {
             "scale": self.scale,
             "bias": _bias_to_json(self.bias, contexts),
-            "accuracy": _plain(self.accuracy),
-            "answer_mass": _plain(self.answer_mass),
-            "kl": _plain(self.kl),
-            "kl_unambiguous": _plain(self.kl_unambiguous),
+            "accuracy": plain(self.accuracy),
+            "answer_mass": plain(self.answer_mass),
+            "kl": plain(self.kl),
+            "kl_unambiguous": plain(self.kl_unambiguous),
             "cut": None if self.cut is None else _flat_to_json(self.cut),
         }
 
@@ -71,7 +71,7 @@ class ScalePoint:
         return cls(
             scale=_number(found["scale"], "scale"),
             bias=_bias_from_json(found["bias"]),
-            accuracy=_estimate(found["accuracy"], "accuracy"),
+            accuracy=estimate_from(found["accuracy"], "accuracy"),
             answer_mass=_number(found["answer_mass"], "answer_mass"),
             kl=_number(found["kl"], "kl"),
             kl_unambiguous=_number(found["kl_unambiguous"], "kl_unambiguous"),
@@ -82,12 +82,12 @@ class ScalePoint:
 def _bias_to_json(bias: BiasReport, contexts: bool) -> dict:
     record = {f.name: getattr(bias, f.name) for f in fields(bias) if contexts or f.name not in DETAILS}
     return {
-        name: _flat_to_json(value) if isinstance(value, BiasParts) else _plain(value) for name, value in record.items()
+        name: _flat_to_json(value) if isinstance(value, BiasParts) else plain(value) for name, value in record.items()
     }
 
 
 def _flat_to_json(record: BiasParts | Cuts) -> dict:
-    return {f.name: _plain(getattr(record, f.name)) for f in fields(record)}
+    return {f.name: plain(getattr(record, f.name)) for f in fields(record)}
 
 
 def _bias_from_json(record: object) -> BiasReport:
@@ -114,17 +114,18 @@ def _estimates(record: object, kind: type[BiasParts] | type[Cuts], what: str, op
     """The estimates of a record by name; a gap may be null."""
     found = _keys(record, {f.name for f in fields(kind)}, what)
     return {
-        name: None if name == "gap" and value is None else _estimate(value, f"{what}.{name}")
+        name: None if name == "gap" and value is None else estimate_from(value, f"{what}.{name}")
         for name, value in found.items()
         if name not in optional
     }
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
+    """What JSON has: null for nan and infinity, lists for tuples and estimates."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -152,7 +153,12 @@ def _numbers(value: object, name: str) -> dict[str, float]:
     return {key: _number(item, f"{name}.{key}") for key, item in value.items()}
 
 
-def _estimate(value: object, name: str) -> Estimate:
+def estimate_from(value: object, name: str) -> Estimate:
+    """The estimate of ``[value, low, high]``, null for nan.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
     if not isinstance(value, list | tuple) or len(value) != 3:
         raise ValueError(f"{name} must be [value, low, high], found {value!r}")
     return Estimate(*(_number(item, name) for item in value))
@@ -193,7 +199,7 @@ def comparison_table(rows: Mapping[str, Compared]) -> str:
 
 def compared_json(rows: Mapping[str, Compared]) -> dict:
     """The same as a JSON object: value, low and high of each, null for what is open or was not measured."""
-    return {name: {f.name: _plain(getattr(row, f.name)) for f in fields(row)} for name, row in rows.items()}
+    return {name: {f.name: plain(getattr(row, f.name)) for f in fields(row)} for name, row in rows.items()}
 
 
 def contexts_table(before: BiasReport, after: BiasReport, top: int = 10, *, markdown: bool = False) -> str:

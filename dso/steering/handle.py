@@ -37,6 +37,22 @@ class Attachable(Protocol):
     def operators(self) -> dict[str, SteeringOperator]: ...
 
 
+class Turnable(Protocol):
+    """What is on a model and can be turned, whatever put it there: :class:`Handle` is one."""
+
+    @property
+    def scale(self) -> float | Tensor:
+        """The coefficient; 0 is the base model."""
+        ...
+
+    @scale.setter
+    def scale(self, value: float) -> None: ...
+
+    def detach(self) -> None:
+        """Take it off."""
+        ...
+
+
 class Handle:
     """A steering attached to a model; :attr:`scale` may be set at any time.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from launch.commands.evidence_parsers import add_evidence
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of ``dso``; each command is a file beside this one."""
@@ -37,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--top", type=_count, default=10, help="sites to list (default: 10)")
 
     _add_serve(commands)
+    add_evidence(commands)
 
     decisions = commands.add_parser("decisions", help="validate a decision set, count it, show examples")
     decisions.add_argument("set", help="name of a decision set or a .jsonl file")
