@@ -42,7 +42,7 @@ def resolve_sites(model: nn.Module, patterns: Sequence[str] | None = None) -> di
 
 
 def _norms(model: nn.Module) -> dict[str, int]:
-    prefix, width = _language_backbone(model)
+    prefix, width = language_backbone(model)
     norms = _widths(model, _norm_width)
     sites = {n: w for n, w in norms.items() if n.startswith(prefix) and w == width and not _is_head_norm(n)}
     if not sites:
@@ -53,7 +53,7 @@ def _norms(model: nn.Module) -> dict[str, int]:
 
 
 def _attention(model: nn.Module) -> dict[str, int]:
-    prefix, _ = _language_backbone(model)
+    prefix, _ = language_backbone(model)
     linear = _widths(model, linear_width)
     sites = {name: width for name, width in linear.items() if name.startswith(prefix) and PROJECTION.search(name)}
     if not sites:
@@ -123,7 +123,7 @@ def _is_head_norm(name: str) -> bool:
     return HEAD_NORM.search(name) is not None
 
 
-def _language_backbone(model: Any) -> tuple[str, int]:
+def language_backbone(model: Any) -> tuple[str, int]:
     """The dotted prefix of the language backbone, and its hidden size."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     for name, module in model.named_modules():
