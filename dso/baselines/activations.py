@@ -60,6 +60,11 @@ class Answered:
         index = self.decisions.unique(return_inverse=True)[1]
         return activations - _means(activations, index, torch.ones_like(self.stereotyped))[index]
 
+    def matched(self) -> tuple[Tensor, Tensor]:
+        """Rows of stereotyped answers, and of the other answers to the same decisions, one beside each."""
+        same = self.decisions[:, None] == self.decisions
+        return (same & self.stereotyped[:, None] & ~self.stereotyped).nonzero().unbind(1)
+
     def group_means(self, activations: Tensor) -> Tensor:
         """(G, d) mean activation of each group's answers."""
         codes = self.groups.unique(return_inverse=True)[1]
@@ -96,6 +101,26 @@ def answered(task: Task, limit: int = DECISIONS) -> Answered:
         raise BaselineError("no ambiguous decision offers a stereotyped group and another one to contrast")
     groups, decisions, stereotyped = zip(*rows, strict=True)
     return Answered(tuple(texts), torch.tensor(groups), torch.tensor(decisions), torch.tensor(stereotyped))
+
+
+def biased(task: Task, limit: int = DECISIONS) -> tuple[list[int], Tensor]:
+    """At most ``limit`` decisions, a third of them unambiguous, and (N,) bool: whether the base model is biased there,
+    which is to say that it gives a stereotyped group more than its fair share of an ambiguous decision."""
+    stereotypes, fair = _stereotypes(task), dict(zip(task.decisions.groups, task.target, strict=True))
+    clear = [index for index, decision in enumerate(task.decisions) if not decision.ambiguous]
+    random.Random(task.seed).shuffle(clear)
+    clear = clear[: limit // 3]
+    chosen = _drawn(task, limit - len(clear))
+    labels = []
+    for index in chosen:
+        decision, row = task.decisions[index], task.base[index].exp().tolist()
+        own = [(c.group, p) for c, p in zip(decision.candidates, row, strict=False) if c.group != ABSTAIN]
+        share = fair.get(stereotypes.get(decision.context) or "", 1.0) / (
+            sum(fair[g] for g in {g for g, _ in own}) or 1
+        )
+        held = sum(p for group, p in own if group == stereotypes.get(decision.context))
+        labels.append(held > share * sum(p for _, p in own))
+    return [*chosen, *clear], torch.tensor([*labels, *[False] * len(clear)])
 
 
 def prompts(task: Task, indices: Sequence[int]) -> tuple[Encoded, ...]:
@@ -213,7 +238,8 @@ def one_tensor(site: str, value: object) -> Tensor:
         BaselineError: if it is something else.
     """
     if not isinstance(value, Tensor) or value.ndim != 3:
-        raise BaselineError(f"module {site!r} gives a {type(value).__name__}, not one tensor, so it cannot be steered")
+        found = f"{value.ndim} dimensions" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise BaselineError(f"module {site!r} gives {found}, expected one tensor (batch, tokens, width) to steer")
     return value
 
 

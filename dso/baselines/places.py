@@ -37,6 +37,12 @@ def by_depth(layers: tuple[str, ...], depths: tuple[float, ...]) -> tuple[str, .
     return tuple(dict.fromkeys(layers[min(last, int(depth * len(layers)))] for depth in depths))
 
 
+def stretches(layers: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """What of the layers methods that act behind many of them are tried on."""
+    third = len(layers) // 3
+    return {"all layers": layers, "last third": layers[-third or -1 :], "middle third": layers[third : 2 * third or 1]}
+
+
 def attention_outputs(model: nn.Module) -> dict[str, int]:
     """The linear layers that read the attention heads' outputs: dotted name -> how many heads there are.
 
@@ -44,14 +50,14 @@ def attention_outputs(model: nn.Module) -> dict[str, int]:
         BaselineError: if a decoder layer has none, or its input is not the heads' outputs side by side.
     """
     plain: Any = unwrapped(model)
-    heads = int(plain.config.get_text_config().num_attention_heads)
+    heads = int(getattr(plain.config.get_text_config(), "num_attention_heads", 0))
     modules = {plain_name(name): module for name, module in plain.named_modules()}
     layers = tuple(f"{layer}." for layer in decoder_layers(model))
     found = [n for n, m in modules.items() if n.startswith(layers) and linear_width(m) and OUTPUT.search(n)]
-    if not found or any(_inputs(modules[name]) % heads for name in found):
+    if not heads or not found or any(_inputs(modules[name]) % heads for name in found):
         raise BaselineError(
-            f"{type(plain).__name__} has no attention output layer that reads {heads} heads side by side, so there are "
-            "no heads to steer"
+            f"{type(plain).__name__} has no attention output layers that read its heads side by side, so there are no "
+            "heads to steer"
         )
     return dict.fromkeys(found, heads)
 

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from dso.baselines import caa
+from dso.baselines import affine_editing, caa, fairsteer, iti, leace, linear_act, projection, wring
 from dso.baselines.baseline import Baseline, BaselineError
 
-BASELINES: tuple[Baseline, ...] = (caa.BASELINE,)
+BASELINES: tuple[Baseline, ...] = (
+    caa.BASELINE,
+    iti.BASELINE,
+    linear_act.BASELINE,
+    projection.BASELINE,
+    leace.BASELINE,
+    affine_editing.BASELINE,
+    wring.BASELINE,
+    fairsteer.BASELINE,
+)
 
 
 def find_baselines(names: tuple[str, ...] = ()) -> tuple[Baseline, ...]:

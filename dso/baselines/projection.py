@@ -1,0 +1,50 @@
+"""Projection: the directions in which answers of different groups differ are taken out of the residual stream.
+
+Bolukbasi et al., "Man is to Computer Programmer as Woman is to Homemaker?", NeurIPS 2016, section 5.1 (*neutralize*),
+as Liang et al. ("Towards Debiasing Sentence Representations", ACL 2020, section 2.2) carried it to sentences:
+
+    D = [h(prompt + answer of group g) - mean over the question's groups]      Q = the first k principal directions of D
+    h' = h - s Q Q^T h                                                         the operator ``low_rank``
+
+behind decoder layers, with Q of each layer's own. The scale 1 removes the directions; k and the layers are tried.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dso.baselines.activations import answered, collect
+from dso.baselines.baseline import Baseline, Candidate, Task
+from dso.baselines.fitted import fitted
+from dso.baselines.places import decoder_layers, stretches
+
+
+def propose(task: Task) -> Iterator[Candidate]:
+    """One direction fewer than groups, then more, behind all layers and behind a part of them."""
+    layers = decoder_layers(task.backbone.model)
+    answers = answered(task)
+    found = collect(task.backbone, answers.texts, layers)
+    differences = {layer: answers.differences(values) for layer, values in found.items()}
+    least = len(answers.groups.unique()) - 1
+    for rank in (least, min(4 * least, *differences[layers[0]].shape)):
+        for label, own in stretches(layers).items():
+            directions = {layer: group_directions(differences[layer], rank) for layer in own}
+            tensors = {layer: {"u": -q, "v": q, "b": torch.zeros(len(q))} for layer, q in directions.items()}
+            yield Candidate(f"{label}, rank {rank}", fitted(task, "low_rank", tensors, rank))
+
+
+def group_directions(differences: Tensor, rank: int) -> Tensor:
+    """(d, rank) orthonormal: the first principal directions of differences (R, d), which are not centred again."""
+    return torch.linalg.svd(differences, full_matrices=False).Vh[:rank].T.contiguous()
+
+
+BASELINE = Baseline(
+    name="projection",
+    title="Projection",
+    source="Bolukbasi et al., NeurIPS 2016, section 5.1; Liang et al., ACL 2020, section 2.2",
+    propose=propose,
+    scales=(0.25, 0.5, 1.0, 1.5),
+)
