@@ -63,7 +63,8 @@ class Answered:
     def matched(self) -> tuple[Tensor, Tensor]:
         """Rows of stereotyped answers, and of the other answers to the same decisions, one beside each."""
         same = self.decisions[:, None] == self.decisions
-        return (same & self.stereotyped[:, None] & ~self.stereotyped).nonzero().unbind(1)
+        sources, targets = (same & self.stereotyped[:, None] & ~self.stereotyped).nonzero().unbind(1)
+        return sources, targets
 
     def group_means(self, activations: Tensor) -> Tensor:
         """(G, d) mean activation of each group's answers."""

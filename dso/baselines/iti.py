@@ -65,9 +65,8 @@ def _behind(model: nn.Module, shifts: Mapping[str, Tensor]) -> dict[str, dict[st
 def offset_behind(module: nn.Module, shift: Tensor) -> Tensor:
     """(d_out,) float32: what a linear layer makes of a constant shift (d_in,) of its input; asked of the layer itself,
     so that it holds for one that is quantised too."""
-    weight = getattr(module, "weight", None)
-    floats = weight is not None and weight.is_floating_point()
-    given = shift.to(weight.device, weight.dtype) if floats else shift
+    weight = next(module.parameters())
+    given = shift.to(weight.device, weight.dtype if weight.is_floating_point() else None)
     both = module(torch.stack([given, torch.zeros_like(given)])).float()
     return (both[0] - both[1]).cpu()
 

@@ -78,5 +78,5 @@ def test_baselines_are_found_by_name() -> None:
     names = [baseline.name for baseline in BASELINES]
     assert len(set(names)) == len(names) and find_baselines() == BASELINES
     assert find_baselines(("iti", "caa")) == (iti.BASELINE, caa.BASELINE)
-    with pytest.raises(BaselineError, match="no baseline 'nothing'; known are caa, iti"):
+    with pytest.raises(BaselineError, match="no baseline 'nothing'; known are .*caa, iti"):
         find_baselines(("nothing",))
