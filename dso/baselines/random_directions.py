@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
+from dso.baselines.fitted import SCALES
 from dso.steering.model import Steering
 
 ROUNDS = 12
@@ -24,7 +26,7 @@ def random_like(steering: Steering, seed: int) -> Steering:
     for name, value in steering.tensors().items():
         noise = torch.randn(value.shape, generator=generator)
         drawn[name] = noise * (value.detach().float().norm().cpu() / noise.norm())
-    made = Steering(steering.config)
+    made = Steering(replace(steering.config, scale_range=SCALES, scale_curve=()))
     made.load_tensors(drawn)
     return made.requires_grad_(False).to(next(steering.parameters()).device)
 

@@ -8,13 +8,16 @@ import pytest
 import torch
 from architectures import tiny
 from baseline_task import last_states, tiny_task, without_stereotypes
+from cases import CASES
 from tiny import byte_tokenizer, tiny_llama
 from torch import Tensor
 
 from dso.baselines.activations import Answered, answered, biased, collect, in_order, prompts
 from dso.baselines.baseline import BaselineError
 from dso.baselines.places import attention_outputs, by_depth, decoder_layers, stretches
+from dso.decisions.decision import DecisionSet
 from dso.models.backbone import Backbone
+from dso.steering.sites import resolve_sites
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded", "single"])
@@ -140,3 +143,22 @@ def test_a_model_without_a_place_is_refused_in_one_line() -> None:
     task = tiny_task(Backbone(tiny("Bloom"), byte_tokenizer(), "bloom"))
     with pytest.raises(BaselineError, match=r"module 'transformer.h.0' gives a tuple, expected one tensor"):
         collect(task.backbone, answered(task, 4).texts, ("transformer.h.0",))
+
+
+@pytest.mark.parametrize("name", ["LLaVA", "Gemma3-VL", "Qwen2.5-VL"])
+def test_prompts_with_images_are_read(name) -> None:
+    """Behind a prompt the final norm gives what scoring says the output layer reads; answers are as when read alone."""
+    backbone = CASES[name].backbone()
+    decisions = DecisionSet(CASES[name].decisions())
+    task = tiny_task(backbone, decisions)
+    site = next(site for site in reversed(tuple(resolve_sites(backbone.model))))
+    texts = prompts(task, range(len(decisions)))
+    with torch.no_grad():
+        wanted = backbone.score(list(decisions), hidden=True).hidden
+    torch.testing.assert_close(collect(backbone, texts, (site,))[site], wanted, atol=2e-5, rtol=1e-4)
+    answers = answered(task)
+    together = collect(backbone, answers.texts, (site,))[site]
+    alone = torch.cat([collect(backbone, [text], (site,))[site] for text in answers.texts])
+    torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-4)
+    with pytest.raises(BaselineError, match="images are not read in one pass"):
+        in_order(backbone, answers.texts, (site,), lambda site, last: lambda values: values)
