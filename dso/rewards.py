@@ -23,6 +23,8 @@ from torch import Tensor
 FORMS = ("sign", "smooth")
 ABSTAINS = -1
 ABSENT = -2
+REGRESSION_WEIGHT = 0.5  # of :func:`relative_error`: with much more of it, steps follow single questions' noise
+HUBER = 1.0  # difference in log-odds beyond which a question pulls no harder
 
 
 def equiprobability_reward(
@@ -73,6 +75,20 @@ def candidate_rewards(context_rewards: Tensor, groups: Tensor, answers: Tensor, 
 def expected_reward(log_policy: Tensor, rewards: Tensor) -> Tensor:
     """(N,) sum_k pi_k r_k: the exact expectation over the candidates; absent ones (log pi = -inf) add nothing."""
     return (log_policy.exp() * rewards).sum(-1)
+
+
+def relative_error(log_policy: Tensor, wanted: Tensor) -> Tensor:
+    """(n,) how far the log-odds between candidates are from the wanted ones: Huber's loss, 2/K of the sum over pairs.
+
+    Args:
+        log_policy, wanted: (n, K), -inf where there is no candidate.
+    """
+    present = ~log_policy.isneginf()
+    error = (log_policy - wanted).masked_fill(~present, 0.0)
+    pair = error[:, :, None] - error[:, None, :]
+    loss = torch.nn.functional.huber_loss(pair, torch.zeros_like(pair), reduction="none", delta=HUBER)
+    both = present[:, :, None] & present[:, None, :]
+    return (loss * both).sum((1, 2)) / present.sum(1).clamp(min=1)  # each pair is met twice
 
 
 def group_shares(policy: Tensor, groups: Tensor, n_groups: int) -> Tensor:

@@ -14,12 +14,12 @@ from gymnasium import spaces
 from torch import Tensor
 
 from dso.decisions.decision import DecisionSet
+from dso.decisions.sampler import BlockSampler
 from dso.models.backbone import Backbone
 from dso.rewards import group_preference
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from envs.basis import group_basis, random_basis
-from envs.sampler import BlockSampler
 from envs.spec import SharedSpec
 from envs.task import DecisionTask
 
@@ -41,7 +41,7 @@ class SteeringSearchEnv(SharedSpec, gym.Env[np.ndarray, np.ndarray]):
     A steering has many coefficients; a basis (:func:`envs.basis.random_basis`, :func:`envs.basis.group_basis`) names
     m directions among them. A step takes a proposal z, sets the steering to ``x_0 + radius * sum_j z_j basis_j`` and
     runs the steered model on the episode's minibatch of decisions, in which name and position effects cancel
-    (:class:`envs.sampler.BlockSampler`). It needs forward passes only.
+    (:class:`dso.decisions.sampler.BlockSampler`). It needs forward passes only.
 
     ## Action Space
     ``Box(-1, 1, (m,), float32)``: z itself, not a change of it; values outside are clipped.

@@ -11,11 +11,11 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from dso.decisions.decision import DecisionSet
+from dso.decisions.sampler import BlockSampler
 from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from envs.decision import facts, one_hot, pay
 from envs.reward import RewardConfig
-from envs.sampler import BlockSampler
 from envs.spec import SharedSpec
 from envs.task import DecisionTask
 

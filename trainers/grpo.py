@@ -36,11 +36,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
 from dso.decisions.matching import Matcher
+from dso.decisions.sampler import BlockSampler
 from dso.errors import UserError
 from dso.models.sampling import sample
 from dso.steering.model import Steering
 from envs.freeform import AnswerRewards
-from envs.sampler import BlockSampler
 from envs.task import DecisionTask
 from trainers.answers import answer_log_probs, divide, reward_weights
 from trainers.constraints import FixedKL, KLBudget, sparsity

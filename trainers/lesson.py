@@ -22,12 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dso.rewards import expected_reward
+from dso.rewards import REGRESSION_WEIGHT, expected_reward, relative_error
 
 ESTIMATORS = ("regression", "expected", "reinforce", "ppo")
 EXACT = ("regression", "expected")  # that look at every candidate, not at a sampled one
-WEIGHT = 0.5  # w: with much more of it, steps follow single questions' noise
-HUBER = 1.0  # difference in log-odds beyond which a question pulls no harder
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ class Lesson:
             if self.wanted is not None:
                 missed = relative_error(log_policy, self.wanted[rows, : log_policy.shape[1]])
                 right = expected_reward(log_policy.masked_fill(log_policy.isneginf(), -1e9), rewards)
-                return torch.where(self.ambiguous[rows], -WEIGHT * missed, right)
+                return torch.where(self.ambiguous[rows], -REGRESSION_WEIGHT * missed, right)
             if self.pooled is not None:
                 return _pooled_gain(log_policy, self.pooled[rows, : log_policy.shape[1]], rewards)
             return expected_reward(log_policy.masked_fill(log_policy.isneginf(), -1e9), rewards)
@@ -90,20 +88,6 @@ class Lesson:
         return (gain * ambiguous).sum() / everyone.clamp(min=1) + unambiguous_weight * (
             (gain * ~ambiguous).sum() / others.clamp(min=1)
         )
-
-
-def relative_error(log_policy: Tensor, wanted: Tensor) -> Tensor:
-    """(n,) how far the log-odds between candidates are from the wanted ones: Huber's loss, 2/K of the sum over pairs.
-
-    Args:
-        log_policy, wanted: (n, K), -inf where there is no candidate.
-    """
-    present = ~log_policy.isneginf()
-    error = (log_policy - wanted).masked_fill(~present, 0.0)
-    pair = error[:, :, None] - error[:, None, :]
-    loss = torch.nn.functional.huber_loss(pair, torch.zeros_like(pair), reduction="none", delta=HUBER)
-    both = present[:, :, None] & present[:, None, :]
-    return (loss * both).sum((1, 2)) / present.sum(1).clamp(min=1)  # each pair is met twice
 
 
 def _pooled_gain(log_policy: Tensor, pooled: Tensor, rewards: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
+from dso.decisions.sampler import BlockSampler
 from dso.errors import UserError
 from dso.steering.model import Steering
-from envs.sampler import BlockSampler
 from envs.task import DecisionTask
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, NoMassFloor, sparsity, step_unit
 from trainers.fisher import whitening

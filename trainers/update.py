@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dso.decisions.sampler import BlockSampler, divide
 from dso.models.encoded import Positions
 from dso.models.scores import kl_divergence
-from envs.sampler import BlockSampler, divide
 from trainers.constraints import step_unit
 from trainers.fisher import Share, fisher_diagonal
 from trainers.learner import Learner

@@ -7,7 +7,7 @@ candidate's scales on validation, and draws the next candidate as long as the ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -92,21 +92,32 @@ class Baseline:
 class Rewritten:
     """A method that asks another question instead of changing the model, as a handle; scale 0 asks as it was.
 
-    An :class:`~dso.evaluation.evaluator.Evaluator` hands each decision to :meth:`rewrite`.
+    An :class:`~dso.evaluation.evaluator.Evaluator` hands each decision to :meth:`rewrite`, and all of them to
+    :meth:`prepare` before.
 
     Args:
         rewritten: a decision -> the decision that is asked in its place, with the same candidates.
+        prepared: works out, for many decisions together, what ``rewritten`` then finds.
     """
 
-    def __init__(self, rewritten: Callable[[Decision], Decision]):
-        self._rewritten = rewritten
+    def __init__(
+        self,
+        rewritten: Callable[[Decision], Decision],
+        prepared: Callable[[Sequence[Decision]], None] | None = None,
+    ):
+        self._rewritten, self._prepared = rewritten, prepared
         self.scale: float | Tensor = 1.0
 
     def attach(self, model: nn.Module, scale: float = 1.0) -> Rewritten:
         """A handle of its own."""
-        handle = Rewritten(self._rewritten)
+        handle = Rewritten(self._rewritten, self._prepared)
         handle.scale = scale
         return handle
+
+    def prepare(self, decisions: Sequence[Decision]) -> None:
+        """Work out together what :meth:`rewrite` needs; the model has to be the base model."""
+        if self._prepared is not None:
+            self._prepared(decisions)
 
     def rewrite(self, decision: Decision) -> Decision:
         """The decision as it is asked at this scale."""

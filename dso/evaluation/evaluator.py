@@ -43,6 +43,10 @@ class Measurement:
 class Rewrites(Protocol):
     """A handle that asks another question, with the same candidates, instead of changing the model."""
 
+    def prepare(self, decisions: Sequence[Decision]) -> None:
+        """Work out together what :meth:`rewrite` needs of decisions that are about to be asked."""
+        ...
+
     def rewrite(self, decision: Decision) -> Decision:
         """The decision as it is asked at this scale."""
         ...
@@ -117,7 +121,11 @@ class Evaluator:
         for handle, _ in settings:
             check_scoring(self.backbone, handle)
         collected: list[list[tuple[Tensor, ...]]] = [[] for _ in settings]
-        with unsteered(self.backbone.model):
+        turned = dict.fromkeys(handle for handle, scale in settings if handle is not None and scale)
+        with unsteered(self.backbone.model, *turned):
+            for handle in turned:
+                if isinstance(handle, Rewrites):
+                    handle.prepare(self.decisions)
             for number, chunk in enumerate(self._chunks):
                 base = self._base(number, chunk)
                 reference = base.asked()[0]

@@ -42,7 +42,8 @@ def sample(
 
     Args:
         prompts: token ids, none empty.
-        max_new_tokens, temperature: at least 1, and above 0.
+        max_new_tokens: at least 1.
+        temperature: of sampling; at 0 every token is the most probable one.
         max_rows: answers that are written side by side; None is as many as 2 GB of keys and values hold, at most 256.
 
     Returns:
@@ -97,8 +98,8 @@ def _write(
         cache.batch_select_indices(copies)
         options["past_key_values"] = cache
     config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        pad_token_id=pad, eos_token_id=list(stop) or None,
+        max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=list(stop) or None,
+        **({"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}),
     )  # fmt: skip
     own, model.generation_config = model.generation_config, GenerationConfig()  # a repetition penalty would come in
     try:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -139,15 +139,20 @@ def attached(model: nn.Module) -> list[Handle]:
 
 
 @contextmanager
-def unsteered(model: nn.Module) -> Iterator[None]:
-    """The base model within the block: every steering on it at scale 0, and at its own scale again afterwards."""
-    scales = {handle: handle.scale for handle in attached(model)}
+def unsteered(model: nn.Module, *more: Turnable) -> Iterator[None]:
+    """The base model within the block: every steering on it at scale 0, and at its own scale again afterwards.
+
+    Args:
+        more: handles that are no :class:`Handle`, which a model cannot be asked for.
+    """
+    handles: list[Any] = list(dict.fromkeys([*attached(model), *more]))
+    scales = [handle.scale for handle in handles]
     try:
-        for handle in scales:
+        for handle in handles:
             handle.scale = 0.0
         yield
     finally:
-        for handle, scale in scales.items():
+        for handle, scale in zip(handles, scales, strict=True):
             handle.scale = scale
 
 

@@ -17,13 +17,13 @@ from safetensors.torch import save
 
 from dso.decisions.decision import Decision, DecisionSet
 from dso.decisions.images import open_image
+from dso.decisions.sampler import BlockSampler, divide
 from dso.evaluation.evaluator import CHUNK
 from dso.models.backbone import Backbone
 from dso.models.encoded import Encoded
 from dso.models.scoring import Layout
 from dso.steering.operators import SteeringOperator, make_operator
 from dso.steering.sites import resolve_sites
-from envs.sampler import BlockSampler, divide
 from launch.config.schema import ConfigError, TrainConfig
 from launch.estimate.architecture import Architecture
 from launch.estimate.layout import expected_layout

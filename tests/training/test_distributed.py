@@ -21,10 +21,10 @@ from tiny import tiny_llama
 from torch.distributions import Categorical
 from transformers import AutoModelForCausalLM
 
+from dso.decisions.sampler import divide
 from dso.errors import UserError
 from dso.evaluation.evaluator import Evaluator
 from dso.steering.model import Steering
-from envs.sampler import divide
 from launch import cli
 from launch.cluster.processes import ZERO, LaunchError, open_world, process_device, read_deepspeed
 from launch.config.schema import TrainConfig, load_config

@@ -18,11 +18,11 @@ from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
 
 from dso.decisions.decision import ABSTAIN
-from dso.rewards import expected_reward
+from dso.rewards import REGRESSION_WEIGHT, expected_reward, relative_error
 from envs.reward import RewardConfig
 from envs.task import DecisionTask
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, sparsity
-from trainers.lesson import ESTIMATORS, WEIGHT, Lesson, relative_error
+from trainers.lesson import ESTIMATORS, Lesson
 from trainers.optimizer import Whitened
 from trainers.ppo import SteeringPPO, TrainingDiverged
 from trainers.vec import DecisionVecEnv
@@ -111,8 +111,8 @@ def test_regression_at_the_base_model_is_the_natural_gradient_of_the_expected_re
     )
     (relative,) = torch.autograd.grad(lesson.gain("regression", torch.tensor([0]), log_policy, 0.2).sum(), z)
     assert float(plain) == pytest.approx(-0.096)
-    assert float(relative) == pytest.approx(WEIGHT * float(plain) / 0.16)
-    assert float(relative) == pytest.approx(WEIGHT * -0.6)
+    assert float(relative) == pytest.approx(REGRESSION_WEIGHT * float(plain) / 0.16)
+    assert float(relative) == pytest.approx(REGRESSION_WEIGHT * -0.6)
 
 
 def reference_gradient(trainer: SteeringPPO, form: str, width: float = 0.1) -> tuple[Tensor, float]:

@@ -11,7 +11,7 @@ import pytest
 from tiny import JOBS, fact, role, small_set
 
 from dso.decisions.decision import DecisionSet
-from envs.sampler import BlockSampler
+from dso.decisions.sampler import BlockSampler
 
 
 @pytest.fixture

@@ -1,0 +1,146 @@
+"""How the rivals that are trained learn: Adam on batches of decisions, until their share of the wall clock is over.
+
+With beta the price of a nat, a step goes down
+
+    loss(log pi of the batch) + beta mean KL(pi_s || pi_0)
+
+where the KL is that of the whole next-token distribution at the answer positions, as it is for a steering of ours. The
+learning rate falls to 0 on a cosine of the time that has passed, so a slow machine ends as gently as a fast one, after
+fewer steps.
+
+:func:`regression` is the loss of ``estimator: regression``: REBEL's squared difference of log-odds (Gao et al. 2024, arXiv
+2404.16767) to the policy that is wanted, in Huber's form, and beside it the expected reward of unambiguous decisions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dso.baselines.baseline import BaselineError, Task
+from dso.decisions.sampler import BlockSampler
+from dso.models.scores import kl_divergence
+from dso.rewards import REGRESSION_WEIGHT, relative_error
+from dso.steering.handle import Turnable
+
+AMBIGUOUS, UNAMBIGUOUS = 36, 8  # decisions a step, as `dso train` has them
+UNAMBIGUOUS_WEIGHT = 0.1  # likewise
+MAX_NORM = 1.0
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(n, k) log pi of the decisions at rows (n,) of a task -> the loss of the batch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """How long and how fast.
+
+    Attributes:
+        rate: Adam's learning rate at the start.
+        seconds: of wall clock; the step that passes them is the last one.
+        price: of a nat of KL to the base model.
+    """
+
+    rate: float
+    seconds: float
+    price: float = 0.0
+
+
+def learn(
+    task: Task,
+    handle: Turnable,
+    parameters: Sequence[nn.Parameter],
+    loss: Loss,
+    setting: Setting,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    progress: Callable[[int, float], None] | None = None,
+) -> list[float]:
+    """Train what is attached to the task's backbone, at scale 1.
+
+    Args:
+        handle: on the backbone; scale 0 is the base model.
+        parameters: what is trained.
+        loss: of a batch.
+        clock: seconds that have passed since some moment.
+        progress: called with the number of steps and the last loss after each step.
+
+    Returns:
+        the loss of each step.
+
+    Raises:
+        BaselineError: if the loss or its gradient is no longer finite.
+    """
+    sampler = _sampler(task)
+    optimizer = torch.optim.Adam(parameters, lr=setting.rate)
+    losses: list[float] = []
+    start = clock()
+    while not losses or clock() - start < setting.seconds:
+        done = min((clock() - start) / setting.seconds, 1.0)
+        optimizer.param_groups[0]["lr"] = setting.rate * (1 + math.cos(math.pi * done)) / 2
+        rows = torch.from_numpy(sampler.draw())
+        optimizer.zero_grad()
+        found = _step(task, handle, rows, loss, setting.price)
+        norm = nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        if not torch.isfinite(norm + found):
+            raise BaselineError(f"step {len(losses) + 1}: the loss is no longer finite; lower the learning rate")
+        optimizer.step()
+        losses.append(float(found))
+        if progress is not None:
+            progress(len(losses), losses[-1])
+    return losses
+
+
+def _step(task: Task, handle: Turnable, rows: Tensor, loss: Loss, price: float) -> Tensor:
+    """The loss of a batch; its gradient is in the parameters afterwards."""
+    decisions = [task.decisions[int(row)] for row in rows]
+    reference = None
+    if price:
+        handle.scale = 0.0
+        with torch.no_grad():
+            reference = task.backbone.score(decisions, next_token=True).next_token
+    handle.scale = 1.0
+    with torch.enable_grad():
+        scores = task.backbone.score(decisions, next_token=bool(price))
+        found = loss(scores.policy(), rows)
+        if reference is not None:
+            table, positions = scores.asked()
+            found = found + price * positions.mean(kl_divergence(table, reference)).mean()
+        found.backward()
+    return found.detach()
+
+
+def _sampler(task: Task) -> BlockSampler:
+    """Batches of whole blocks where the set is large enough, of what there is where it is not."""
+    ambiguous = sum(d.ambiguous for d in task.decisions)
+    if not ambiguous:
+        raise BaselineError(f"{task.decisions.name}: no ambiguous decisions to learn from")
+    others = len(task.decisions) - ambiguous
+    return BlockSampler(task.decisions, min(AMBIGUOUS, ambiguous), min(UNAMBIGUOUS, others), task.seed)
+
+
+def regression(task: Task) -> Loss:
+    """The loss that a steering of ours is trained with, by ``estimator: regression``.
+
+    With the mean over the batch's decisions of each kind, and 1 - 2 pi(right) minus the expected reward of +1 and -1,
+
+        w mean_ambiguous 2/K sum_{j<k} huber(log pi(k)/pi(j) - log pi*(k)/pi*(j)) + 0.1 mean_unambiguous (1 - 2 pi(right))
+    """
+    answers = torch.tensor([-1 if d.answer is None else d.answer for d in task.decisions])
+
+    def loss(log_policy: Tensor, rows: Tensor) -> Tensor:
+        answer = answers[rows].to(log_policy.device)
+        free = answer < 0
+        wanted = task.fair[rows].to(log_policy)[:, : log_policy.shape[1]]
+        total = REGRESSION_WEIGHT * relative_error(log_policy[free], wanted[free]).mean()
+        if not free.all():
+            right = log_policy[~free].gather(1, answer[~free, None]).exp()
+            total = total + UNAMBIGUOUS_WEIGHT * (1 - 2 * right).mean()
+        return total
+
+    return loss
