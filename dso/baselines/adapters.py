@@ -3,20 +3,19 @@
 Decisions, wanted policy, loss, price of KL and wall clock are the same, so what is compared is what is trained:
 
     LoRA        W' = W + s (alpha / r) B A          Hu et al. 2022 (arXiv 2106.09685), section 4.1
-    LN tuning   w' = w + s (w_1 - w)                Zhao et al. 2024 (arXiv 2312.11420), section 2: the norms' own weights
+    LN tuning   w' = w + s (w_1 - w)                Zhao et al. 2024 (arXiv 2312.11420), section 2; norms' weights
 
 s is PEFT's scaling of a LoRA layer. PEFT has none for norms, so their weights are interpolated. LN tuning of norms
 without offsets is the operator ``scale`` in other coordinates, w_1 = w (1 + a).
 
-The layers are PEFT's own code, put into the model as a candidate is attached and taken out as it is detached: its modules
-are then those that it had before. At scale 0 PEFT hands on what the base layer gives.
+The layers are PEFT's own code, put into the model as a candidate is attached and taken out as it is detached: its
+modules are then those that it had before. At scale 0 PEFT hands on what the base layer gives.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,6 +30,9 @@ from dso.steering.sites import resolve_sites
 NAME = "default"  # what PEFT calls an only adapter
 ATTENTION = r".*\.(q_proj|k_proj|v_proj|o_proj)"
 RANK = 8
+# Where, PEFT's target_modules, learning rate, price of a nat; and the last two for norms.
+LORA_SETTINGS = (("all linear layers", "all-linear", 1e-3, 0.1), ("attention", ATTENTION, 2e-3, 0.1))
+NORM_SETTINGS = ((1e-2, 0.1), (3e-3, 0.1))
 SCALES = (0.5, 1.0, 1.5, 2.0)
 
 
@@ -153,17 +155,17 @@ def train(task: Task, adapter: Adapter, setting: Setting) -> Adapter:
     return adapter
 
 
-def _propose_lora(settings: Sequence[tuple[str, str, float, float]], task: Task) -> Iterator[Candidate]:
-    for label, modules, rate, price in settings:
+def _propose_lora(task: Task) -> Iterator[Candidate]:
+    for label, modules, rate, price in LORA_SETTINGS:
         adapter = Adapter("lora", r=RANK, lora_alpha=2 * RANK, target_modules=modules)
-        setting = Setting(rate=rate, price=price, seconds=task.seconds / len(settings))
+        setting = Setting(rate=rate, price=price, seconds=task.seconds / len(LORA_SETTINGS))
         yield Candidate(f"rank {RANK} at {label}, learning rate {rate:g}", train(task, adapter, setting))
 
 
-def _propose_norms(settings: Sequence[tuple[float, float]], task: Task) -> Iterator[Candidate]:
-    for rate, price in settings:
+def _propose_norms(task: Task) -> Iterator[Candidate]:
+    for rate, price in NORM_SETTINGS:
         adapter = Adapter("ln_tuning", target_modules=list(resolve_sites(unwrapped(task.backbone.model))))
-        setting = Setting(rate=rate, price=price, seconds=task.seconds / len(settings))
+        setting = Setting(rate=rate, price=price, seconds=task.seconds / len(NORM_SETTINGS))
         yield Candidate(f"learning rate {rate:g}", train(task, adapter, setting))
 
 
@@ -171,15 +173,13 @@ LORA = Baseline(
     name="lora",
     title="LoRA (PEFT)",
     source="Hu et al. 2022 (arXiv 2106.09685), section 4.1",
-    propose=partial(
-        _propose_lora, (("all linear layers", "all-linear", 1e-3, 0.1), ("attention", ATTENTION, 2e-3, 0.1))
-    ),
+    propose=_propose_lora,
     scales=SCALES,
 )
 LN_TUNING = Baseline(
     name="ln_tuning",
     title="LN tuning (PEFT)",
     source="Zhao et al. 2024 (arXiv 2312.11420), section 2",
-    propose=partial(_propose_norms, ((1e-2, 0.1), (3e-3, 0.1))),
+    propose=_propose_norms,
     scales=SCALES,
 )

@@ -138,9 +138,7 @@ def _key(decision: Decision) -> str:
 
 def _propose_explanation(task: Task) -> Iterator[Candidate]:
     if any(decision.images for decision in task.decisions):
-        raise BaselineError(
-            f"{task.decisions.name}: explanations are written to texts, and these decisions have images"
-        )
+        raise BaselineError(f"{task.decisions.name}: explanations are written to texts, these decisions have images")
     asked = Asked(task.backbone, explain, explained)
     yield Candidate(f"{TOKENS} tokens", Rewritten(asked.rewrite, asked.prepare))
 

@@ -1,16 +1,16 @@
 """FairDistillation's rule, distilled into a steering: the teacher's group probabilities are made equal, then followed.
 
 Delobelle and Berendt 2022, FairDistillation: mitigating stereotyping in language models, section 3 (arXiv 2207.04546):
-the teacher's predictions of tokens that should be as probable as one another are replaced by their mean, and the student
-learns to predict what the teacher then says. In a decision with the probabilities p_1, ..., p_G of its groups,
+the teacher's predictions of tokens that should be equally probable are replaced by their mean, and the student learns
+to predict what the teacher then says. In a decision with the probabilities p_1, ..., p_G of its groups,
 
     q_g = t_g (p_1 + ... + p_G),  the mean of p and of p with its groups swapped where the target t is uniform,
     loss = KL(q || pi) + beta KL(pi_s || pi_0)
 
 with q = p where a decision has a right answer. The first part is the distillation of the candidates, the second one of
 everything else that the teacher predicts. There the student is a smaller model; here it is the same operator that DSO
-trains, at the same sites, so that what differs is the rule. No reward and no estimate of an association: every decision is
-to be even, whatever the model thinks of the people in it or of their order.
+trains, at the same sites, so that what differs is the rule. There is no reward and no estimate of an association: every
+decision is to be even, whatever the model thinks of the people in it or of their order.
 """
 
 from __future__ import annotations

@@ -8,16 +8,16 @@ where the KL is that of the whole next-token distribution at the answer position
 learning rate falls to 0 on a cosine of the time that has passed, so a slow machine ends as gently as a fast one, after
 fewer steps.
 
-:func:`regression` is the loss of ``estimator: regression``: REBEL's squared difference of log-odds (Gao et al. 2024, arXiv
-2404.16767) to the policy that is wanted, in Huber's form, and beside it the expected reward of unambiguous decisions.
+:func:`regression` is the loss of ``estimator: regression``: REBEL's squared difference of log-odds (Gao et al. 2024,
+arXiv 2404.16767) to the policy that is wanted, in Huber's form, beside the expected reward of unambiguous decisions.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,6 @@ def learn(
     loss: Loss,
     setting: Setting,
     *,
-    clock: Callable[[], float] = time.monotonic,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[float]:
     """Train what is attached to the task's backbone, at scale 1.
@@ -67,7 +66,6 @@ def learn(
         handle: on the backbone; scale 0 is the base model.
         parameters: what is trained.
         loss: of a batch.
-        clock: seconds that have passed since some moment.
         progress: called with the number of steps and the last loss after each step.
 
     Returns:
@@ -79,9 +77,9 @@ def learn(
     sampler = _sampler(task)
     optimizer = torch.optim.Adam(parameters, lr=setting.rate)
     losses: list[float] = []
-    start = clock()
-    while not losses or clock() - start < setting.seconds:
-        done = min((clock() - start) / setting.seconds, 1.0)
+    start = monotonic()
+    while not losses or monotonic() - start < setting.seconds:
+        done = min((monotonic() - start) / setting.seconds, 1.0)
         optimizer.param_groups[0]["lr"] = setting.rate * (1 + math.cos(math.pi * done)) / 2
         rows = torch.from_numpy(sampler.draw())
         optimizer.zero_grad()
@@ -129,7 +127,8 @@ def regression(task: Task) -> Loss:
 
     With the mean over the batch's decisions of each kind, and 1 - 2 pi(right) minus the expected reward of +1 and -1,
 
-        w mean_ambiguous 2/K sum_{j<k} huber(log pi(k)/pi(j) - log pi*(k)/pi*(j)) + 0.1 mean_unambiguous (1 - 2 pi(right))
+        w mean_ambiguous 2/K sum_{j<k} huber(log pi(k)/pi(j) - log pi*(k)/pi*(j))
+        + 0.1 mean_unambiguous (1 - 2 pi(right))
     """
     answers = torch.tensor([-1 if d.answer is None else d.answer for d in task.decisions])
 
