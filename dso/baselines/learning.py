@@ -28,8 +28,8 @@ from dso.models.scores import kl_divergence
 from dso.rewards import REGRESSION_WEIGHT, relative_error
 from dso.steering.handle import Turnable
 
-AMBIGUOUS, UNAMBIGUOUS = 36, 8  # decisions a step, as `dso train` has them
-UNAMBIGUOUS_WEIGHT = 0.1  # likewise
+AMBIGUOUS, UNAMBIGUOUS = 24, 6  # decisions a step: two blocks of the built-in roles
+UNAMBIGUOUS_WEIGHT = 0.1  # as `dso train` has it
 MAX_NORM = 1.0
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from dso.baselines import affine_editing, caa, fairsteer, iti, leace, linear_act, projection, wring
+from dso.baselines import (
+    adapters,
+    affine_editing,
+    caa,
+    debiasing,
+    distillation,
+    fairsteer,
+    iti,
+    leace,
+    linear_act,
+    projection,
+    prompts,
+    wring,
+)
 from dso.baselines.baseline import Baseline, BaselineError
 
 BASELINES: tuple[Baseline, ...] = (
+    prompts.BASELINE,
+    debiasing.EXPLANATION,
+    debiasing.REPROMPTING,
     caa.BASELINE,
     iti.BASELINE,
     linear_act.BASELINE,
@@ -14,6 +30,9 @@ BASELINES: tuple[Baseline, ...] = (
     affine_editing.BASELINE,
     wring.BASELINE,
     fairsteer.BASELINE,
+    distillation.BASELINE,
+    adapters.LORA,
+    adapters.LN_TUNING,
 )
 
 
