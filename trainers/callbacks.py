@@ -65,6 +65,39 @@ class Validation:
         return {f"eval/{name}": v for name, v in measured.items() if name not in ("step", "scale") and v is not None}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a steering may cost on validation.
+
+    Attributes:
+        kl_budget: KL on validation, and on decisions of the training where those were measured; None for no budget.
+        min_answer_mass: ratio to the base's.
+        max_accuracy_loss: below the base's accuracy.
+        neutral_kl: KL after neutral texts; None for no limit.
+        order_increase: of the order effect over the base's; None for no limit.
+    """
+
+    kl_budget: float | None = None
+    min_answer_mass: float = 0.9
+    max_accuracy_loss: float = 0.01
+    neutral_kl: float | None = None
+    order_increase: float | None = None
+
+    def broken(self, row: Validation, base: Validation) -> list[str]:
+        """The limits that a measurement does not keep; ``base`` is the base model's. What is nan is not held to."""
+        order = None
+        if base.order_effect is not None and self.order_increase is not None:
+            order = base.order_effect + self.order_increase
+        limits = {
+            f"KL above {self.kl_budget}": _above(row.spent, self.kl_budget),
+            f"answer mass below {self.min_answer_mass} of the base's": row.answer_mass < self.min_answer_mass,
+            f"neutral KL above {self.neutral_kl}": _above(row.neutral_kl, self.neutral_kl),
+            "order effect above the base's": _above(row.order_effect, order),
+            "accuracy below the base's": row.accuracy < base.accuracy - self.max_accuracy_loss,
+        }
+        return [limit for limit, is_broken in limits.items() if is_broken]
+
+
 class Measure(Protocol):
     """Measures the operators as they are after a step, or turned to a scale."""
 
@@ -100,12 +133,7 @@ class Selection(TrainingCallback):
         measure: (step, scale) -> :class:`Validation`; the scale is left out where it is 1.
         every: steps between measurements; the last step is always measured.
         steps: of the whole run.
-        kl_budget: candidates with a KL above it, on validation or on decisions of the training, are passed over; None
-            for no budget.
-        min_answer_mass: likewise below this ratio to the base's.
-        max_accuracy_loss: likewise below the base's accuracy by more than this.
-        neutral_kl: likewise above this KL after neutral texts; None for no limit.
-        order_increase: likewise with an order effect above the base's by more than this; None for no limit.
+        limits: candidates that break one are passed over.
         on_measured: told of each measurement and whether it is the best so far.
     """
 
@@ -120,22 +148,14 @@ class Selection(TrainingCallback):
         *,
         every: int,
         steps: int,
-        kl_budget: float | None,
-        min_answer_mass: float = 0.9,
-        max_accuracy_loss: float = 0.01,
-        neutral_kl: float | None = None,
-        order_increase: float | None = None,
+        limits: Limits,
         on_measured: Callable[[Validation, bool], None] | None = None,
     ):
         super().__init__()
         self.measure = measure
         self.every = every
         self.steps = steps
-        self.kl_budget = kl_budget
-        self.min_answer_mass = min_answer_mass
-        self.max_accuracy_loss = max_accuracy_loss
-        self.neutral_kl = neutral_kl
-        self.order_increase = order_increase
+        self.limits = limits
         self.on_measured = on_measured
         self.history: list[Validation] = []
         self.best: Validation | None = None
@@ -213,11 +233,11 @@ class Selection(TrainingCallback):
         """
         shares = [
             math.sqrt(self.CLOSE * limit / kl)
-            for kl, limit in ((row.spent, self.kl_budget), (row.neutral_kl, self.neutral_kl))
+            for kl, limit in ((row.spent, self.limits.kl_budget), (row.neutral_kl, self.limits.neutral_kl))
             if kl is not None and limit is not None and _above(kl, limit)
         ]
-        if row.answer_mass < self.min_answer_mass:
-            shares.append(self.CLOSE * (1 - self.min_answer_mass) / (1 - row.answer_mass))
+        if row.answer_mass < (least := self.limits.min_answer_mass):
+            shares.append(self.CLOSE * (1 - least) / (1 - row.answer_mass))
         scale = row.scale * min(shares, default=math.nan)
         return scale if scale > 0 else None
 
@@ -236,18 +256,7 @@ class Selection(TrainingCallback):
 
     def broken(self, row: Validation) -> list[str]:
         """The limits that a measurement does not keep."""
-        limits = {
-            f"KL above {self.kl_budget}": _above(row.spent, self.kl_budget),
-            f"answer mass below {self.min_answer_mass} of the base's": row.answer_mass < self.min_answer_mass,
-            f"neutral KL above {self.neutral_kl}": _above(row.neutral_kl, self.neutral_kl),
-            "order effect above the base's": _above(row.order_effect, self._highest_order()),
-            "accuracy below the base's": row.accuracy < self.history[0].accuracy - self.max_accuracy_loss,
-        }
-        return [limit for limit, is_broken in limits.items() if is_broken]
-
-    def _highest_order(self) -> float | None:
-        base = self.history[0].order_effect
-        return None if base is None or self.order_increase is None else base + self.order_increase
+        return self.limits.broken(row, self.history[0])
 
     def nothing_kept(self) -> str | None:
         """Why the base model is all that is kept; None if a trained steering is."""

@@ -1,11 +1,16 @@
-"""``dso compare``: two steerings, or two scales of one, on the same decisions, with paired intervals."""
+"""``dso compare``: a config's steering against every rival, or two steerings on the same decisions.
+
+The first writes a study with its report (:mod:`launch.study`); the second prints paired differences.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
+import shlex
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -16,12 +21,44 @@ from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.report import compared_json, comparison_table
 from dso.files import write_text
 from dso.steering.model import Steering
-from launch.commands.common import load_backbone, open_split, pairs, quieten
+from launch.commands.common import load_backbone, numbers, open_split, pairs, quieten, run_name
+from launch.config.schema import load_config
 
 
 def run(arguments: argparse.Namespace) -> int:
     """``dso compare``."""
-    (first, scale), (second, other) = (_place(text) for text in (arguments.first, arguments.second))
+    named = [text for text in arguments.what if "=" not in text]
+    if len(named) == 1:
+        return _study(named[0], [text for text in arguments.what if "=" in text], arguments)
+    if len(named) != 2 or len(named) < len(arguments.what):
+        raise UserError(
+            f"{' '.join(arguments.what)!r}: expected a config, with key=value settings if you like, or two steerings"
+        )
+    return _pair(*named, arguments)
+
+
+def _study(source: str, overrides: list[str], arguments: argparse.Namespace) -> int:
+    """A config's steering and its rivals."""
+    from launch.study.arms import chosen_arms
+    from launch.study.folder import StudyFolder
+    from launch.study.running import Running
+
+    arms = chosen_arms(arguments.methods.split(","))
+    seeds = [int(number) for number in numbers(arguments.seeds, "--seeds")]
+    config = load_config(source, overrides)
+    place = arguments.out or Path(config.run.output_dir) / f"{config.run.run_name or run_name(source)}-compare"
+    quieten()
+    running = Running(source, overrides, StudyFolder.claim(place, config, arguments.seconds), arguments.seconds)
+    running.quiet = arguments.quiet
+    running.run(arms, seeds)
+    words = ["dso", "compare", source, *overrides, "--methods", arguments.methods, "--seeds", arguments.seeds]
+    print(running.write(shlex.join([*words, "--seconds", f"{arguments.seconds:g}"])))
+    return 0
+
+
+def _pair(one: str, two: str, arguments: argparse.Namespace) -> int:
+    """Two steerings, or two scales of one."""
+    (first, scale), (second, other) = _place(one), _place(two)
     data = open_split(arguments.set, arguments)
     data.select(kind="ambiguous")
     shares = pairs(arguments.target, "--target") or None
@@ -45,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     with tqdm(total=len(data) * passes, unit="decision", disable=hidden) as bar:
         measured = Evaluator(backbone, data, progress=bar.update).settings(settings)
     rows = compare(measured[0], measured[1], data, shares, arguments.bootstrap)
-    print(f"first   {arguments.first}\nsecond  {arguments.second}\n")
+    print(f"first   {one}\nsecond  {two}\n")
     print(comparison_table(rows), end="")
     if arguments.json:
         write_text(arguments.json, json.dumps(compared_json(rows), indent=1) + "\n")

@@ -115,7 +115,7 @@ STATED = "base model (default: the one the steering states)"
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_model(command: argparse.ArgumentParser, what: str = STATED) -> None:
+def add_model(command: argparse._ActionsContainer, what: str = STATED) -> None:
     """The arguments of a command that loads a model."""
     command.add_argument("--model", help=what)
     command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
@@ -123,24 +123,38 @@ def add_model(command: argparse.ArgumentParser, what: str = STATED) -> None:
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
-    compare = commands.add_parser("compare", help="compare two steerings, or two scales of one, on the same decisions")
-    place = "folder or Hub id of a steering, with its scale as in FOLDER@0.5 (default: @1); 'none' for the base model"
-    compare.add_argument("first", help=place)
-    compare.add_argument("second", help="likewise")
-    add_model(compare, "base model (default: the one the steerings state)")
-    compare.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
-    _add_option(compare)
-    compare.add_argument("--split", default="test", help="split to measure (default: test)")
+    compare = commands.add_parser("compare", help="a config's steering against every rival, or two steerings")
     compare.add_argument(
+        "what",
+        nargs="+",
+        metavar="CONFIG [key=value ...] | STEERING STEERING",
+        help="a config, whose steering and rivals are trained, tuned and measured into a report; or two steerings, "
+        "folders or Hub ids, each with its scale as in FOLDER@0.5 (default: @1), 'none' for the base model",
+    )
+    study = compare.add_argument_group("of a config")
+    study.add_argument(
+        "--methods", default="rivals", help="comma-separated names, or: rivals, ablations, all (default: rivals)"
+    )
+    study.add_argument("--seeds", default="0,1,2", help="(default: 0,1,2)")
+    study.add_argument(
+        "--seconds", type=_seconds, default=180.0, help="for making and tuning a method with a seed (default: 180)"
+    )
+    study.add_argument("--out", metavar="DIR", help="folder of the report (default: runs/CONFIG-compare)")
+    compare.add_argument("--quiet", action="store_true", help="print only the result")
+    pair = compare.add_argument_group("of two steerings")
+    add_model(pair, "base model (default: the one the steerings state)")
+    pair.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
+    _add_option(pair)
+    pair.add_argument("--split", default="test", help="split to measure (default: test)")
+    pair.add_argument(
         "--target",
         action="append",
         default=[],
         metavar="group=share",
         help="fair shares, repeatable (default: those the first steering states)",
     )
-    compare.add_argument("--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)")
-    compare.add_argument("--json", metavar="FILE", help="also write the figures to a file")
-    compare.add_argument("--quiet", action="store_true", help="print only the table")
+    pair.add_argument("--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)")
+    pair.add_argument("--json", metavar="FILE", help="also write the figures to a file")
 
 
 def _add_merge(commands: argparse._SubParsersAction) -> None:
@@ -192,7 +206,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve.add_argument("--max-body", type=_positive, default=1_000_000, help="bytes of a request (default: 1000000)")
 
 
-def _add_option(command: argparse.ArgumentParser) -> None:
+def _add_option(command: argparse._ActionsContainer) -> None:
     text = "of the decision set, repeatable"
     command.add_argument("--option", action="append", default=[], metavar="key=value", help=text)
 
@@ -203,6 +217,16 @@ def _count(text: str) -> int:
 
 def _positive(text: str) -> int:
     return _at_least(1, text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, found {text!r}")
+    return found
 
 
 def _at_least(low: int, text: str) -> int:

@@ -7,9 +7,9 @@ are sampled.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Required, TypedDict
 
 from launch.config.schema import TrainConfig
+from trainers.callbacks import Limits
 
 ADAM_BETAS = (0.9, 0.999)
 PLAIN_EPSILON = 1e-8  # Adam's own, where steps are not measured in KL
@@ -69,24 +69,14 @@ def aimed_kl(config: TrainConfig) -> float | None:
     return None if budget is None else constants(config).kl_margin * budget
 
 
-class KeptLimits(TypedDict, total=False):
-    """Of :class:`trainers.callbacks.Selection`; those that are not given are its own."""
-
-    kl_budget: Required[float | None]
-    min_answer_mass: float
-    max_accuracy_loss: float
-    neutral_kl: float | None
-    order_increase: float | None
-
-
-def kept_limits(config: TrainConfig) -> KeptLimits:
+def kept_limits(config: TrainConfig) -> Limits:
     """What :class:`trainers.callbacks.Selection` holds a steering to."""
     limits = config.constraints
     if config.freeform:
-        return {"kl_budget": limits.kl_budget, "max_accuracy_loss": limits.max_accuracy_loss}
-    return {
-        "kl_budget": aimed_kl(config),
-        "min_answer_mass": limits.min_answer_mass or LEAST_MASS,
-        "neutral_kl": limits.neutral_kl,
-        "order_increase": limits.order_increase,
-    }
+        return Limits(kl_budget=limits.kl_budget, max_accuracy_loss=limits.max_accuracy_loss)
+    return Limits(
+        kl_budget=aimed_kl(config),
+        min_answer_mass=limits.min_answer_mass or LEAST_MASS,
+        neutral_kl=limits.neutral_kl,
+        order_increase=limits.order_increase,
+    )

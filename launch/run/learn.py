@@ -98,7 +98,7 @@ def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, 
     steps, batch = config.train.max_steps, trainer.decisions_a_step
     progress = Progress(steps, quiet=quiet or not world.is_main)
     validator = Validator(session)
-    selection = Selection(validator, every=config.evaluation.eval_steps, steps=steps, **kept_limits(config))
+    selection = Selection(validator, every=config.evaluation.eval_steps, steps=steps, limits=kept_limits(config))
     keeper = Keeper(session, plan.folder, selection, validator)
     checkpoints = Checkpoints(keeper.save, config.run.save_steps)
 

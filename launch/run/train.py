@@ -17,8 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from dso.evaluation.report import ScalePoint
+from dso.files import as_path
 from dso.steering.model import Steering
-from launch.config.schema import TrainConfig
+from launch.config.schema import ConfigError, TrainConfig, changes, load_config
 from launch.run import constants
 from launch.run.folder import Resume, RunError, Stopped, on_main
 from launch.run.freeform import FreeformAnswers
@@ -32,7 +33,7 @@ from trainers.parallel.ranks import World
 from trainers.ppo import SteeringPPO
 from trainers.tracking.records import decision_samples
 
-__all__ = ["Result", "RunError", "Stopped", "learn_only", "report", "said", "train"]
+__all__ = ["Result", "RunError", "Stopped", "is_learned", "learned", "report", "said", "train"]
 
 
 def train(
@@ -74,12 +75,39 @@ def train(
     return Result(plan.folder, points)
 
 
-def learn_only(config: TrainConfig, *, name: str) -> Path:
-    """Train without measuring the test split: for sweeps that measure many steerings together."""
-    with claimed(config, name=name, overwrite=True) as start, opened(config, start) as (session, tracker):
-        learn(session, start.plan, start.stop, tracker)
+def learned(config: TrainConfig, *, name: str, quiet: bool = False) -> Path:
+    """Train without measuring the test split, for who measures many steerings together; the run's folder.
+
+    A run of the same config that is finished is left as it is, one that was stopped goes on, and one of another config
+    is done again.
+
+    Raises:
+        UserError, Stopped: as :func:`train`.
+    """
+    folder = as_path(Path(config.run.output_dir) / (config.run.run_name or name))
+    if is_learned(config, folder):
+        return folder
+    same = _is_of(config, folder)
+    resume: Resume = "auto" if same else False
+    with (
+        claimed(config, name=name, resume=resume, overwrite=not same) as start,
+        opened(config, start, quiet) as (session, tracker),
+    ):
+        learn(session, start.plan, start.stop, tracker, quiet=quiet)
         session.handle.detach()
     return start.plan.folder
+
+
+def is_learned(config: TrainConfig, folder: Path) -> bool:
+    """Whether a folder holds a run of this config that was trained to its end."""
+    return all((folder / name).exists() for name in ("validation.json", "steering")) and _is_of(config, folder)
+
+
+def _is_of(config: TrainConfig, folder: Path) -> bool:
+    try:
+        return not changes(load_config(str(folder / "config.yaml")), config)
+    except ConfigError:
+        return False
 
 
 def measure(session: Session, quiet: bool) -> tuple[Measures, list[ScalePoint]]:

@@ -119,10 +119,10 @@ def test_bias_is_compared_at_equal_kl() -> None:
         scales.append(scale)
         return SimpleNamespace(scale=scale, kl=0.8 * scale**2)
 
-    assert estimators.at_kl(measure, 0.2).scale == pytest.approx(0.5)
+    assert estimators._at_kl(measure, 0.2).scale == pytest.approx(0.5)
     assert scales == [1.0, pytest.approx(0.5)]
-    assert estimators.at_kl(measure, 0.9).scale == 1.0  # a steering that spends less is not turned up
-    assert estimators.at_kl(lambda scale: SimpleNamespace(scale=scale, kl=2 * scale), 0.5).kl == pytest.approx(
+    assert estimators._at_kl(measure, 0.9).scale == 1.0  # a steering that spends less is not turned up
+    assert estimators._at_kl(lambda scale: SimpleNamespace(scale=scale, kl=2 * scale), 0.5).kl == pytest.approx(
         0.5, 0.05
     )
 

@@ -26,6 +26,7 @@ from launch.run.measure import by_template, scale_points
 from launch.run.session import open_session
 from launch.run.train import Result, train
 from launch.run.trainer import schedule
+from trainers.callbacks import Limits
 from trainers.constraints import FixedKL, KLBudget
 
 
@@ -151,8 +152,8 @@ def test_selection_holds_a_steering_to_the_answer_mass_that_a_config_asks_for(
     class Made(Exception):
         """Ends the run where its selection is made."""
 
-    def make(*_: Any, **limits: Any) -> None:
-        raise Made(limits["min_answer_mass"])
+    def make(*_: Any, limits: Limits, **__: Any) -> None:
+        raise Made(limits.min_answer_mass)
 
     monkeypatch.setattr("launch.run.learn.Selection", make)
     with pytest.raises(Made) as found:

@@ -16,7 +16,7 @@ from small_runs import learn, make_trainer, operators
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import Logger
 
-from trainers.callbacks import Checkpoints, Progress, Selection, Validation
+from trainers.callbacks import Checkpoints, Limits, Progress, Selection, Validation
 from trainers.tracking.jsonlines import JsonLines
 
 BASE = Validation(step=0, bias=0.4, accuracy=0.8, kl=0.0, answer_mass=1.0)
@@ -28,7 +28,7 @@ def row(step: int, **values: float) -> Validation:
 
 
 def selection(kl_budget: float | None = 0.1, **options: Any) -> Selection:
-    return Selection(lambda step: BASE, every=1, steps=9, kl_budget=kl_budget, **options)
+    return Selection(lambda step: BASE, every=1, steps=9, limits=Limits(kl_budget=kl_budget, **options))
 
 
 def kept(*rows: Validation, kl_budget: float | None = 0.1) -> int:
@@ -150,7 +150,11 @@ def test_measured_at_the_start_every_so_often_and_at_the_end() -> None:
         return row(step, bias={0: 0.4, 3: 0.1, 6: 0.2, 7: 0.3}[step], kl=0.0)
 
     chosen = Selection(
-        measure, every=3, steps=7, kl_budget=0.1, on_measured=lambda r, better: told.append((r.step, better))
+        measure,
+        every=3,
+        steps=7,
+        limits=Limits(kl_budget=0.1),
+        on_measured=lambda r, better: told.append((r.step, better)),
     )
     learn(trainer, 7, chosen)
     assert steps == [0, 3, 6, 7]
@@ -169,7 +173,9 @@ def test_operators_outside_are_turned_down_until_they_are_inside() -> None:
         kl = 0.0 if not step else 0.4 * scale**2.2  # not quite the square that is reckoned with
         return row(step, bias=0.4 - 0.3 * scale * (step > 0), kl=kl, scale=scale)
 
-    chosen = Selection(measure, every=9, steps=2, kl_budget=0.1, on_measured=lambda *found: told.append(found))
+    chosen = Selection(
+        measure, every=9, steps=2, limits=Limits(kl_budget=0.1), on_measured=lambda *found: told.append(found)
+    )
     learn(trainer, 2, chosen)
     assert scales[:2] == [(0, 1.0), (2, 1.0)]
     assert chosen.best == chosen.history[-1]
@@ -178,7 +184,7 @@ def test_operators_outside_are_turned_down_until_they_are_inside() -> None:
     assert [better for _, better in told] == [True, *[False] * (len(told) - 2), True]
     for key, value in operators(trainer).items():
         torch.testing.assert_close(chosen.best_tensors[key], chosen.best.scale * value)
-    again = Selection(measure, every=9, steps=2, kl_budget=0.1)
+    again = Selection(measure, every=9, steps=2, limits=Limits(kl_budget=0.1))
     again.restore(*json.loads(json.dumps([{}, chosen.state()[1]])))
     assert again.best == chosen.best
 
@@ -189,7 +195,7 @@ def test_operators_are_turned_up_while_that_is_inside_and_better() -> None:
     def measure(step: int, scale: float = 1.0) -> Validation:
         return row(step, bias=0.4 - 0.1 * scale * (step > 0), kl=0.018 * scale**2 * (step > 0), scale=scale)
 
-    chosen = Selection(measure, every=9, steps=2, kl_budget=0.1)
+    chosen = Selection(measure, every=9, steps=2, limits=Limits(kl_budget=0.1))
     learn(trainer, 2, chosen)
     # KL is 0.069 at 1.96; at 2.744 it is 0.136, beyond the budget; in between, at 2.744 / sqrt(1.4), it is 0.097.
     assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96, 2.744, 2.744 / 1.4**0.5])
@@ -197,7 +203,7 @@ def test_operators_are_turned_up_while_that_is_inside_and_better() -> None:
     for key, value in operators(trainer).items():
         torch.testing.assert_close(chosen.best_tensors[key], 2.744 / 1.4**0.5 * value)
     # A run that is killed in between tries the same scales when it goes on.
-    again = Selection(measure, every=9, steps=2, kl_budget=0.1)
+    again = Selection(measure, every=9, steps=2, limits=Limits(kl_budget=0.1))
     again.offer(chosen.history[0], {})
     for measured, then in pairwise([*chosen.history[1:], None]):
         again.offer(measured, {})
@@ -210,7 +216,7 @@ def test_operators_are_turned_up_no_further_than_where_bias_is_least() -> None:
     def measure(step: int, scale: float = 1.0) -> Validation:
         return row(step, bias=abs(0.3 - 0.2 * scale * (step > 0)), kl=0.0, scale=scale)
 
-    chosen = Selection(measure, every=9, steps=2, kl_budget=0.1)
+    chosen = Selection(measure, every=9, steps=2, limits=Limits(kl_budget=0.1))
     learn(trainer, 2, chosen)
     # 0.1 at 1, 0.02 at 1.4, 0.092 at 1.96, 0.031 in between.
     assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96, 1.4 * 1.4**0.5])
@@ -261,7 +267,10 @@ def test_the_scale_that_would_be_inside(outside: dict[str, float], scale: float 
 def test_operators_that_stay_outside_are_given_up() -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
     chosen = Selection(
-        lambda step, scale=1.0: row(step, kl=0.3 * (step > 0), scale=scale), every=9, steps=1, kl_budget=0.1
+        lambda step, scale=1.0: row(step, kl=0.3 * (step > 0), scale=scale),
+        every=9,
+        steps=1,
+        limits=Limits(kl_budget=0.1),
     )
     learn(trainer, 1, chosen)
     assert [r.step for r in chosen.history] == [0, *[1] * (1 + Selection.TRIES)]
@@ -275,11 +284,11 @@ def test_the_kl_of_training_decisions_is_held_to_the_budget_too(outside: dict[st
 
 def test_an_interrupted_run_measures_the_same_steps() -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
-    first = Selection(row, every=2, steps=6, kl_budget=0.1)
+    first = Selection(row, every=2, steps=6, limits=Limits(kl_budget=0.1))
     learn(trainer, 3, first)  # stops at 3, which is no step to measure
     assert [r.step for r in first.history] == [0, 2]
     tensors, facts = first.state()
-    second = Selection(row, every=2, steps=6, kl_budget=0.1)
+    second = Selection(row, every=2, steps=6, limits=Limits(kl_budget=0.1))
     second.restore(tensors, json.loads(json.dumps(facts)))
     assert (second.best, second.history) == (first.best, first.history)
     learn(trainer, 3, second)
@@ -289,7 +298,7 @@ def test_an_interrupted_run_measures_the_same_steps() -> None:
 def test_measurements_are_records_of_their_own(tmp_path: Path) -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
     trainer.set_logger(Logger(None, [JsonLines(tmp_path / "metrics.jsonl")]))
-    chosen = Selection(lambda step: row(step, accuracy=math.nan), every=2, steps=3, kl_budget=0.1)
+    chosen = Selection(lambda step: row(step, accuracy=math.nan), every=2, steps=3, limits=Limits(kl_budget=0.1))
     trainer.learn(12, chosen)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(r["step"], "eval/bias" in r, "train/kl" in r) for r in rows] == [
@@ -368,7 +377,9 @@ class Saves(Checkpoints):
 def test_saved_every_few_steps_and_where_something_is_due() -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
     saves = Saves(3)
-    chosen = Selection(row, every=4, steps=9, kl_budget=0.1, on_measured=lambda *_: setattr(saves, "due", True))
+    chosen = Selection(
+        row, every=4, steps=9, limits=Limits(kl_budget=0.1), on_measured=lambda *_: setattr(saves, "due", True)
+    )
     learn(trainer, 9, CallbackList([chosen, saves]))
     assert saves.steps == [0, 3, 4, 6, 8, 9]  # 0, 4, 8 and the last were measured
     learn(trainer, 1, CallbackList([saves]))

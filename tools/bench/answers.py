@@ -15,8 +15,8 @@ from dso.evaluation.report import ScalePoint, interval_text
 from dso.files import write_text
 from launch.commands.common import quieten
 from launch.config.schema import TrainConfig, load_config
-from launch.run.train import said, train
-from tools.bench.sweeps import RUNS, finished
+from launch.run.train import is_learned, said, train
+from tools.bench.sweeps import RUNS
 
 Row = tuple[str, ScalePoint]
 
@@ -54,6 +54,6 @@ def table(rows: Sequence[Row]) -> str:
 
 def _trained(config: TrainConfig, folder: Path) -> list[ScalePoint]:
     """The curve of a run, which is made unless it is there."""
-    if finished(folder, config) and (folder / "curve.json").exists():
+    if is_learned(config, folder) and (folder / "curve.json").exists():
         return [ScalePoint.from_json(record) for record in json.loads((folder / "curve.json").read_text("utf-8"))]
     return train(config, name=folder.name, overwrite=True).points

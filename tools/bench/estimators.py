@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -25,6 +24,7 @@ from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from launch.run.measure import scale_point, thin
+from launch.study.tuning import at_kl
 from tools.bench.sweeps import Variant, train_all
 from trainers.state.saved import read_state
 
@@ -53,7 +53,6 @@ COLUMNS = (
     *("KL", "gap [95%]", "cut [95%]", "log-odds [95%]", "cut [95%]", "order", "accuracy"),
     *("last KL", "gap", "accuracy"),
 )
-TRIES, CLOSE = 3, 0.05  # scales that are tried after 1 for a KL, and how close to it is close enough
 
 
 def estimators(arguments: argparse.Namespace) -> None:
@@ -67,7 +66,7 @@ def estimators(arguments: argparse.Namespace) -> None:
     for name, seed, folder in folders:
         history = [row for row in json.loads((folder / "validation.json").read_text()) if row["scale"] == 1]
         with last_step(folder).to(backbone.device).on(backbone.model, 0.0) as handle:
-            found = at_kl(lambda scale, handle=handle: _point(evaluator, handle, scale, plain), arguments.kl)
+            found = _at_kl(lambda scale, handle=handle: _point(evaluator, handle, scale, plain), arguments.kl)
         halved = {key: decisions_until(history, key, 0.5) for key in HALVED}
         at_equal_kl = found.to_json(contexts=False)
         rows.append({"variant": name, "seed": seed, "halved_at": halved, "at_kl": at_equal_kl, "history": history})
@@ -84,24 +83,10 @@ def last_step(folder: Path) -> Steering:
     return steering
 
 
-def at_kl(measure: Callable[[float], ScalePoint], wanted: float) -> ScalePoint:
-    """A steering at the scale at which its mean KL on ambiguous decisions is ``wanted``, or at 1 if it has less there.
-
-    KL grows about as the square of the scale; after the first step the power is what the last two scales tell.
-
-    Args:
-        measure: scale -> what is measured there.
-        wanted: in nats, above 0.
-    """
-    scale, power, found = 1.0, 2.0, measure(1.0)
-    for _ in range(TRIES):
-        if abs(found.kl / wanted - 1) <= CLOSE or (scale == 1.0 and found.kl <= wanted):
-            break
-        before, kl, scale = scale, found.kl, min(1.0, scale * (wanted / found.kl) ** (1 / power))
-        found = measure(scale)
-        if scale != before and found.kl != kl:
-            power = math.log(found.kl / kl) / math.log(scale / before)
-    return found
+def _at_kl(measure: Callable[[float], ScalePoint], wanted: float) -> ScalePoint:
+    """A steering at the scale at which its mean KL on ambiguous decisions is ``wanted``, or at 1 if it has less."""
+    seen: dict[float, ScalePoint] = {}
+    return seen[at_kl(lambda scale: seen.setdefault(scale, measure(scale)).kl, wanted, highest=1.0)]
 
 
 def _point(evaluator: Evaluator, handle: Handle, scale: float, base: Measurement) -> ScalePoint:

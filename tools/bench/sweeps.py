@@ -28,9 +28,9 @@ from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from launch.commands.common import quieten
-from launch.config.schema import ConfigError, load_config
+from launch.config.schema import load_config
 from launch.run.measure import scale_point
-from launch.run.train import learn_only
+from launch.run.train import is_learned, learned
 
 RUNS = Path("runs/bench")
 FIELDS = ("policy", "answer_mass", "kl")  # of a Measurement
@@ -100,24 +100,16 @@ def train_all(
                 *arguments.overrides,
             ]
             config = load_config(config_name, settings)
-            if finished(folder, config):
+            if is_learned(config, folder):
                 continue
             started = time.monotonic()
-            learn_only(config, name=folder.name)
+            learned(config, name=folder.name)
             cost = {
                 "seconds": time.monotonic() - started,
                 "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             }
             write_text(folder / "cost.json", json.dumps(cost))
     return done
-
-
-def finished(folder: Path, config: object) -> bool:
-    """Whether a run of this very config is there to its end; one of another config is done again."""
-    try:
-        return (folder / "steering").exists() and load_config(str(folder / "config.yaml")) == config
-    except ConfigError:
-        return False
 
 
 def measure_all(folders: Sequence[tuple[str, int, Path]], data: DecisionSet, label: str, results: Path) -> None:

@@ -1,0 +1,1 @@
+"""``dso compare CONFIG``: a steering and its rivals through one evaluation."""

@@ -1,0 +1,131 @@
+"""All parts of a study as one record, with what a reader needs to judge and to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dso.evaluation.study import Method, Point, Study
+from dso.steering.fingerprint import fingerprint
+from dso.steering.model import Steering
+from dso.steering.sites import resolve_sites
+from launch.config.schema import TrainConfig, resolved_yaml
+from launch.run.constants import kept_limits
+from launch.study.arms import OURS, all_arms
+from launch.study.folder import StudyFolder
+from launch.study.materials import Materials
+
+SAMPLES, TOKENS = 3, 12  # prompts that are shown, and tokens that are generated after each
+SHOWN = (0.0, 0.5, 1.0)  # scales of samples
+PACKAGES = ("dso", "torch", "transformers", "stable-baselines3")
+
+
+def gather(folder: StudyFolder, config: TrainConfig, command: str, materials: Materials) -> Path:
+    """Write ``study.json`` from the parts that are there, and give its path."""
+    methods = []
+    for arm in all_arms().values():
+        trials, failed = folder.trials(arm.name)
+        if trials or failed:
+            methods.append(
+                Method(
+                    name=arm.name,
+                    title=arm.title,
+                    source=arm.source,
+                    kind=arm.kind,
+                    trials=tuple(trials),
+                    failed=failed,
+                )
+            )
+    ours = next((method for method in methods if method.name == OURS.name and method.trials), None)
+    first = folder.read(OURS.name, ours.trials[0].seed) if ours else {}
+    steering = None
+    if ours:
+        steering = Steering.from_pretrained(folder.path / "runs" / f"{OURS.name}-s{ours.trials[0].seed}" / "steering")
+    study = Study(
+        about=_about(config, command, materials, steering),
+        base=Point.from_json(folder.read("base", 0)["point"]),
+        methods=tuple(methods),
+        samples=tuple(first.get("samples", ())),
+        sparsity=_sparsity(steering) if steering else {},
+    )
+    study.write(folder.path / "study.json")
+    return folder.path / "study.json"
+
+
+def sampled(materials: Materials, steering: Steering) -> list[dict[str, Any]]:
+    """What the model goes on with after a few ambiguous prompts of the test, and how probable each group is.
+
+    The prompts are of different contexts and templates, at equal distances over the test.
+    """
+    asked = [decision for decision in materials.asked["test"] if decision.ambiguous]
+    chosen = [asked[(2 * number + 1) * len(asked) // (2 * SAMPLES)] for number in range(SAMPLES)]
+    backbone, found = materials.backbone, [{"prompt": d.text, "answers": []} for d in chosen]
+    for scale in SHOWN:
+        with steering.on(backbone.model, scale), torch.no_grad():
+            policies = backbone.score(chosen).policy().exp().tolist()
+            for decision, policy, sample in zip(chosen, policies, found, strict=True):
+                shares: dict[str, float] = {}
+                for candidate, share in zip(decision.candidates, policy, strict=False):
+                    shares[candidate.group] = shares.get(candidate.group, 0.0) + round(share, 4)
+                text = backbone.generate(decision.prompt, images=decision.images, max_new_tokens=TOKENS)
+                method = OURS.title if scale else "base model"
+                sample["answers"].append({"method": method, "scale": scale, "text": text, "probabilities": shares})
+    return found
+
+
+def _sparsity(steering: Steering) -> dict[str, dict[str, float]]:
+    """By site, how many coefficients there are, how many are not zero, and how long they are together."""
+    found = {}
+    for site, operator in steering.operators.items():
+        values = torch.cat([value.detach().flatten() for value in operator.parameters()])
+        layer = re.search(r"\.(\d+)\.", site)
+        found[site] = {
+            "layer": float(layer.group(1)) if layer else float("nan"),
+            "coefficients": values.numel(),
+            "nonzero": int(values.count_nonzero()),
+            "norm": float(values.norm()),
+        }
+    last = max((row["layer"] for row in found.values() if row["layer"] == row["layer"]), default=-1.0)
+    for row in found.values():  # a final norm stands behind all layers
+        row["layer"] = last + 1 if row["layer"] != row["layer"] else row["layer"]
+    return found
+
+
+def _about(config: TrainConfig, command: str, materials: Materials, steering: Steering | None) -> dict[str, str]:
+    model, test = materials.backbone.model, materials.asked["test"]
+    sites = resolve_sites(model)
+    ambiguous = [decision for decision in test if decision.ambiguous]
+    units = len({decision.unit or decision.id for decision in ambiguous})
+    limits = kept_limits(config)
+    about = {
+        "command": command,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "model": config.model.name + (f", revision {config.model.revision}" if config.model.revision else ""),
+        "weights": _digest("".join(fingerprint(model, sites).values()).encode()),
+    }
+    if steering is not None:
+        coefficients = (value.detach().cpu().contiguous().numpy().tobytes() for value in steering.tensors().values())
+        about["steering"] = _digest(b"".join(coefficients))
+    about |= {
+        "decision set": f"{config.data.set}, groups {', '.join(test.groups)}",
+        "test": f"{len(ambiguous)} ambiguous decisions about {units} units in {len(test.contexts)} contexts, and "
+        f"{len(test) - len(ambiguous)} unambiguous ones; nothing was chosen on them",
+        "validation": f"{len(materials.asked['validation'])} decisions, on which every candidate and scale was chosen",
+        "limits": f"KL at most {limits.kl_budget}, after neutral texts {limits.neutral_kl}; answer mass at least "
+        f"{limits.min_answer_mass} of the base's; accuracy at most {limits.max_accuracy_loss} below the base's; order "
+        f"effect at most {limits.order_increase} above it",
+        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES) + f", Python {platform.python_version()}",
+        "config": resolved_yaml(config),
+    }
+    return about
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

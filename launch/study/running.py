@@ -1,0 +1,215 @@
+"""Running a study: every method with every seed, each a part that is done once, and the record of all of them.
+
+tune      a baseline's candidates and scales on validation, inside the limits of the config
+measure   what was chosen, on the test; with the first seed also at scales beside it, for the curve
+gather    all parts that are there as one :class:`~dso.evaluation.study.Study`
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dso.baselines.random_directions import random_like
+from tqdm import tqdm
+
+from dso.baselines.baseline import Attachable, BaselineError, Candidate
+from dso.errors import UserError
+from dso.evaluation.study import Trial
+from dso.steering.model import Steering
+from launch.config.schema import TrainConfig, load_config
+from launch.run.constants import kept_limits
+from launch.run.train import learned
+from launch.study.arms import OURS, Arm
+from launch.study.folder import StudyFolder
+from launch.study.gathering import gather, sampled
+from launch.study.materials import Materials
+from launch.study.tuning import Choice, at_kl, tune
+from trainers.state.saved import read_state
+
+DRAWS = 10  # of the null
+OWN_SCALES = (0.25, 0.5, 0.75, 1.0)  # of a steering that was trained, whose range ends at 1
+AROUND = (0.5, 1.0, 1.5)  # times the chosen scale, of a baseline
+
+Progress = Callable[[int], object]
+
+
+class Running:
+    """A study as it runs.
+
+    Args:
+        source: the config's name or path. overrides: of it.
+        name: what runs are called after.
+        folder: of the study.
+        seconds: of wall clock that each baseline has to be made and tuned with each seed.
+        quiet: show no progress.
+    """
+
+    def __init__(self, source: str, overrides: Sequence[str], folder: StudyFolder, seconds: float, quiet: bool = False):
+        self.source, self.overrides = source, tuple(overrides)
+        self.config = load_config(source, self.overrides)
+        if self.config.freeform:
+            raise UserError(f"{source}: trains on free-form answers; dso compare measures probabilities of candidates")
+        self.folder, self.seconds, self.quiet = folder, seconds, quiet
+        self._bar: tqdm | None = None
+        self._materials: Materials | None = None
+
+    @property
+    def materials(self) -> Materials:
+        """Made when they are first needed: a run of ``dso train`` loads a model of its own."""
+        if self._materials is None:
+            self._materials = Materials(self.config, self.folder.path / "training.safetensors", self._passed)
+        return self._materials
+
+    def run(self, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
+        """Do every part that is not there yet, all methods of one seed before the next one's."""
+        parts = [(arm, seed) for seed in seeds for arm in arms if arm.kind != "null"]
+        parts += [(arm, seed) for arm in arms if arm.kind == "null" for seed in range(DRAWS)]
+        for number, (arm, seed) in enumerate(parts, 1):
+            if self.folder.done(arm.name, seed):
+                continue
+            self._say(f"{number} of {len(parts)}: {arm.title}, seed {seed}")
+            with tqdm(
+                desc=f"{arm.name} s{seed}", unit="decision", disable=self.quiet or not sys.stderr.isatty()
+            ) as bar:
+                self._bar = bar
+                self._part(arm, seed, first=seed == seeds[0])
+            self._bar = None
+        if not self.folder.done("base", 0):
+            self.folder.keep("base", 0, self._base())
+
+    def write(self, command: str) -> Path:
+        """Gather all parts into ``study.json``."""
+        return gather(self.folder, self.config, command, self.materials)
+
+    def _base(self) -> dict[str, Any]:
+        point = self.materials.base_point()
+        return {"point": point.to_json(), "policy": _short(self.materials.base.policy)}
+
+    def _part(self, arm: Arm, seed: int, first: bool) -> None:
+        started = time.monotonic()
+        try:
+            if arm.overrides is not None:
+                trial, policy = self._trained(arm, seed, first)
+            elif arm.baseline is not None:
+                trial, policy = self._tuned(arm, seed, first)
+            else:
+                trial, policy = self._random(seed)
+        except BaselineError as error:
+            self._say(f"{arm.title}: {error}")
+            self.folder.keep(arm.name, seed, {"failed": str(error)})
+            return
+        record: dict[str, Any] = {"trial": trial.to_json(), "wall": round(time.monotonic() - started, 1)}
+        if arm.kind == "ours" and first:
+            steering = self._steering(arm, seed)
+            record |= {"policy": _short(policy), "samples": sampled(self.materials, steering)}
+        self.folder.keep(arm.name, seed, record)
+
+    def config_of(self, arm: Arm, seed: int) -> TrainConfig:
+        """Of a run of ``dso train``."""
+        places = (
+            f"run.output_dir={self.folder.path / 'runs'}",
+            f"run.run_name={arm.name}-s{seed}",
+            f"train.seed={seed}",
+        )
+        return load_config(self.source, [*self.overrides, *(arm.overrides or ()), *places])
+
+    def _steering(self, arm: Arm, seed: int) -> Steering:
+        config = self.config_of(arm, seed)
+        folder = learned(config, name=f"{arm.name}-s{seed}", quiet=True)
+        return Steering.from_pretrained(folder / "steering")
+
+    def _trained(self, arm: Arm, seed: int, first: bool) -> tuple[Trial, np.ndarray | None]:
+        """A run of ``dso train``, which chooses its own scale: what it keeps is measured at 1."""
+        steering = self._steering(arm, seed)
+        saved = read_state(self.folder.path / "runs" / f"{arm.name}-s{seed}" / "state")
+        facts = saved.facts["extra"]
+        kept = any(bool(value.any()) for value in steering.tensors().values())
+        choice = Choice(
+            Candidate("as trained", steering),
+            1.0,
+            kept,
+            "" if kept else "no step was inside the limits",
+            len(facts["selection"]["history"]) - 1,
+        )
+        return self._measured(choice, seed, float(facts["seconds"]), OWN_SCALES if first and kept else (1.0,))
+
+    def _tuned(self, arm: Arm, seed: int, first: bool) -> tuple[Trial, np.ndarray | None]:
+        assert arm.baseline is not None
+        materials, base = self.materials, self.materials.base_row
+        task = materials.task(seed, self.seconds)  # what all methods are given is not on their clock
+        started = time.monotonic()
+        limits = kept_limits(self.config)
+        choice = tune(arm.baseline.propose(task), arm.baseline.scales, materials.row, limits, base, self.seconds)
+        seconds = time.monotonic() - started
+        alone = len(arm.baseline.scales) == 1
+        scales = tuple(choice.scale * factor for factor in AROUND) if first and not alone else (choice.scale,)
+        return self._measured(choice, seed, seconds, scales)
+
+    def _random(self, seed: int) -> tuple[Trial, np.ndarray | None]:
+        """A draw of the null, at the KL that ours has on validation."""
+        seeds = [trial.seed for trial in self.folder.trials(OURS.name)[0]]
+        if not seeds:
+            raise UserError(
+                "random directions are measured at the KL of ours, which is not there; add ours to --methods"
+            )
+        started = time.monotonic()
+        ours = self._steering(OURS, seeds[0])
+        drawn, wanted = random_like(ours, seed), self.materials.row(ours, 1.0).kl
+        if not wanted > 0:
+            raise BaselineError("ours is the base model, so there is no KL to have random directions at")
+        scale = at_kl(lambda scale: self.materials.row(_turned(drawn, scale), 1.0).kl, wanted)
+        choice = Choice(Candidate(f"turned to {scale:.2g}", _turned(drawn, scale)), 1.0, True, "", 1)
+        return self._measured(choice, seed, time.monotonic() - started, (1.0,))
+
+    def _measured(
+        self, choice: Choice, seed: int, seconds: float, scales: Sequence[float]
+    ) -> tuple[Trial, np.ndarray | None]:
+        """The trial of a choice on the test, and the policy at the scale that was chosen."""
+        steering, points, policy = choice.candidate.steering, [], None
+        for scale in sorted({round(s, 6) for s in scales}):
+            if not _allows(steering, scale):
+                continue
+            point, measured = self.materials.point(steering, scale)
+            points.append(point)
+            if math.isclose(scale, choice.scale, rel_tol=1e-5):
+                policy = measured.policy
+        return Trial(
+            seed=seed,
+            label=choice.candidate.label,
+            chosen=round(choice.scale, 6) if choice.inside else None,
+            why=choice.why,
+            tried=choice.tried,
+            seconds=round(seconds, 1),
+            points=tuple(points),
+        ), policy
+
+    def _passed(self, decisions: int) -> None:
+        if self._bar is not None:
+            self._bar.update(decisions)
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(f"dso: {text}", file=sys.stderr, flush=True)
+
+
+def _turned(steering: Steering, scale: float) -> Steering:
+    """The steering that does at scale 1 what this one does at ``scale``, which may be beyond its range."""
+    turned = Steering(steering.config)
+    turned.load_tensors(steering.scaled_tensors(scale))
+    return turned.requires_grad_(False)
+
+
+def _allows(steering: Attachable, scale: float) -> bool:
+    stated = getattr(getattr(steering, "config", None), "scale_range", None)
+    return stated is None or stated[0] <= scale <= stated[1]
+
+
+def _short(policy: np.ndarray | None) -> list[list[float]]:
+    """A policy with as many digits as an audit needs."""
+    return [] if policy is None else np.round(policy, 6).tolist()
