@@ -1,0 +1,158 @@
+"""A study: what is chosen on validation, parts that are done once, and the whole of it on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from small_runs import write_decisions
+
+from dso.baselines.baseline import Candidate
+from dso.errors import UserError
+from dso.evaluation.study import read_study
+from launch.commands.compare import run
+from launch.study.arms import ABLATIONS, PUBLISHED, chosen_arms
+from launch.study.folder import StudyFolder
+from launch.study.tuning import at_kl, tune
+from trainers.callbacks import Limits, Validation
+
+BASE = Validation(step=0, bias=0.4, accuracy=0.8, kl=0.0, answer_mass=1.0, order_effect=0.3, neutral_kl=0.0)
+LIMITS = Limits(kl_budget=0.2, neutral_kl=0.05, order_increase=0.0)
+TWO = (Candidate("weak", SimpleNamespace()), Candidate("strong", SimpleNamespace()))
+
+
+def chosen(measure: Any, scales: tuple[float, ...] = (1.0, 2.0), seconds: float = 1e9, **options: Any) -> Any:
+    return tune(TWO, scales, measure, LIMITS, BASE, seconds, **options)
+
+
+def row(bias: float, kl: float = 0.0, **others: float) -> Validation:
+    return replace(BASE, step=1, bias=bias, kl=kl, **others)
+
+
+def test_the_least_biased_candidate_inside_the_limits_is_chosen_and_its_scale_refined() -> None:
+    def measure(steering: object, scale: float) -> Validation:
+        strong = steering is TWO[1].steering
+        return row(0.4 - (0.1 if strong else 0.05) * scale, kl=0.05 * scale if strong else 0.0)
+
+    found = chosen(measure)
+    # Of 1 and 2 the strong one's 2 is best; then 2.8 is better still (KL 0.14), and 3.92 has a KL of 0.196; 5.49 is out.
+    assert (found.candidate.label, found.inside, found.why) == ("strong", True, "")
+    assert found.scale == pytest.approx(2 * 1.4**2)
+
+
+def test_what_keeps_no_limit_says_which_it_breaks() -> None:
+    found = chosen(lambda _, scale: row(0.1, order_effect=0.31, kl=0.3))
+    assert not found.inside
+    assert found.why == "KL above 0.2; order effect above the base's"
+    assert chosen(lambda _, scale: row(0.4)).why == "no less biased than the base model"
+    assert chosen(lambda _, scale: row(math.nan)).why == "no less biased than the base model"
+
+
+def test_scales_beyond_hope_are_not_measured_and_time_ends_the_search() -> None:
+    asked: list[float] = []
+
+    def measure(_: object, scale: float) -> Validation:
+        asked.append(scale)
+        return row(0.3, kl=2.0)  # ten times the budget
+
+    chosen(measure, scales=(1.0, 2.0, 4.0, 8.0))
+    assert asked[:2] == [1.0, 1.0]  # the first scale of each candidate
+    clock = iter(range(100))
+    asked.clear()
+    assert chosen(lambda _, scale: row(0.3), seconds=2.0, clock=lambda: next(clock)).tried == 2
+
+
+def test_a_method_without_a_strength_is_tried_at_one_scale() -> None:
+    assert chosen(lambda _, scale: row(0.3), scales=(1.0,)).tried == 2
+    with pytest.raises(UserError, match="proposed no candidate"):
+        tune((), (1.0,), lambda *_: row(0.1), LIMITS, BASE, 1.0)
+
+
+def test_a_scale_is_found_for_a_kl() -> None:
+    assert at_kl(lambda scale: 0.8 * scale**2, 0.2) == pytest.approx(0.5)
+    assert at_kl(lambda scale: 0.002 * scale**1.5, 0.2) == pytest.approx(100 ** (1 / 1.5), rel=0.05)
+    assert at_kl(lambda scale: 0.8 * scale**2, 0.9, highest=1.0) == 1.0
+
+
+def test_methods_are_asked_for_by_name_or_group() -> None:
+    assert [arm.name for arm in chosen_arms(["published", "ours"])] == ["ours", "published"]
+    assert {arm.name for arm in chosen_arms(["ablations"])} == {arm.name for arm in ABLATIONS}
+    assert not {arm.kind for arm in chosen_arms(["rivals"])} & {"ablation"}
+    with pytest.raises(UserError, match="no method is named 'cas'; did you mean caa"):
+        chosen_arms(["cas"])
+
+
+def study_config(folder: Path, model: Path) -> Path:
+    values = {
+        "model": {"name": str(model)},
+        "data": {"set": str(write_decisions(folder / "letters.jsonl"))},
+        "steering": {"operator": "scale"},
+        "train": {"estimator": "regression", "max_steps": 2, "optimizer": {"fisher_batches": 1}},
+        "evaluation": {"validation_stride": 1},
+        "constraints": {"neutral_texts": str(folder / "neutral.txt"), "neutral_kl": 1.0},
+    }
+    (folder / "neutral.txt").write_text("A day\nThe sea\n")
+    path = folder / "own.yaml"
+    path.write_text(json.dumps(values))
+    return path
+
+
+def compare(config: Path, out: Path, *extra: str, methods: str = "ours,published,caa,random", seeds: str = "0") -> int:
+    from launch.commands.parsers import build_parser
+
+    words = ["compare", str(config), *extra, "--methods", methods, "--seeds", seeds, "--seconds", "20"]
+    return run(build_parser().parse_args([*words, "--out", str(out), "--quiet"]))
+
+
+def test_a_study_is_made_in_parts_that_are_done_once(
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    config, out = study_config(tmp_path, model_folder), tmp_path / "study"
+    assert compare(config, out, "train.ambiguous=16") == 0
+    assert capsys.readouterr().out.strip().endswith("study.json")
+    study = read_study(out / "study.json")
+    kinds = {method.name: (method.kind, len(method.trials)) for method in study.methods}
+    assert kinds == {"ours": ("ours", 1), "published": ("rival", 1), "caa": ("rival", 1), "random": ("null", 10)}
+    assert study.base.result.scale == 0
+    for method in study.methods:
+        for trial in method.trials:
+            assert trial.points
+            assert all(point.result.cut is not None for point in trial.points)
+    assert read_study(out / "study.json") == study or json.dumps(study.to_json())  # nan is not equal to itself
+    before = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")}
+    assert compare(config, out, "train.ambiguous=16") == 0
+    assert {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")} == before
+    with pytest.raises(UserError, match=r"holds a study of other settings: config.train.ambiguous was 16 and is 8"):
+        compare(config, out, "train.ambiguous=8")
+
+
+def test_a_folder_that_is_no_study_is_left_alone(tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match="is not empty and holds no study"):
+        compare(study_config(tmp_path, model_folder), tmp_path / "mine")
+    with pytest.raises(UserError, match="expected a config, with key=value settings if you like, or two steerings"):
+        run(SimpleNamespace(what=["a", "b", "c"]))
+
+
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    (tmp_path / "parts").mkdir()
+    folder.part("caa", 1).write_text("{")
+    with pytest.raises(UserError, match="caa-s1.json: cannot be read .* remove it, and it is made again"):
+        folder.trials("caa")
+
+
+def test_published_is_what_the_paper_says(tmp_path: Path, model_folder: Path) -> None:
+    from launch.config.schema import load_config
+
+    config = load_config("smollm2-roles", PUBLISHED.overrides)
+    assert (config.train.estimator, config.train.reward, config.steering.operator) == ("reinforce", "sign", "affine")
+    assert (config.constraints.kl_budget, config.constraints.neutral_kl, config.train.unambiguous) == (None, None, 0)
+    for arm in ABLATIONS:
+        load_config("smollm2-roles", arm.overrides)
