@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"{' '.join(arguments.what)!r}: expected a config, with key=value settings if you like, or two steerings"
         )
-    return _pair(*named, arguments)
+    first, second = named
+    return _pair(first, second, arguments)
 
 
 def _study(source: str, overrides: list[str], arguments: argparse.Namespace) -> int:

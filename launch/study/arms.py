@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dso.baselines.registry import BASELINES
-
 from dso.baselines.baseline import Baseline
+from dso.baselines.registry import BASELINES
 from dso.errors import UserError
 from dso.evaluation.study import Kind
 from launch.config.reading import nearest

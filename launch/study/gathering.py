@@ -66,7 +66,8 @@ def sampled(materials: Materials, steering: Steering) -> list[dict[str, Any]]:
     """
     asked = [decision for decision in materials.asked["test"] if decision.ambiguous]
     chosen = [asked[(2 * number + 1) * len(asked) // (2 * SAMPLES)] for number in range(SAMPLES)]
-    backbone, found = materials.backbone, [{"prompt": d.text, "answers": []} for d in chosen]
+    backbone = materials.backbone
+    found: list[dict[str, Any]] = [{"prompt": decision.text, "answers": []} for decision in chosen]
     for scale in SHOWN:
         with steering.on(backbone.model, scale), torch.no_grad():
             policies = backbone.score(chosen).policy().exp().tolist()

@@ -40,7 +40,7 @@ class Materials:
         progress: told of how many decisions were passed since the last time.
     """
 
-    def __init__(self, config: TrainConfig, cache: Path, progress: Callable[[int], object] = lambda _: None):
+    def __init__(self, config: TrainConfig, cache: Path, progress: Callable[[int], None] | None = None):
         self.config = config
         self._cache = cache
         self._progress = progress

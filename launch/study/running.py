@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dso.baselines.random_directions import random_like
 from tqdm import tqdm
 
 from dso.baselines.baseline import Attachable, BaselineError, Candidate
+from dso.baselines.random_directions import random_like
 from dso.errors import UserError
 from dso.evaluation.study import Trial
 from dso.steering.model import Steering
@@ -35,8 +35,6 @@ from trainers.state.saved import read_state
 DRAWS = 10  # of the null
 OWN_SCALES = (0.25, 0.5, 0.75, 1.0)  # of a steering that was trained, whose range ends at 1
 AROUND = (0.5, 1.0, 1.5)  # times the chosen scale, of a baseline
-
-Progress = Callable[[int], object]
 
 
 class Running:

@@ -40,7 +40,7 @@ def test_the_least_biased_candidate_inside_the_limits_is_chosen_and_its_scale_re
         return row(0.4 - (0.1 if strong else 0.05) * scale, kl=0.05 * scale if strong else 0.0)
 
     found = chosen(measure)
-    # Of 1 and 2 the strong one's 2 is best; then 2.8 is better still (KL 0.14), and 3.92 has a KL of 0.196; 5.49 is out.
+    # The strong one at 2 is best; then at 2.8 (KL 0.14), then at 3.92 (KL 0.196); 5.49 is outside.
     assert (found.candidate.label, found.inside, found.why) == ("strong", True, "")
     assert found.scale == pytest.approx(2 * 1.4**2)
 
