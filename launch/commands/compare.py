@@ -42,18 +42,20 @@ def _study(source: str, overrides: list[str], arguments: argparse.Namespace) -> 
     """A config's steering and its rivals."""
     from launch.study.arms import chosen_arms
     from launch.study.folder import StudyFolder
-    from launch.study.running import Running
+    from launch.study.running import Running, measured_config
 
     arms = chosen_arms(arguments.methods.split(","))
     seeds = [int(number) for number in numbers(arguments.seeds, "--seeds")]
-    config = load_config(source, overrides)
+    options, seconds = pairs(arguments.option, "--option"), arguments.seconds
+    config = measured_config(source, overrides, options)
     place = arguments.out or Path(config.run.output_dir) / f"{config.run.run_name or run_name(source)}-compare"
     quieten()
-    running = Running(source, overrides, StudyFolder.claim(place, config, arguments.seconds), arguments.seconds)
-    running.quiet = arguments.quiet
+    folder = StudyFolder.claim(place, config, seconds)
+    running = Running(source, overrides, options, folder, seconds, arguments.quiet)
     running.run(arms, seeds)
-    words = ["dso", "compare", source, *overrides, "--methods", arguments.methods, "--seeds", arguments.seeds]
-    print(running.write(shlex.join([*words, "--seconds", f"{arguments.seconds:g}"])))
+    asked = [word for option in arguments.option for word in ("--option", option)]
+    words = ["dso", "compare", source, *overrides, *asked, "--methods", arguments.methods, "--seeds", arguments.seeds]
+    print(running.write(shlex.join([*words, "--seconds", f"{seconds:g}"])))
     return 0
 
 

@@ -140,11 +140,11 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "--seconds", type=_seconds, default=180.0, help="for making and tuning a method with a seed (default: 180)"
     )
     study.add_argument("--out", metavar="DIR", help="folder of the report (default: runs/CONFIG-compare)")
+    _add_option(compare)
     compare.add_argument("--quiet", action="store_true", help="print only the result")
     pair = compare.add_argument_group("of two steerings")
     add_model(pair, "base model (default: the one the steerings state)")
     pair.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
-    _add_option(pair)
     pair.add_argument("--split", default="test", help="split to measure (default: test)")
     pair.add_argument(
         "--target",

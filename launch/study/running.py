@@ -37,12 +37,25 @@ OWN_SCALES = (0.25, 0.5, 0.75, 1.0)  # of a steering that was trained, whose ran
 AROUND = (0.5, 1.0, 1.5)  # times the chosen scale, of a baseline
 
 
+def measured_config(source: str, overrides: Sequence[str], options: dict[str, Any]) -> TrainConfig:
+    """The config of a study, with options of its own for the decisions that it measures.
+
+    Raises:
+        UserError: if it cannot be used, or trains on free-form answers.
+    """
+    config = load_config(source, overrides)
+    if config.freeform:
+        raise UserError(f"{source}: trains on free-form answers; dso compare measures probabilities of candidates")
+    data = config.data.model_copy(update={"options": {**config.data.options, **options}})
+    return config.model_copy(update={"data": data})
+
+
 class Running:
     """A study as it runs.
 
     Args:
         source: the config's name or path. overrides: of it.
-        name: what runs are called after.
+        options: of the decision set where the study measures, beside the config's; runs have the config's alone.
         folder: of the study.
         seconds: of wall clock that each baseline has to be made and tuned with each seed.
         quiet: show no progress.

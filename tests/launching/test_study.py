@@ -136,6 +136,8 @@ def test_a_folder_that_is_no_study_is_left_alone(tmp_path: Path, model_folder: P
     (tmp_path / "mine" / "notes.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty and holds no study"):
         compare(study_config(tmp_path, model_folder), tmp_path / "mine")
+    with pytest.raises(UserError, match="measures probabilities of candidates"):
+        compare(Path("smollm2-roles-freeform"), tmp_path / "new")
     with pytest.raises(UserError, match="expected a config, with key=value settings if you like, or two steerings"):
         run(SimpleNamespace(what=["a", "b", "c"]))
 
