@@ -22,7 +22,6 @@ from dso.evaluation.report import compared_json, comparison_table
 from dso.files import write_text
 from dso.steering.model import Steering
 from launch.commands.common import load_backbone, numbers, open_split, pairs, quieten, run_name
-from launch.config.schema import load_config
 
 
 def run(arguments: argparse.Namespace) -> int:

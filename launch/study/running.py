@@ -61,11 +61,17 @@ class Running:
         quiet: show no progress.
     """
 
-    def __init__(self, source: str, overrides: Sequence[str], folder: StudyFolder, seconds: float, quiet: bool = False):
+    def __init__(
+        self,
+        source: str,
+        overrides: Sequence[str],
+        options: dict[str, Any],
+        folder: StudyFolder,
+        seconds: float,
+        quiet: bool = False,
+    ):
         self.source, self.overrides = source, tuple(overrides)
-        self.config = load_config(source, self.overrides)
-        if self.config.freeform:
-            raise UserError(f"{source}: trains on free-form answers; dso compare measures probabilities of candidates")
+        self.config = measured_config(source, overrides, options)
         self.folder, self.seconds, self.quiet = folder, seconds, quiet
         self._bar: tqdm | None = None
         self._materials: Materials | None = None
