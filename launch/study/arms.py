@@ -81,7 +81,7 @@ ABLATIONS = (
     _ablation(
         "published-preference",
         "published + controlled preference",
-        *SAMPLED, *SIGNS, "train.preference.estimate=controlled", *ALONE, *PLAIN_ADAM, *AFFINE, *FIXED_PRICE,
+        *SAMPLED, *SIGNS, "train.preference.estimate=controlled", "train.preference.common_weight=1.0", *ALONE, *PLAIN_ADAM, *AFFINE, *FIXED_PRICE,
     ),
     _ablation(
         "published-unambiguous",
