@@ -19,6 +19,7 @@ FIXED_PRICE = ("constraints.kl_budget=null", "constraints.beta=0.1")
 NO_LIMITS = ("constraints.neutral_kl=null", "constraints.order_increase=null", "constraints.min_answer_mass=null")
 SIGNS = ("train.reward=sign",)
 FROM_BATCH = ("train.preference.estimate=context", "train.preference.batch_weight=1.0")
+CONTROLLED = ("train.preference.estimate=controlled", "train.preference.common_weight=1.0")
 SAMPLED = ("train.estimator=reinforce", "train.preference.hard=true", "train.baseline=none")
 ALONE = ("train.unambiguous=0",)
 PLAIN_ADAM = ("train.optimizer.fisher_batches=0",)
@@ -81,7 +82,7 @@ ABLATIONS = (
     _ablation(
         "published-preference",
         "published + controlled preference",
-        *SAMPLED, *SIGNS, "train.preference.estimate=controlled", "train.preference.common_weight=1.0", *ALONE, *PLAIN_ADAM, *AFFINE, *FIXED_PRICE,
+        *SAMPLED, *SIGNS, *CONTROLLED, *ALONE, *PLAIN_ADAM, *AFFINE, *FIXED_PRICE,
     ),
     _ablation(
         "published-unambiguous",
