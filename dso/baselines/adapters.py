@@ -177,7 +177,7 @@ LORA = Baseline(
     scales=SCALES,
 )
 LN_TUNING = Baseline(
-    name="ln_tuning",
+    name="ln-tuning",
     title="LN tuning (PEFT)",
     source="Zhao et al. 2024 (arXiv 2312.11420), section 2",
     propose=_propose_norms,
