@@ -132,6 +132,18 @@ def model_card(
     return "\n".join(sections)
 
 
+def with_section(card: str, title: str, body: str) -> str:
+    """A card with a section of this title: in the place of the one that is there, else before the intended use, else
+    at the end."""
+    section = f"## {title}\n\n{body.strip()}\n\n"
+    there = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
+    if there:
+        return (card[: there.start()] + section + card[there.end() :]).rstrip() + "\n"
+    before = re.search(r"^## Intended use$", card, re.MULTILINE)
+    place = before.start() if before else len(card.rstrip()) + 2
+    return (card.rstrip().ljust(place, "\n")[:place] + section + card[place:]).rstrip() + "\n"
+
+
 def _front_matter(base_model: str) -> str:
     # A folder's name means nothing on the Hub. A JSON string is a YAML string: "1e3" stays a name.
     lines = ["library_name: dso", *([f"base_model: {json.dumps(base_model)}"] if HUB_ID.fullmatch(base_model) else [])]

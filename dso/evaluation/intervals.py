@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,15 +52,15 @@ class Estimate(NamedTuple):
 UNMEASURED = Estimate(math.nan, math.nan, math.nan)
 
 
-def student(freedom: float) -> float:
-    """The 97.5% point of Student's t (Abramowitz and Stegun, 26.7.5, exact for 1 and 2 degrees)."""
+def student(freedom: float, point: float = TAILS[1]) -> float:
+    """A point of Student's t, above 1/2 (Abramowitz and Stegun, 26.7.5, exact for 1 and 2 degrees)."""
     if freedom < 1:
         return math.inf
     if freedom < 2:
-        return 12.706204736
+        return math.tan(math.pi * (point - 0.5))
     if freedom < 3:
-        return 4.302652730
-    z = NORMAL
+        return (2 * point - 1) / math.sqrt(2 * point * (1 - point))
+    z = NormalDist().inv_cdf(point)
     terms = (
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
@@ -69,10 +70,14 @@ def student(freedom: float) -> float:
     return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
 
 
-def number_estimate(part: Part) -> Estimate:
-    """A signed number, a part of one component: Student's interval, moved by the skewness of the units."""
+def number_estimate(part: Part, point: float = TAILS[1]) -> Estimate:
+    """A signed number, a part of one component: Student's interval, moved by the skewness of the units.
+
+    Args:
+        point: up to which the interval goes; a later one for each of several numbers together.
+    """
     value, shift = float(part.value[0]), skew_shift(part.spread[:, 0], part.freedom)
-    reach = student(part.freedom) * math.sqrt(part.noise)
+    reach = student(part.freedom, point) * math.sqrt(part.noise)
     return Estimate(value, min(value - reach + shift, value), max(value + reach + shift, value))
 
 

@@ -282,6 +282,28 @@ class Backbone:
         assert table is not None  # it was asked for
         return table
 
+    def likelihood(self, texts: Sequence[str], start: bool = True) -> Scores:
+        """Score N whole texts with the model as it is now, as one "candidate" each: (N, 1).
+
+        Args:
+            start: count every token, the first one behind the token that begins a text (lm-evaluation-harness's rule);
+                otherwise those behind the first one.
+
+        Raises:
+            UserError: if a text is empty or too long, or the tokenizer has no token that begins or ends a text.
+        """
+        begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        if start and begin is None:
+            raise UserError(f"the tokenizer of {self.name!r} has no token that begins a text, nor one that ends it")
+        encoded = []
+        for text in texts:
+            ids = tokenise(self.tokenizer, text, not start)
+            prompt, rest = ((begin,), ids) if start else (ids[:1], ids[1:])
+            if fault := self._fault(prompt, (rest,)):
+                raise UserError(f"text {text[:40]!r}: {fault}")
+            encoded.append(Encoded(prompt, (rest,)))
+        return self._score(encoded, False)
+
     @torch.no_grad()
     def generate(
         self, prompt: Prompt, *, images: Sequence[str] = (), max_new_tokens: int = 64, **options: Any

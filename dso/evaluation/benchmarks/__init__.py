@@ -1,0 +1,1 @@
+"""Published benchmarks of bias and of capability, scored as published, with intervals and paired differences."""
