@@ -8,8 +8,8 @@ distance from that value, ``|b|`` before and ``|s|`` after. With the paired numb
 
 so its interval has its ends at the corners of the intervals of u and v. It lies above 0 only where both lie on the
 same side of 0, which is the intersection-union test of ``|s| > |b|`` (Berger, Technometrics 24, 1982): a bias *grew*
-where it does. Intervals are simultaneous: each of the m rows has one of ``1 - 0.05 / m`` (Bonferroni), so that with 95% none of
-the rows is said to have grown by chance.
+where it does. Intervals are simultaneous: each of the m rows has one of ``1 - 0.05 / m`` (Bonferroni), so that with 95%
+none of the rows is said to have grown by chance.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dso.errors import UserError
-from dso.evaluation.benchmarks.figures import Figure, estimate_of
+from dso.evaluation.benchmarks.figures import Figure, clipped, estimate_of
 from dso.evaluation.benchmarks.registry import Measured
+from dso.evaluation.benchmarks.report import number_texts
 from dso.evaluation.benchmarks.task import FigureTask
 from dso.evaluation.intervals import UNMEASURED, Estimate
-from dso.evaluation.report import clean, fixed_rows, markdown_rows
+from dso.evaluation.report import clean, fixed_rows, markdown_rows, plain
 from dso.evaluation.twoway import Part
 
 ERROR = 0.05
@@ -46,9 +47,8 @@ class Spilled:
     def to_json(self) -> dict[str, object]:
         """A JSON object; null for what is not known."""
         record: dict[str, object] = {"attribute": self.attribute, "benchmark": self.benchmark}
-        for name in ("base", "steered", "difference"):
-            record[name] = [None if math.isnan(end) else end for end in getattr(self, name)]
-        return {**record, "grew": self.grew}
+        figures = {name: plain(getattr(self, name)) for name in ("base", "steered", "difference")}
+        return record | figures | {"grew": self.grew}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +119,13 @@ def spillover(measured: Mapping[str, Measured], without: Collection[str] = ()) -
 def _row(name: str, base: Figure, steered: Figure, point: float) -> Spilled:
     assert base.fair is not None  # it was asked for
     before, after = (Part(each.part.value - base.fair, each.part.spread, each.part.freedom) for each in (base, steered))
-    difference = grown_by(before, after, point)
+    most = max(abs(bound - base.fair) for bound in base.bounds)
+    difference = clipped(grown_by(before, after, point), -most, most)
     return Spilled(
         attribute=base.attribute,
         benchmark=name,
-        base=size_estimate(before, point),
-        steered=size_estimate(after, point),
+        base=clipped(size_estimate(before, point), 0.0, most),
+        steered=clipped(size_estimate(after, point), 0.0, most),
         difference=difference,
         grew=difference.low > 0,
     )
@@ -154,15 +155,9 @@ def grown_by(before: Part, after: Part, point: float) -> Estimate:
 
 def _least(u: float, v: float) -> float:
     """``|s| - |b|`` of ``s - b`` and ``s + b``."""
-    return math.copysign(min(abs(u), abs(v)), u * v)
+    return math.copysign(min(abs(u), abs(v)), u * v) if u and v else 0.0
 
 
 def _cells(row: Spilled) -> tuple[str, ...]:
-    numbers = [number_text(found, abs(row.base.value) >= 10) for found in (row.base, row.steered, row.difference)]
+    numbers = number_texts(row.base, row.steered, row.difference)
     return clean(row.attribute), clean(row.benchmark), *numbers, "grew" if row.grew else ""
-
-
-def number_text(found: Estimate, large: bool) -> str:
-    """``62.3 [58.1, 66.2]`` of large numbers, three decimals of others, a dash for what is not known."""
-    value, low, high = ("-" if math.isnan(end) else f"{end:.{1 if large else 3}f}" for end in found)
-    return value if low == high == "-" else f"{value} [{low}, {high}]"

@@ -32,7 +32,7 @@ def load_backbone(arguments: argparse.Namespace, steering: Steering | None = Non
     """The base model that ``--model`` names, or else the one that the steering states, scored as the steering was.
 
     Args:
-        arguments: with those of :func:`launch.commands.parsers.add_model`.
+        arguments: with those of :func:`launch.commands.arguments.add_model`.
 
     Raises:
         UserError: if neither names one, or it cannot be loaded.

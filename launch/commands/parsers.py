@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from launch.commands.arguments import DTYPES, STATED, add_model, add_option, count, positive
 from launch.commands.evidence_parsers import add_evidence
 
 
@@ -30,21 +31,21 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--scale", type=float, default=1.0, help="strength, 0 is the base model (default: 1)")
     add_model(generate)
     generate.add_argument("--chat", action="store_true", help="send the prompt as a user's chat message")
-    generate.add_argument("--max-new-tokens", type=_positive, default=40, help="(default: 40)")
+    generate.add_argument("--max-new-tokens", type=positive, default=40, help="(default: 40)")
 
     _add_export(commands)
 
     inspect = commands.add_parser("inspect", help="show what a steering states and which sites it moves most")
     inspect.add_argument("steering", help="folder or Hub id of a steering")
-    inspect.add_argument("--top", type=_count, default=10, help="sites to list (default: 10)")
+    inspect.add_argument("--top", type=count, default=10, help="sites to list (default: 10)")
 
     _add_serve(commands)
     add_evidence(commands)
 
     decisions = commands.add_parser("decisions", help="validate a decision set, count it, show examples")
     decisions.add_argument("set", help="name of a decision set or a .jsonl file")
-    _add_option(decisions)
-    decisions.add_argument("--examples", type=_count, default=3, help="of each split and kind (default: 3)")
+    add_option(decisions)
+    decisions.add_argument("--examples", type=count, default=3, help="of each split and kind (default: 3)")
     add_model(decisions, "show prompts as this model's template renders them")
     return parser
 
@@ -58,7 +59,7 @@ def _add_training(train: argparse.ArgumentParser, example: str) -> None:
     train.add_argument("--quiet", action="store_true", help="print only the result")
     train.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, for runs of a launcher")
     train.add_argument("--dry-run", action="store_true", help="say what the run will be and need, and load nothing")
-    train.add_argument("--ranks", type=_positive, default=1, help="with --dry-run: processes of the run (default: 1)")
+    train.add_argument("--ranks", type=positive, default=1, help="with --dry-run: processes of the run (default: 1)")
 
 
 def _add_config(commands: argparse._SubParsersAction) -> None:
@@ -90,7 +91,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("steering", help="folder or Hub id of a steering; 'none' for the base model alone")
     add_model(evaluate)
     evaluate.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
-    _add_option(evaluate)
+    add_option(evaluate)
     evaluate.add_argument("--split", default="test", help="split to measure (default: test)")
     evaluate.add_argument("--scales", default="1", help="comma-separated, beside the base model's 0 (default: 1)")
     evaluate.add_argument(
@@ -100,26 +101,11 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
         metavar="group=share",
         help="fair shares, repeatable (default: those the steering states)",
     )
-    evaluate.add_argument(
-        "--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)"
-    )
-    evaluate.add_argument(
-        "--contexts", type=_count, default=0, metavar="N", help="also list the N most biased contexts"
-    )
+    evaluate.add_argument("--bootstrap", type=positive, default=1000, help="resamples of the intervals (default: 1000)")
+    evaluate.add_argument("--contexts", type=count, default=0, metavar="N", help="also list the N most biased contexts")
     evaluate.add_argument("--json", metavar="FILE", help="also write the points to a file")
     evaluate.add_argument("--figure", metavar="FILE", help="also draw them into a PNG")
     evaluate.add_argument("--quiet", action="store_true", help="print only the table")
-
-
-STATED = "base model (default: the one the steering states)"
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-def add_model(command: argparse._ActionsContainer, what: str = STATED) -> None:
-    """The arguments of a command that loads a model."""
-    command.add_argument("--model", help=what)
-    command.add_argument("--dtype", choices=DTYPES, default="float32", help="(default: float32)")
-    command.add_argument("--device", help="such as cpu or cuda:1 (default: the first GPU, else the CPU)")
 
 
 def _add_compare(commands: argparse._SubParsersAction) -> None:
@@ -140,7 +126,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "--seconds", type=_seconds, default=180.0, help="for making and tuning a method with a seed (default: 180)"
     )
     study.add_argument("--out", metavar="DIR", help="folder of the report (default: runs/CONFIG-compare)")
-    _add_option(compare)
+    add_option(compare)
     compare.add_argument("--quiet", action="store_true", help="print only the result")
     pair = compare.add_argument_group("of two steerings")
     add_model(pair, "base model (default: the one the steerings state)")
@@ -153,7 +139,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         metavar="group=share",
         help="fair shares, repeatable (default: those the first steering states)",
     )
-    pair.add_argument("--bootstrap", type=_positive, default=1000, help="resamples of the intervals (default: 1000)")
+    pair.add_argument("--bootstrap", type=positive, default=1000, help="resamples of the intervals (default: 1000)")
     pair.add_argument("--json", metavar="FILE", help="also write the figures to a file")
 
 
@@ -168,7 +154,7 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     merge.add_argument("--allow-rounding", action="store_true", help="accept changes that vanish in the dtype")
     text = "set to measure on what is left out: a name or a .jsonl file (default: that of the steering's run)"
     merge.add_argument("--decisions", metavar="SET", help=text)
-    _add_option(merge)
+    add_option(merge)
     merge.add_argument("--split", default="test", help="of --decisions (default: test)")
 
     verify = commands.add_parser("verify", help="ask a merged folder, or a server, whether it runs the merged weights")
@@ -183,12 +169,12 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument("--to", required=True, choices=("lora", "ln-tuning", "gguf-lora"), help="the adapter's format")
     export.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     export.add_argument("--scale", default="1", help="strength; with several, as in 0.25,0.5,1, a folder in DIR each")
-    export.add_argument("--rank", type=_positive, metavar="K", help="keep the K strongest slopes of each site")
+    export.add_argument("--rank", type=positive, metavar="K", help="keep the K strongest slopes of each site")
     export.add_argument("--allow-partial", action="store_true", help="leave out what the format cannot hold")
     export.add_argument("--tied-head", action="store_true", help="with lora: also change a head tied to the embedding")
     export.add_argument("--decisions", metavar="SET", help="measure on these what the adapter lacks")
     export.add_argument("--split", default="test", help="split to measure (default: test)")
-    _add_option(export)
+    add_option(export)
     add_model(export)
 
 
@@ -199,24 +185,11 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     add_model(serve)
     serve.add_argument("--scale", type=float, default=1.0, help="of requests that name none (default: 1)")
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
-    serve.add_argument("--port", type=_count, default=8000, help="0 takes a free one (default: 8000)")
-    serve.add_argument("--max-rows", type=_positive, default=32, help="answers written side by side (default: 32)")
-    serve.add_argument("--max-queue", type=_positive, default=512, help="answers that may wait (default: 512)")
-    serve.add_argument("--max-tokens", type=_positive, default=1024, help="of one answer (default: 1024)")
-    serve.add_argument("--max-body", type=_positive, default=1_000_000, help="bytes of a request (default: 1000000)")
-
-
-def _add_option(command: argparse._ActionsContainer) -> None:
-    text = "of the decision set, repeatable"
-    command.add_argument("--option", action="append", default=[], metavar="key=value", help=text)
-
-
-def _count(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
+    serve.add_argument("--port", type=count, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--max-rows", type=positive, default=32, help="answers written side by side (default: 32)")
+    serve.add_argument("--max-queue", type=positive, default=512, help="answers that may wait (default: 512)")
+    serve.add_argument("--max-tokens", type=positive, default=1024, help="of one answer (default: 1024)")
+    serve.add_argument("--max-body", type=positive, default=1_000_000, help="bytes of a request (default: 1000000)")
 
 
 def _seconds(text: str) -> float:
@@ -227,9 +200,3 @@ def _seconds(text: str) -> float:
     if not 0 < found < float("inf"):
         raise argparse.ArgumentTypeError(f"expected seconds above 0, found {text!r}")
     return found
-
-
-def _at_least(low: int, text: str) -> int:
-    if not text.isdecimal() or int(text) < low:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, found {text!r}")
-    return int(text)

@@ -1,24 +1,13 @@
-"""The cost of a steering on a capability task: the file, and figures against numbers worked out by hand."""
+"""The cost of a steering on a capability task: figures against numbers worked out by hand."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dso.errors import UserError
-from tools.bench.harm import Cost, arc, compared
-
-
-def test_a_published_file_is_read_and_a_wrong_letter_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "arc.csv"
-    path.write_text('"Which, then?","a","b","c","d","B"\n"And?","x","y","z","","C"\n', encoding="utf-8")
-    assert arc(path) == [("Which, then?", ["a", "b", "c", "d"], 1), ("And?", ["x", "y", "z"], 2)]
-    path.write_text('"And?","x","y","z","","D"\n', encoding="utf-8")
-    with pytest.raises(UserError, match="line 1: the answer is 'D', expected one of 3 letters"):
-        arc(path)
+from tools.bench.harm import Cost, compared
 
 
 def test_changes_are_paired_by_hand() -> None:

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from dso.decisions.decision import Candidate, Decision, DecisionSet
-from dso.errors import UserError
-from dso.evaluation.evaluator import Evaluator
+from dso.evaluation.benchmarks.arc import Arc, arc_questions
+from dso.evaluation.benchmarks.probe import Probe
 from dso.evaluation.neutral import NeutralTexts, neutral_texts
 from dso.evaluation.report import fixed_rows
-from dso.files import write_text
+from dso.files import as_path, write_text
 from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from launch.commands.common import quieten
-
-LETTERS = "ABCDE"
-Question = tuple[str, list[str], int]  # the text, its options, the place of the right one
-ROWS = 16  # texts of a pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +41,11 @@ class Cost:
 def harm(arguments: argparse.Namespace) -> None:
     """ARC-Easy and neutral text under steerings, against the base model on the same questions."""
     quieten()
-    questions = arc(Path(arguments.arc))[: arguments.limit]
+    questions = arc_questions(as_path(arguments.arc))[: arguments.limit]
     steerings = [Steering.from_pretrained(folder) for folder in arguments.steerings]
     backbone = Backbone.load(steerings[0].config.base_model)
     handles = [steering.to(backbone.device).attach(backbone.model, 0.0) for steering in steerings]
-    costs = _measure(backbone, questions, handles, arguments.scale)
+    costs = _measure(backbone, Arc(questions), handles, arguments.scale)
     records = [
         {"steering": name, **compared(costs[0], cost)}
         for name, cost in zip(["base", *arguments.steerings], costs, strict=True)
@@ -61,22 +54,6 @@ def harm(arguments: argparse.Namespace) -> None:
     write_text(Path(arguments.results) / "harm.json", json.dumps(result, indent=1) + "\n")
     header = ("steering", "ARC-Easy", "change in points [95%]", "perplexity", "change [95%]", "neutral KL")
     print(fixed_rows([header, *(_cells(record) for record in records)]))
-
-
-def arc(path: Path) -> list[Question]:
-    """Questions with their options and the right one's place, from the published CSV without a header.
-
-    Raises:
-        UserError: naming the line that is none.
-    """
-    found = []
-    with open(path, encoding="utf-8", newline="") as lines:
-        for number, (question, *options, letter) in enumerate(csv.reader(lines), 1):
-            kept = [option for option in options if option.strip()]
-            if letter not in LETTERS[: len(kept)]:
-                raise UserError(f"{path}, line {number}: the answer is {letter!r}, expected one of {len(kept)} letters")
-            found.append((question, kept, LETTERS.index(letter)))
-    return found
 
 
 def compared(base: Cost, cost: Cost) -> dict[str, object]:
@@ -113,46 +90,12 @@ def _cells(record: dict) -> tuple[str, ...]:
     )
 
 
-def _measure(backbone: Backbone, questions: Sequence[Question], handles: Sequence[Handle], scale: float) -> list[Cost]:
+def _measure(backbone: Backbone, task: Arc, handles: Sequence[Handle], scale: float) -> list[Cost]:
     """The base model's cost, then that of each steering, whose handle is at 0, at a scale."""
-    decisions = DecisionSet(tuple(_decisions(questions)), ("right", "wrong"), "arc")
-    settings = [(None, 0.0), *((handle, scale) for handle in handles)]
-    answers = np.array([answer for _, _, answer in questions])
-    texts = [f"{text} {options[answer]}" for text, options, answer in questions]
-    neutral, costs = NeutralTexts(backbone, neutral_texts()), []
-    for (handle, own), measured in zip(settings, Evaluator(backbone, decisions).settings(settings), strict=True):
-        if handle is not None:
-            handle.scale = own
-        costs.append(Cost(measured.policy.argmax(1) == answers, *_likelihood(backbone, texts), neutral.kl()))
-        if handle is not None:
-            handle.scale = 0.0
+    probe, neutral = Probe(backbone), NeutralTexts(backbone, neutral_texts())
+    costs = [Cost(*task.ask(probe), neutral.kl())]
+    for handle in handles:
+        handle.scale = scale
+        costs.append(Cost(*task.ask(probe), neutral.kl()))
+        handle.scale = 0.0
     return costs
-
-
-def _decisions(questions: Sequence[Question]) -> Iterator[Decision]:
-    for number, (text, options, answer) in enumerate(questions):
-        places = enumerate(options)
-        yield Decision(
-            id=str(number),
-            context="arc",
-            kind="unambiguous",
-            prompt=f"Question: {text}\nAnswer:",
-            candidates=tuple(Candidate(text=f" {o}", group="right" if k == answer else "wrong") for k, o in places),
-            answer=answer,
-        )
-
-
-@torch.no_grad()
-def _likelihood(backbone: Backbone, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    tokenizer = backbone.tokenizer
-    nll, tokens = [], []
-    for start in range(0, len(texts), ROWS):
-        rows = [tokenizer(text).input_ids for text in texts[start : start + ROWS]]
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=backbone.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=backbone.device)
-        logits = backbone.model(input_ids=ids, attention_mask=mask).logits[:, :-1].float().log_softmax(-1)
-        own = logits.gather(2, ids[:, 1:, None])[..., 0] * mask[:, 1:]
-        nll.append(-own.sum(1).cpu().double().numpy())
-        tokens.append(mask[:, 1:].sum(1).cpu().numpy())
-    return np.concatenate(nll), np.concatenate(tokens)

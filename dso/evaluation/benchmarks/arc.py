@@ -8,6 +8,7 @@ answers, ``exp`` of the mean negative log-probability of a token, the first of e
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,7 @@ class Arc(FigureTask[Answered]):
         return Answered(right, -sums, tokens)
 
     def figures(self, answers: Answered) -> list[Figure]:
-        unit = np.arange(len(self.questions))
+        unit = range(len(self.questions))
         sums = np.stack([answers.nll, answers.tokens], axis=1)
         return [
             percent_figure("accuracy", answers.right, unit),
@@ -69,7 +70,7 @@ def arc_questions(path: Path) -> list[Question]:
         UserError: naming the line that is none.
     """
     found = []
-    for number, (question, *options, letter) in enumerate(csv.reader(read_text(path).splitlines()), 1):
+    for number, (question, *options, letter) in enumerate(csv.reader(io.StringIO(read_text(path), newline="")), 1):
         kept = [option for option in options if option.strip()]
         if letter not in LETTERS[: len(kept)]:
             raise UserError(f"{path}, line {number}: the answer is {letter!r}, expected one of {len(kept)} letters")

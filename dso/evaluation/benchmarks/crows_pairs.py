@@ -54,12 +54,12 @@ class CrowsPairs(FigureTask[Array]):
 
     def figures(self, answers: Array) -> list[Figure]:
         attribute = np.array([pair.attribute for pair in self.pairs])
-        more, unit = answers[:, 0] > answers[:, 1], np.arange(len(answers))
+        more, unit = answers[:, 0] > answers[:, 1], range(len(answers))
         apart = np.abs(answers[:, 0] - answers[:, 1])
         found = [percent_figure("score", more, unit, 50.0), mean_figure("difference in nats", apart, unit, 0.0)]
         for name in dict.fromkeys(attribute.tolist()):
             here = attribute == name
-            found.append(percent_figure(f"score, {name}", more[here], unit[here], 50.0, name))
+            found.append(percent_figure(f"score, {name}", more[here], range(int(here.sum())), 50.0, name))
         return found
 
 

@@ -85,7 +85,7 @@ def estimate_of(part: Part, point: float = TAILS[1]) -> Estimate:
     value = float(part.value[0])
     if math.isnan(value):
         return UNMEASURED
-    if part.freedom < 1 or not np.isfinite(part.spread).all() or (value and not part.noise):
+    if part.freedom < 1 or not np.isfinite(part.spread).all() or not part.noise:
         return Estimate(value, math.nan, math.nan)  # units that are all alike do not tell how far they differ
     return number_estimate(part, point)
 
@@ -113,6 +113,7 @@ def percent_figure(
         items=len(unit),
         fair=fair,
         attribute=about,
+        bounds=PERCENT,
         share=Estimate(*(100 * end for end in share)),
     )
 
@@ -152,6 +153,11 @@ def unit_sums(rows: Array, unit: Sequence[object]) -> Array:
     return sums
 
 
+def _difference(base: Figure, steered: Figure) -> Estimate:
+    most = base.bounds[1] - base.bounds[0]
+    return clipped(estimate_of(difference_of(base.part, steered.part)), -most, most)
+
+
 def paired(base: Sequence[Figure], steered: Sequence[Figure] | None) -> dict[str, Compared]:
     """Both models' figures by name, with the paired difference; without a second model its columns are nan."""
     rows = {}
@@ -160,6 +166,6 @@ def paired(base: Sequence[Figure], steered: Sequence[Figure] | None) -> dict[str
         rows[one.name] = Compared(
             first=one.estimate(),
             second=other.estimate() if other else UNMEASURED,
-            difference=estimate_of(difference_of(one.part, other.part)) if other else UNMEASURED,
+            difference=_difference(one, other) if other else UNMEASURED,
         )
     return rows

@@ -1,7 +1,4 @@
-"""What a benchmark asks of a model, as the model is now: likelihoods of texts, scores of answers, embeddings.
-
-A baseline that is no steering (a prompt, another decoding) takes part in every benchmark by overriding these methods.
-"""
+"""What a benchmark asks of a model, as the model is now: likelihoods of texts, scores of answers, embeddings."""
 
 from __future__ import annotations
 
@@ -26,11 +23,18 @@ class Probe:
     Args:
         backbone: the model, with whatever is attached to it.
         progress: called with the number of prompts or texts that were done.
+        rewrite: what asks another question in a question's place.
     """
 
-    def __init__(self, backbone: Backbone, progress: Callable[[int], None] | None = None):
+    def __init__(
+        self,
+        backbone: Backbone,
+        progress: Callable[[int], None] | None = None,
+        rewrite: Callable[[Decision], Decision] | None = None,
+    ):
         self.backbone = backbone
         self.progress = progress or (lambda _: None)
+        self.rewrite = rewrite or (lambda decision: decision)
 
     @torch.no_grad()
     def scores(self, asked: Sequence[Asked]) -> tuple[Array, Array]:
@@ -46,7 +50,8 @@ class Probe:
         )  # prompts that begin alike side by side
         for start in range(0, len(order), CHUNK):
             places = order[start : start + CHUNK]
-            found = self.backbone.score([_decision(str(place), *asked[place]) for place in places], keep=False)
+            decisions = [self.rewrite(_decision(str(place), *asked[place])) for place in places]
+            found = self.backbone.score(decisions, keep=False)
             scores[places, : found.log_probs.shape[1]] = found.log_probs.double().cpu().numpy()
             lengths[places, : found.lengths.shape[1]] = found.lengths.cpu().numpy()
             self.progress(len(places))

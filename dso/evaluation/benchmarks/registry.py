@@ -19,9 +19,9 @@ from dso.evaluation.benchmarks.task import Benchmark, Task
 from dso.evaluation.benchmarks.weat import WEAT
 from dso.evaluation.benchmarks.winogender import WINOGENDER
 from dso.evaluation.benchmarks.winogenerated import WINOGENERATED
-from dso.evaluation.evaluator import check_scoring
+from dso.evaluation.evaluator import Rewrites, check_scoring
 from dso.models.backbone import Backbone
-from dso.steering.handle import Handle, unsteered
+from dso.steering.handle import Turnable, unsteered
 
 BENCHMARKS: dict[str, Benchmark] = {
     each.name: each
@@ -58,20 +58,27 @@ def named(names: Sequence[str]) -> list[Benchmark]:
 def measure(
     task: Task,
     backbone: Backbone,
-    handle: Handle | None = None,
+    handle: Turnable | None = None,
     scale: float = 1.0,
     progress: Callable[[int], None] | None = None,
 ) -> Measured:
     """Ask the base model, then the steered one. All steerings have the scale afterwards that they had before.
 
+    Args:
+        handle: what is on the model. One that rewrites questions rewrites those with answers, not whole texts.
+
     Raises:
         UserError: if the steering was trained with another rule of scoring, or an item cannot be asked.
     """
     check_scoring(backbone, handle)
-    probe = Probe(backbone, progress)
     with unsteered(backbone.model):
-        base = task.ask(probe)
         if handle is None:
-            return Measured(task, base, None)
+            return Measured(task, task.ask(Probe(backbone, progress)), None)
+        handle.scale = 0.0
+        base = task.ask(Probe(backbone, progress))
         handle.scale = scale
-        return Measured(task, base, task.ask(probe))
+        try:
+            rewrite = handle.rewrite if isinstance(handle, Rewrites) else None
+            return Measured(task, base, task.ask(Probe(backbone, progress, rewrite)))
+        finally:
+            handle.scale = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from abc import ABC, abstractmethod
@@ -126,7 +127,7 @@ def read_json(path: Path) -> Any:
 def read_jsonl(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file, each with at least these keys."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -139,7 +140,7 @@ def read_jsonl(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
 
 def read_csv(path: Path, columns: Sequence[str], delimiter: str = ",") -> list[dict[str, str]]:
     """The rows of a table with a header that names at least these columns."""
-    reader = csv.DictReader(read_text(path).splitlines(), delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
     header = reader.fieldnames or ()
     if lost := [column for column in columns if column not in header]:
         raise UserError(f"{path}:1: lacks the column {lost[0]!r}; is it another version? Found: {', '.join(header)}")

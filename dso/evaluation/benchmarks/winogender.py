@@ -60,7 +60,7 @@ class Winogender(FigureTask[Array]):
     def figures(self, answers: Array) -> list[Figure]:
         occupation = [s.occupation for s in self.sentences]
         women = [next(s.women for s in self.sentences if s.occupation == name) for name in dict.fromkeys(occupation)]
-        hard, soft = (self._gaps(values) for values in (100.0 * (answers > 0.5), 100 * answers))
+        hard, soft = (self._gaps(100 * values) for values in ((answers > 0.5).astype(np.float64), answers))
         right = (answers <= 0.5) == np.array([s.answer == 1 for s in self.sentences])
         return [
             correlation_figure("correlation", hard, women, len(occupation), "gender"),
