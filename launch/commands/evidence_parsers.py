@@ -10,6 +10,7 @@ from launch.commands.arguments import add_model, positive
 def add_evidence(commands: argparse._SubParsersAction) -> None:
     """Add the commands; each is a file beside this one."""
     _add_benchmark(commands)
+    _add_report(commands)
 
 
 def _add_benchmark(commands: argparse._SubParsersAction) -> None:
@@ -28,3 +29,9 @@ def _add_benchmark(commands: argparse._SubParsersAction) -> None:
     benchmark.add_argument("--json", metavar="FILE", help="also write the figures to a file")
     benchmark.add_argument("--quiet", action="store_true", help="no progress bars")
     add_model(benchmark)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    report = commands.add_parser("report", help="draw the report of a study again")
+    report.add_argument("study", help="the study.json that dso compare wrote, or its folder")
+    report.add_argument("--out", metavar="DIR", help="the folder to write (default: that of the study)")

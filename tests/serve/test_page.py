@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 
 import httpx
 import pytest
+from browsing import PHONE, launched, needs_chromium
 from serving import served, tiny_engine
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium (Debian: apt-get install chromium)")
+pytestmark = needs_chromium
 PROMPT = "The pilot is"
 PEOPLE = {"Ann": "female", "Bob": "male", "Sam": "neither", "Leo": "older"}
-PHONE = {"width": 360, "height": 740}
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +24,8 @@ def addresses() -> Iterator[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # Without its sandbox, which a container's root may not use; what it opens is ours.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -1,0 +1,149 @@
+"""The page, and the folder that holds it: ``report.html``, ``study.json`` and a PNG a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dso.errors import UserError
+from dso.evaluation.study import Study
+from dso.files import as_path, write_bytes, write_text
+from dso.reports.digest import Digest, digests, ours_of
+from dso.reports.drawing import Plot, draw
+from dso.reports.figures import plots
+from dso.reports.tables import (
+    COLUMNS,
+    context_rows,
+    curve_rows,
+    layer_rows,
+    method_rows,
+    spillover_rows,
+    trial_rows,
+)
+from dso.reports.words import ahead, figure_text, summary, trouble_lines
+
+PAGE, RECORD = "report.html", "study.json"
+TITLE = "Bias and its cost, method by method"
+
+
+def write_report(study: Study, folder: str | Path) -> Path:
+    """Write the report of a study into a folder, which is made if it is not there; other files in it stay.
+
+    The study is written first, so that it is kept whatever happens to the page.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: if the folder cannot be written to.
+        ImportError: if matplotlib or jinja2 are missing; the message names the extra that has them.
+    """
+    place = as_path(folder)
+    try:
+        study.write(place / RECORD)
+        page, drawn = render(study)
+        for plot in drawn:
+            write_bytes(place / f"{plot.name}.png", plot.png)
+        write_text(place / PAGE, page)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{place}: the report cannot be written: {reason}; name another folder with --out") from error
+    return place / PAGE
+
+
+def render(study: Study) -> tuple[str, list[Plot]]:
+    """The page as HTML, and its plots."""
+    found = digests(study)
+    ours = ours_of(found)
+    drawn = [draw(name, title, text, make) for name, title, text, make in plots(study, found, ours)]
+    blocks: list[dict[str, Any]] = []
+    spilled = spillover_rows(study)
+    values = {
+        "title": TITLE,
+        "subtitle": " · ".join(study.about[name] for name in ("model", "decisions", "date") if name in study.about),
+        "key": _key(ours),
+        "summary": summary(study),
+        "ahead": ahead(study),
+        "compared": ours is not None and bool(ours.figures) and len(found) > 1,
+        "trouble": trouble_lines(study),
+        "columns": COLUMNS,
+        "methods_rows": method_rows(study),
+        "trial_rows": trial_rows(study),
+        "curve_rows": curve_rows(study),
+        "context_rows": context_rows(study, ours),
+        "layer_rows": layer_rows(study),
+        "plots": drawn,
+        "samples": [
+            _sample(sample, {method.name: method.title for method in study.methods}) for sample in study.samples
+        ],
+        "spillover_rows": spilled,
+        "grown": ", ".join(f"{row[0]} ({row[1]})" for row in spilled[1:] if row[-1]),
+        "correction": study.spillover.get("correction", ""),
+        "audit": blocks,
+        "about": [(name, value) for name, value in study.about.items() if name != "config"],
+        "config": study.about.get("config", ""),
+    }
+    return fill(values | {"sections": _sections(values)}), drawn
+
+
+def fill(values: Mapping[str, Any]) -> str:
+    """The page's template with its values, each escaped.
+
+    Raises:
+        ImportError: if jinja2 is missing; the message names the extra that has it.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        raise ImportError("a report needs jinja2; install it with: pip install 'dso[train]'") from error
+    environment = Environment(
+        loader=PackageLoader("dso.reports", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("page.html.jinja").render(values)
+
+
+def _key(ours: Digest | None) -> list[tuple[str, str, str]]:
+    """The figures that stand above everything else: name, value, interval."""
+    if ours is None or not ours.figures:
+        return []
+    shown = {
+        "cut": "bias cut by",
+        "log_odds_cut": "in log-odds cut by",
+        "accuracy": "accuracy, unambiguous",
+        "neutral_kl": "KL on neutral texts, nats",
+        "order": "order effect",
+    }
+    texts = {name: figure_text(name, ours.figures[name]).partition(" [") for name in shown}
+    return [(shown[name], value, f"[{rest}" if rest else "") for name, (value, _, rest) in texts.items()]
+
+
+def _sections(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    there: Sequence[tuple[str, str, Any]] = (
+        ("summary", "Summary", values["summary"]),
+        ("pareto", "Bias and cost", values["summary"]),
+        ("methods", "Methods", values["summary"]),
+        ("curves", "Along the scale", any(plot.name == "curves" for plot in values["plots"])),
+        ("seeds", "Every seed", values["trial_rows"]),
+        ("contexts", "Contexts", values["context_rows"]),
+        ("layers", "What is steered", len(values["layer_rows"]) > 1),
+        ("samples", "Answers side by side", values["samples"]),
+        ("spillover", "Other attributes", values["spillover_rows"]),
+        ("audit", "Audit fields", values["audit"]),
+        ("card", "Data and method", values["about"]),
+    )
+    return [(name, title) for name, title, found in there if found]
+
+
+def _sample(sample: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "prompt": sample["prompt"],
+        "answers": [
+            {
+                "title": f"{titles.get(answer['method'], answer['method'])}, scale {answer['scale']:g}",
+                "text": answer["text"],
+                "shares": [(group, round(100 * share)) for group, share in answer.get("probabilities", {}).items()],
+            }
+            for answer in sample["answers"]
+        ],
+    }
