@@ -19,7 +19,7 @@ from dso.errors import UserError
 from dso.evaluation.comparison import compare
 from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.report import compared_json, comparison_table
-from dso.files import write_text
+from dso.files import as_path, write_text
 from dso.steering.model import Steering
 from launch.commands.common import load_backbone, numbers, open_split, pairs, quieten, run_name
 
@@ -52,6 +52,8 @@ def _study(source: str, overrides: list[str], arguments: argparse.Namespace) -> 
     folder = StudyFolder.claim(place, config, seconds)
     running = Running(source, overrides, options, folder, seconds, arguments.quiet)
     running.run(arms, seeds)
+    if arguments.data:
+        running.spill(as_path(arguments.data), arguments.limit)
     asked = [word for option in arguments.option for word in ("--option", option)]
     words = ["dso", "compare", source, *overrides, *asked, "--methods", arguments.methods, "--seeds", arguments.seeds]
     print(running.write(shlex.join([*words, "--seconds", f"{seconds:g}"])))

@@ -126,6 +126,9 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         "--seconds", type=_seconds, default=180.0, help="for making and tuning a method with a seed (default: 180)"
     )
     study.add_argument("--out", metavar="DIR", help="folder of the report (default: runs/CONFIG-compare)")
+    text = "published benchmarks, as of dso benchmark, that tell of attributes beside the one that is steered"
+    study.add_argument("--data", metavar="DIR", help=text)
+    study.add_argument("--limit", type=positive, metavar="N", help="items of each of them (default: all)")
     add_option(compare)
     compare.add_argument("--quiet", action="store_true", help="print only the result")
     pair = compare.add_argument_group("of two steerings")

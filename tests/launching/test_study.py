@@ -124,6 +124,15 @@ def test_a_study_is_made_in_parts_that_are_done_once(
             assert trial.points
             assert all(point.result.cut is not None for point in trial.points)
     assert read_study(out / "study.json") == study or json.dumps(study.to_json())  # nan is not equal to itself
+    crows = tmp_path / "data" / "crows_pairs"
+    crows.mkdir(parents=True)
+    rows = [("The old one fell", "The new one fell", "age"), ("Big men ate", "Thin men ate", "physical-appearance")]
+    lines = [f"{n},{more},{less},stereo,{about},[],[],x,x" for n, (more, less, about) in enumerate(rows * 4)]
+    header = ",sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators,x"
+    (crows / "crows_pairs_anonymized.csv").write_text("\n".join([header, *lines]))
+    assert compare(config, out, "train.ambiguous=16", "--data", str(tmp_path / "data")) == 0
+    spilled = read_study(out / "study.json").spillover
+    assert {row["attribute"] for row in spilled["rows"]} == {"age", "appearance"}
     before = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")}
     assert compare(config, out, "train.ambiguous=16") == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")} == before
