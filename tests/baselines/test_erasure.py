@@ -35,15 +35,18 @@ def group_means(x: Tensor, groups: Tensor) -> Tensor:
     return torch.stack([x[groups == group].mean(0) for group in groups.unique()])
 
 
-def test_projection_finds_a_planted_direction() -> None:
+def test_projection_finds_a_planted_direction_beside_a_larger_one_that_is_not_the_groups() -> None:
+    """Answers differ most along ``name``, in both directions in both groups; the groups' means along ``group``."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.nn.functional.normalize(torch.randn(8, generator=generator), dim=0)
+    group, name = torch.linalg.qr(torch.randn(8, 2, generator=generator)).Q.T
     sign = torch.tensor([1.0, -1.0]).repeat(20)
-    differences = sign[:, None] * direction + 0.02 * torch.randn(40, 8, generator=generator)
-    found = group_directions(differences, 2)
+    large = torch.tensor([5.0, -5.0, -5.0, 5.0]).repeat(10)
+    noise = 0.02 * torch.randn(40, 8, generator=generator)
+    differences = sign[:, None] * group + large[:, None] * name + noise
+    found = group_directions(differences, (sign > 0).long(), 2)
     assert found.shape == (8, 2)
-    assert abs(float(found[:, 0] @ direction)) > 0.999
-    torch.testing.assert_close(found.T @ found, torch.eye(2))
+    assert abs(float(found[:, 0] @ group)) > 0.999 and abs(float(found[:, 1] @ name)) > 0.999
+    torch.testing.assert_close(found.T @ found, torch.eye(2), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("count", "width"), [(300, 6), (60, 90)])
