@@ -7,7 +7,6 @@ import platform
 import re
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ SPILLOVER = "spillover"  # the part's name
 PACKAGES = ("dso", "torch", "transformers", "stable-baselines3")
 
 
-def gather(folder: StudyFolder, config: TrainConfig, command: str, materials: Materials) -> Path:
-    """Write ``study.json`` from the parts that are there, and give its path."""
+def gather(folder: StudyFolder, config: TrainConfig, command: str, materials: Materials) -> Study:
+    """The study of the parts that are there."""
     methods = []
     for arm in all_arms().values():
         trials, failed = folder.trials(arm.name)
@@ -51,7 +50,7 @@ def gather(folder: StudyFolder, config: TrainConfig, command: str, materials: Ma
         seed = ours.trials[0].seed
         spillover = folder.read(SPILLOVER, seed) if folder.done(SPILLOVER, seed) else {}
         steering = Steering.from_pretrained(folder.path / "runs" / f"{OURS.name}-s{ours.trials[0].seed}" / "steering")
-    study = Study(
+    return Study(
         about=_about(config, command, materials, steering),
         base=Point.from_json(folder.read("base", 0)["point"]),
         methods=tuple(methods),
@@ -59,8 +58,6 @@ def gather(folder: StudyFolder, config: TrainConfig, command: str, materials: Ma
         sparsity=_sparsity(steering) if steering else {},
         spillover=spillover,
     )
-    study.write(folder.path / "study.json")
-    return folder.path / "study.json"
 
 
 def sampled(materials: Materials, steering: Steering) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from dso.baselines.baseline import Attachable, BaselineError, Candidate
 from dso.baselines.random_directions import random_like
 from dso.errors import UserError
 from dso.evaluation.study import Trial
+from dso.reports.page import write_report
 from dso.steering.model import Steering
 from launch.config.schema import TrainConfig, load_config
 from launch.run.constants import kept_limits
@@ -112,8 +113,8 @@ class Running:
             self.folder.keep(SPILLOVER, seeds[0], found)
 
     def write(self, command: str) -> Path:
-        """Gather all parts into ``study.json``."""
-        return gather(self.folder, self.config, command, self.materials)
+        """Gather all parts, and write the report; its path."""
+        return write_report(gather(self.folder, self.config, command, self.materials), self.folder.path)
 
     def _base(self) -> dict[str, Any]:
         point = self.materials.base_point()

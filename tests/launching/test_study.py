@@ -110,11 +110,12 @@ def compare(config: Path, out: Path, *extra: str, methods: str = "ours,published
 
 
 def test_a_study_is_made_in_parts_that_are_done_once(
-    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, out = study_config(tmp_path, model_folder), tmp_path / "study"
     assert compare(config, out, "train.ambiguous=16") == 0
-    assert capsys.readouterr().out.strip().endswith("study.json")
+    assert capsys.readouterr().out.strip() == str(out / "report.html")
+    assert "random directions" in (out / "report.html").read_text()
     study = read_study(out / "study.json")
     kinds = {method.name: (method.kind, len(method.trials)) for method in study.methods}
     assert kinds == {"ours": ("ours", 1), "published": ("rival", 1), "caa": ("rival", 1), "random": ("null", 10)}
@@ -124,6 +125,7 @@ def test_a_study_is_made_in_parts_that_are_done_once(
             assert trial.points
             assert all(point.result.cut is not None for point in trial.points)
     assert read_study(out / "study.json") == study or json.dumps(study.to_json())  # nan is not equal to itself
+    monkeypatch.setattr("launch.study.running.write_report", lambda study, folder: study.write(folder / "study.json"))
     crows = tmp_path / "data" / "crows_pairs"
     crows.mkdir(parents=True)
     rows = [("The old one fell", "The new one fell", "age"), ("Big men ate", "Thin men ate", "physical-appearance")]
