@@ -16,6 +16,8 @@ from dso.steering.model import Steering
 from dso.steering.operators import SteeringOperator
 
 SCALES = (-1000.0, 1000.0)  # whoever compares methods finds out how far each can be turned
+# A vector is read behind an answer and added before one, so validation has to say in which direction it helps.
+DIRECTIONS = ((1.0, ""), (-1.0, ", reversed"))
 
 
 def facts(task: Task, sites: Mapping[str, int]) -> dict:

@@ -11,7 +11,8 @@ A constant shift before W_o is a constant offset behind it, so this is the opera
 
     W_o (x + s shift) = W_o x + s W_o shift
 
-Adapted: as all steerings here, it acts at every token. The paper shifts 48 of 1024 heads, about one in twenty.
+Adapted: as all steerings here, it acts at every token, and validation chooses the direction. The paper shifts 48 of
+1024 heads, about one in twenty.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from dso.baselines.activations import answered, collect
 from dso.baselines.baseline import Baseline, Candidate, Task
-from dso.baselines.fitted import fitted
+from dso.baselines.fitted import DIRECTIONS, fitted
 from dso.baselines.places import attention_outputs
 from dso.baselines.probes import accuracy
 from dso.steering.hosts import named_sites
@@ -32,7 +33,7 @@ SHARES = (0.05, 0.1, 0.2, 0.025)  # of all heads that are shifted
 
 
 def propose(task: Task) -> Iterator[Candidate]:
-    """The best heads, more and fewer of them."""
+    """The best heads, more and fewer of them, shifted in both directions."""
     model = task.backbone.model
     heads = attention_outputs(model)
     answers = answered(task)
@@ -44,7 +45,9 @@ def propose(task: Task) -> Iterator[Candidate]:
         best = torch.zeros(len(order), dtype=torch.bool).index_fill(0, order[:count], True)
         chosen = dict(zip(heads, best.split(list(heads.values())), strict=True))
         shifts = {site: head_shift(outputs[site], answers.stereotyped, chosen[site]) for site in heads}
-        yield Candidate(f"{count} heads", fitted(task, "bias", _behind(model, shifts)))
+        for sign, label in DIRECTIONS:
+            turned = {site: sign * shift for site, shift in shifts.items()}
+            yield Candidate(f"{count} heads{label}", fitted(task, "bias", _behind(model, turned)))
 
 
 def head_shift(outputs: Tensor, stereotyped: Tensor, chosen: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ so that Cov(r(X), Z) = 0: all groups have the same mean. Turned to s it is the o
 V = W Q and b = -U V^T E[X], Q an orthonormal basis of those columns. Behind all layers it is the paper's *concept
 scrubbing* (section 6): fitted layer after layer, each with all layers before it erased.
 
-Adapted: there are fewer samples than units, so Sigma_XX is shrunk towards a multiple of the identity (Ledoit and Wolf
-2004, section 3.2), as the authors' library shrinks it. The erasure stays exact: it needs W invertible, and no more.
+Adapted: erasers are also fitted at once, each to the base model, which for few samples is the milder form. There are
+fewer samples than units, so Sigma_XX is shrunk towards a multiple of the identity (Ledoit and Wolf 2004, section 3.2),
+as the authors' library shrinks it. The erasure stays exact: it needs W invertible, and no more.
 """
 
 from __future__ import annotations
@@ -26,26 +27,25 @@ from dso.baselines.fitted import fitted
 from dso.baselines.places import by_depth, decoder_layers, stretches
 
 DECISIONS = 96  # in one pass, for layers that are fitted one after another
-DEPTHS = (0.5, 0.7, 0.3, 0.85)
+DEPTHS = (0.5, 0.3, 0.7)
 
 Coefficients = dict[str, Tensor]
 
 
 def propose(task: Task) -> Iterator[Candidate]:
-    """Scrubbing behind all layers and behind a part of them, then erasure behind one layer."""
-    backbone = task.backbone
-    layers = decoder_layers(backbone.model)
-    answers = answered(task, DECISIONS)
+    """Erasure behind all layers, a part of them, and single ones, fitted at once; then scrubbing."""
+    layers = decoder_layers(task.backbone.model)
+    answers = answered(task)
     rank = len(answers.groups.unique()) - 1
+    found = collect(task.backbone, answers.texts, layers)
+    made = {layer: eraser(states, answers.groups) for layer, states in found.items()}
+    single = {f"layer {layers.index(layer)}": (layer,) for layer in by_depth(layers, DEPTHS)}
+    for label, own in (stretches(layers) | single).items():
+        yield Candidate(label, fitted(task, "low_rank", {layer: made[layer] for layer in own}, rank))
     if all(text.images is None for text in answers.texts):
+        answers = answered(task, DECISIONS)
         for label, own in stretches(layers).items():
             yield Candidate(f"{label}, scrubbed", fitted(task, "low_rank", _scrubbed(task, answers, own), rank))
-    answers = answered(task)
-    single = by_depth(layers, DEPTHS)
-    found = collect(backbone, answers.texts, single)
-    for layer in single:
-        made = {layer: eraser(found[layer], answers.groups)}
-        yield Candidate(f"layer {layers.index(layer)}", fitted(task, "low_rank", made, rank))
 
 
 def _scrubbed(task: Task, answers: Answered, layers: tuple[str, ...]) -> dict[str, Coefficients]:

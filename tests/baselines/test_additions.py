@@ -20,12 +20,14 @@ from dso.baselines.probes import accuracy, logistic
 def test_caa_adds_the_mean_difference_of_answers_behind_a_layer() -> None:
     task = tiny_task()
     answers = answered(task)
-    for candidate in caa.propose(task):
+    candidates = list(caa.propose(task))
+    assert [c.label for c in candidates] == ["layer 0", "layer 0, reversed", "layer 1", "layer 1, reversed"]
+    for number, candidate in enumerate(candidates):
         ((site, operator),) = candidate.steering.operators.items()
-        assert candidate.label == f"layer {site[-1]}"
+        assert site == f"model.layers.{number // 2}"
         states = collect(task.backbone, answers.texts, (site,))[site]
         wanted = states[~answers.stereotyped].mean(0) - states[answers.stereotyped].mean(0)  # one of each a decision
-        torch.testing.assert_close(operator.b, wanted)
+        torch.testing.assert_close(operator.b, -wanted if number % 2 else wanted)
 
 
 def test_an_offset_behind_a_layer_is_one_behind_its_mlp() -> None:

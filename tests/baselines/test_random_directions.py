@@ -1,4 +1,4 @@
-"""The null: random directions, and the scale that gives them a KL."""
+"""The null: random directions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from steered import moved
 from tiny import tiny_llama
 
-from dso.baselines.random_directions import random_like, scale_of_kl
+from dso.baselines.random_directions import random_like
 
 
 def test_random_directions_are_as_long_as_those_they_stand_beside() -> None:
@@ -25,20 +25,3 @@ def test_where_a_steering_does_nothing_random_ones_do_nothing() -> None:
     site = next(iter(steering.operators))
     steering.operators[site].a.data.zero_()
     assert not random_like(steering, 0).operators[site].a.any()
-
-
-@pytest.mark.parametrize("wanted", [0.003, 0.09, 1.0, 50.0])
-def test_the_scale_of_a_kl_is_found(wanted) -> None:
-    """KL = s^2, so that s = sqrt(wanted)."""
-    asked = []
-
-    def kl(scale: float) -> float:
-        asked.append(scale)
-        return scale**2
-
-    assert scale_of_kl(kl, wanted) == pytest.approx(wanted**0.5, rel=0.011)
-    assert len(asked) <= 16
-
-
-def test_a_kl_out_of_reach_gives_the_farthest_scale() -> None:
-    assert scale_of_kl(lambda scale: min(scale, 3.0), 5.0) == 1024.0
