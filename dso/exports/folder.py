@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from fnmatch import fnmatch
 from functools import partial
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from dso.errors import UserError
-from dso.exports.notes import BASE_CARD, NOTES_FILE
 from dso.exports.plan import Change, MergeError, MergePlan
 from dso.exports.probe import PROBE_FILE, read_probe
 from dso.exports.shards import Added, Make, Shards
@@ -48,17 +47,17 @@ def require_ours(place: Path, source: Path) -> None:
         raise MergeError(f"{place}: has other files in it ({others[0]}); nothing was written; choose another folder")
 
 
-def copy_rest(source: Path, fresh: Path) -> bool:
-    """Copy what is no weight and no config: tokenizer, processor, templates, licence, the base model's card.
+def copy_rest(source: Path, fresh: Path, renamed: Mapping[str, str | None]) -> None:
+    """Copy what is no weight, no config and no probe: tokenizer, processor, templates, licence, the model's card.
 
-    Returns:
-        Whether the base model has a card.
+    Args:
+        renamed: file -> its new name, or None for one that stays behind.
     """
     for path in sorted(source.iterdir()):
         wanted = any(fnmatch(path.name, pattern) for pattern in MODEL_FILES) and not path.name.endswith(WEIGHTS)
-        if path.is_file() and wanted and path.name not in (PROBE_FILE, CONFIG):
-            shutil.copyfile(path, fresh / (BASE_CARD if path.name == NOTES_FILE else path.name))
-    return (source / NOTES_FILE).is_file()
+        name = renamed.get(path.name, path.name)
+        if path.is_file() and wanted and name and path.name not in (PROBE_FILE, CONFIG):
+            shutil.copyfile(path, fresh / name)
 
 
 def write_config(source: Path, fresh: Path, config: Any, switches: tuple[str, ...], dtype: str) -> None:
@@ -84,8 +83,18 @@ def write_config(source: Path, fresh: Path, config: Any, switches: tuple[str, ..
         wanted.save_pretrained(fresh)
 
 
-def write_weights(shards: Shards, fresh: Path, model: nn.Module, plan: MergePlan, target: torch.dtype) -> None:
+def write_weights(
+    shards: Shards,
+    fresh: Path,
+    model: nn.Module,
+    plan: MergePlan,
+    target: torch.dtype,
+    dropped: Collection[str] = (),
+) -> None:
     """The weights with a plan's changes, computed from the files' own values.
+
+    Args:
+        dropped: modules that lose their bias.
 
     Raises:
         UserError: if a parameter is not to be found in the files.
@@ -107,7 +116,8 @@ def write_weights(shards: Shards, fresh: Path, model: nn.Module, plan: MergePlan
             if change is not None and change.makes_bias:
                 make = partial(_new, shards, change, keys, "bias")
             added[keys["weight"].removesuffix("weight") + "bias"] = Added(keys["weight"], count, make)
-    shards.write(fresh, changed, added, target if target != shards.dtype() else None)
+    lost = {shards.key_of(f"{name}.bias", modules[name]._parameters["bias"]) for name in dropped}
+    shards.write(fresh, changed, added, target if target != shards.dtype() else None, lost)
 
 
 def _new(shards: Shards, change: Change, keys: Mapping[str, str], wanted: str) -> Tensor:

@@ -11,7 +11,7 @@ All arithmetic is float32; weights of linear layers are (out, in) here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,6 +55,22 @@ class AffineMap:
             u, v = self.low_rank
             return weight + (weight @ u) @ v.T
         return weight
+
+    def inverse(self) -> AffineMap | None:
+        """h -> D^-1 h - D^-1 c; None where D has none. Of low rank by Woodbury, D^-1 = I - s U (I + V^T s U)^-1 V^T."""
+        diagonal = low_rank = None
+        if self.diagonal is not None:
+            if not self.diagonal.all():
+                return None
+            diagonal = 1 / self.diagonal
+        if self.low_rank is not None:
+            u, v = self.low_rank
+            inner, singular = torch.linalg.inv_ex(torch.eye(u.shape[1]) + v.T @ u)
+            if singular:
+                return None
+            low_rank = (-u @ inner, v)
+        back = AffineMap(diagonal, low_rank)
+        return back if self.offset is None else replace(back, offset=-back.rows(self.offset))
 
 
 @torch.no_grad()

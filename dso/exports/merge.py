@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dso.exports.folder import copy_rest, require_ours, write_config, write_weights
-from dso.exports.notes import NOTES_FILE, notes
+from dso.exports.notes import BASE_CARD, NOTES_FILE, notes
 from dso.exports.plan import MergeError, MergePlan, partial_steering, plan_merge
 from dso.exports.probe import BASE, make_probe, probe_ids, versions
 from dso.exports.report import Distance, MergeReport
@@ -28,7 +28,7 @@ from dso.exports.running import computing_in, logits, merged_parameters, new_zer
 from dso.exports.shards import Shards
 from dso.exports.verify import judge_logits
 from dso.files import PART, as_path, replace_folder, require_room
-from dso.models.loading import DTYPES, load_parts, local_folder
+from dso.models.loading import DTYPES, dtype_name, load_parts, local_folder
 from dso.steering.model import Steering
 
 SAME = 1e-5  # of the largest logit: what a folder may be off itself
@@ -74,7 +74,7 @@ class Merging:
             raise MergeError("scale 0 is the base model; there is nothing to merge")
         folder = local_folder(name, config.revision if name == config.base_model else None)
         stored = Shards(folder).dtype()
-        loaded, tokenizer, processor = load_parts(str(folder), None, _name(stored))
+        loaded, tokenizer, processor = load_parts(str(folder), None, dtype_name(stored))
         if getattr(loaded.config, "quantization_config", None) is not None:
             raise MergeError(f"{name}: its weights are quantised; merge into the plain model and quantise that")
         loaded.eval().requires_grad_(False)
@@ -140,9 +140,9 @@ class Merging:
         lost, changed = self._lost(exact, target)
         if lost > LOST and not allow_rounding:
             raise MergeError(
-                f"{lost:.0%} of the {changed} values that change would stay what they were in {_name(target)}, whose "
-                f"steps near 1 are {torch.finfo(target).eps:.2g}. --dtype float32 keeps the changes; --allow-rounding "
-                "goes on without them"
+                f"{lost:.0%} of the {changed} values that change would stay what they were in {dtype_name(target)}, "
+                f"whose steps near 1 are {torch.finfo(target).eps:.2g}. --dtype float32 keeps the changes; "
+                "--allow-rounding goes on without them"
             )
         for left in place.parent.glob(f".{place.name}.*{PART}"):  # of a merge that was killed
             shutil.rmtree(left, ignore_errors=True)
@@ -156,14 +156,16 @@ class Merging:
         shards = Shards(self.source)
         require_room(fresh, shards.size(target))
         write_weights(shards, fresh, self.model, self.plan, target)
-        write_config(self.source, fresh, self.model.config, tuple(self.plan.switches), _name(target))
-        base_card = copy_rest(self.source, fresh)
+        write_config(self.source, fresh, self.model.config, tuple(self.plan.switches), dtype_name(target))
+        copy_rest(self.source, fresh, {NOTES_FILE: BASE_CARD})
         ids = probe_ids(self.tokenizer)
-        model = self.model if target == shards.dtype() else load_parts(str(self.source), None, _name(target))[0].eval()
+        model = self.model
+        if target != shards.dtype():
+            model = load_parts(str(self.source), None, dtype_name(target))[0].eval()
         hooked, merged, wanted, others = self._in_float32(model, ids, exact, target)
         with self.part.on(model, self.scale, check=False):
             hooked_in_target = logits(model, ids)
-        loaded = load_parts(str(fresh), None, _name(target))[0].eval()
+        loaded = load_parts(str(fresh), None, dtype_name(target))[0].eval()
         with computing_in(loaded, torch.float32):
             off = Distance.of(logits(loaded, ids), wanted).largest
         if off > SAME * (1 + wanted.abs().max().item()):
@@ -176,21 +178,22 @@ class Merging:
             rounded = logits(loaded, ids)
         base_name = self.steering.config.base_model or self.source.name
         made = {
-            "steering": stated, "base_model": base_name, "scale": self.scale, "dtype": _name(target),
-            "partial": bool(self.plan.left_out), "versions": versions(),
+            "steering": stated, "base_model": base_name, "scale": self.scale, "dtype": dtype_name(target),
+            "base_dtype": dtype_name(shards.dtype()), "partial": bool(self.plan.left_out),
+            "switches": {name: list(owners) for name, owners in self.plan.switches.items()}, "versions": versions(),
         }  # fmt: skip
         last = {name: values[:, -1] for name, values in others.items()}
         probe = make_probe(self.tokenizer, ids, wanted[:, -1], rounded[:, -1], last, made)
         rows = {tuple(row): logit for row, logit in zip(ids.tolist(), rounded[:, -1], strict=True)}
         narrow = torch.stack([rows[prompt.ids] for prompt in probe.prompts])
         report = MergeReport(
-            steering=stated, base=base_name, scale=self.scale, dtype=_name(target),
+            steering=stated, base=base_name, scale=self.scale, dtype=dtype_name(target),
             sites=len(self.steering.config.sites), left_out=tuple(self.plan.left_out),
             effect=Distance.of(hooked, others[BASE]), float32=Distance.of(merged, hooked), saved=saved,
             dtype_itself=Distance.of(hooked_in_target, hooked),
             changed=changed, lost=lost, probe=probe, bfloat16=judge_logits(probe, narrow),
         )  # fmt: skip
-        text = notes(report, sees=self.processor is not None, base_card=base_card)
+        text = notes(report, sees=self.processor is not None, base_card=(fresh / BASE_CARD).is_file())
         (fresh / NOTES_FILE).write_text(text, encoding="utf-8")
         probe.write(fresh)
         replace(probe, made=made | {"files": sorted(path.name for path in fresh.iterdir())}).write(fresh)
@@ -234,7 +237,3 @@ class Merging:
             changed += int(moved.sum())
             lost += int((moved & (value.to(target) == before.to(target))).sum())
         return lost / max(changed, 1), changed
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,12 @@ class Shards:
         return torch.equal(self.tensor(key).to(value.dtype), value)
 
     def write(
-        self, out: Path, changed: Mapping[str, Make], added: Mapping[str, Added], dtype: torch.dtype | None = None
+        self,
+        out: Path,
+        changed: Mapping[str, Make],
+        added: Mapping[str, Added],
+        dtype: torch.dtype | None = None,
+        dropped: Collection[str] = (),
     ) -> None:
         """Write all files into a folder.
 
@@ -135,25 +140,27 @@ class Shards:
             changed: key -> its new values, in any dtype.
             added: key -> what is new.
             dtype: of all weights; None keeps each weight's own.
+            dropped: keys that are not written.
         """
         for file in sorted({*self.place.values()}):
             entries = [
                 Entry(key, self._dtype_of(key, dtype), tuple(self.header[key]["shape"]), self._make(key, changed))
                 for key, place in self.place.items()
-                if place == file
+                if place == file and key not in dropped
             ]
             new = [
                 Entry(key, self._dtype_of(one.beside, dtype), (one.length,), one.make)
                 for key, one in added.items()
                 if self.place[one.beside] == file
             ]
-            moved = any(e.key in changed or e.dtype != self.header[e.key]["dtype"] for e in entries)
+            fewer = any(self.place[key] == file for key in dropped)
+            moved = fewer or any(e.key in changed or e.dtype != self.header[e.key]["dtype"] for e in entries)
             if new or moved:
                 write_tensors(out / file, [*entries, *new])
             else:
                 shutil.copyfile(self.folder / file, out / file)
         if (self.folder / INDEX).is_file():
-            self._write_index(out, added)
+            self._write_index(out, added, dropped)
 
     def _dtype_of(self, key: str, dtype: torch.dtype | None) -> str:
         own: str = self.header[key]["dtype"]
@@ -162,9 +169,10 @@ class Shards:
     def _make(self, key: str, changed: Mapping[str, Make]) -> Make:
         return changed.get(key) or (lambda: self.tensor(key))
 
-    def _write_index(self, out: Path, added: Mapping[str, Added]) -> None:
+    def _write_index(self, out: Path, added: Mapping[str, Added], dropped: Collection[str]) -> None:
         index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-        index["weight_map"] |= {key: self.place[one.beside] for key, one in added.items()}
+        files = index["weight_map"] | {key: self.place[one.beside] for key, one in added.items()}
+        index["weight_map"] = {key: file for key, file in files.items() if key not in dropped}
         total = 0
         for file in {*index["weight_map"].values()}:
             entries = read_header(out / file).values()

@@ -17,7 +17,7 @@ from dso.errors import UserError
 from dso.exports.probe import TOP, Answer, Probe, Verdict, judge
 from dso.exports.running import logits
 from dso.exports.shards import Shards
-from dso.models.loading import DTYPES, load_parts
+from dso.models.loading import dtype_name, load_parts
 
 PATIENCE = 120.0  # seconds for one answer; a server may still be loading
 
@@ -29,7 +29,7 @@ def verify_folder(folder: Path, probe: Probe) -> Verdict:
         UserError: if it cannot be loaded.
     """
     stored = Shards(folder).dtype()
-    model, _, _ = load_parts(str(folder), None, next(name for name, value in DTYPES.items() if value == stored))
+    model, _, _ = load_parts(str(folder), None, dtype_name(stored))
     rows = logits(model.eval(), torch.tensor([prompt.ids for prompt in probe.prompts]))[:, -1]
     return judge_logits(probe, rows)
 

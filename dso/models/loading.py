@@ -80,8 +80,16 @@ def sees(config: Any) -> bool:
     return found
 
 
-def local_folder(name: str, revision: str | None = None) -> Path:
-    """The folder with the files of a model: an embedded one, a local one, or one of the Hub, fetched if need be.
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of one of :data:`DTYPES`."""
+    return next(name for name, value in DTYPES.items() if value == dtype)
+
+
+def local_folder(name: str, revision: str | None = None, *, fetch: bool = True) -> Path:
+    """The folder with the files of a model: an embedded one, a local one, or one of the Hub.
+
+    Args:
+        fetch: whether to ask the Hub for what its local cache lacks.
 
     Raises:
         ModelNotFound: if there is no such model; the message says what was looked for.
@@ -92,7 +100,7 @@ def local_folder(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, local_files_only=not fetch))
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"model {name!r} could not be fetched: {first_line(error)}") from error
 

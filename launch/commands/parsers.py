@@ -160,6 +160,13 @@ def _add_merge(commands: argparse._SubParsersAction) -> None:
     add_option(merge)
     merge.add_argument("--split", default="test", help="of --decisions (default: test)")
 
+    unmerge = commands.add_parser("unmerge", help="write the model of a merged folder without the steering")
+    unmerge.add_argument("folder", help="that dso merge has written")
+    unmerge.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    unmerge.add_argument("--steering", help="folder or Hub id (default: the one that was named when it was merged)")
+    unmerge.add_argument("--model", help="base model to compare with (default: the one that is named there)")
+    unmerge.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the base model's)")
+
     verify = commands.add_parser("verify", help="ask a merged folder, or a server, whether it runs the merged weights")
     verify.add_argument("folder", help="that dso merge has written")
     verify.add_argument("--url", help="of a server with OpenAI's completions, as in http://localhost:8000/v1")

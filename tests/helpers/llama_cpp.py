@@ -15,7 +15,7 @@ NAMES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "g
 
 
 def write_gguf(model: torch.nn.Module, path: Path) -> None:
-    """Write a model in float32, as llama.cpp's ``convert_hf_to_gguf.py`` does, with a made-up vocabulary: ask by ids."""
+    """Write a model in float32, as llama.cpp's ``convert_hf_to_gguf.py`` does, with made-up words: ask by ids."""
     config = model.config
     name = NAMES[config.model_type]
     gemma = name == "gemma3"
