@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dso.baselines.baseline import Baseline, BaselineError, Candidate, Task
-from dso.baselines.learning import Setting, learn, regression
+from dso.baselines.learning import Setting, learn, regression, seconds_each
 from dso.errors import first_line
 from dso.steering.hosts import unwrapped
 from dso.steering.sites import resolve_sites
@@ -158,14 +158,14 @@ def train(task: Task, adapter: Adapter, setting: Setting) -> Adapter:
 def _propose_lora(task: Task) -> Iterator[Candidate]:
     for label, modules, rate, price in LORA_SETTINGS:
         adapter = Adapter("lora", r=RANK, lora_alpha=2 * RANK, target_modules=modules)
-        setting = Setting(rate=rate, price=price, seconds=task.seconds / len(LORA_SETTINGS))
+        setting = Setting(rate=rate, price=price, seconds=seconds_each(task, len(LORA_SETTINGS)))
         yield Candidate(f"rank {RANK} at {label}, learning rate {rate:g}", train(task, adapter, setting))
 
 
 def _propose_norms(task: Task) -> Iterator[Candidate]:
     for rate, price in NORM_SETTINGS:
         adapter = Adapter("ln_tuning", target_modules=list(resolve_sites(unwrapped(task.backbone.model))))
-        setting = Setting(rate=rate, price=price, seconds=task.seconds / len(NORM_SETTINGS))
+        setting = Setting(rate=rate, price=price, seconds=seconds_each(task, len(NORM_SETTINGS)))
         yield Candidate(f"learning rate {rate:g}", train(task, adapter, setting))
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dso.baselines.baseline import Baseline, Candidate, Task
-from dso.baselines.learning import Loss, Setting, learn
+from dso.baselines.learning import Loss, Setting, learn, seconds_each
 from dso.decisions.decision import ABSTAIN, DecisionSet
 from dso.steering.model import Steering
 
@@ -87,7 +87,7 @@ def propose(task: Task) -> Iterator[Candidate]:
             scale_range=(0.0, SCALES[-1]),
             scoring=task.backbone.scoring,
         )
-        setting = Setting(rate=rate, price=price, seconds=task.seconds / len(SETTINGS))
+        setting = Setting(rate=rate, price=price, seconds=seconds_each(task, len(SETTINGS)))
         with steering.on(task.backbone.model) as handle:
             learn(task, handle, list(steering.parameters()), loss, setting)
         yield Candidate(f"{operator}, learning rate {rate:g}", steering.requires_grad_(False))

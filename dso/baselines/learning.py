@@ -31,6 +31,7 @@ from dso.steering.handle import Turnable
 AMBIGUOUS, UNAMBIGUOUS = 24, 6  # decisions a step: two blocks of the built-in roles
 UNAMBIGUOUS_WEIGHT = 0.1  # as `dso train` has it
 MAX_NORM = 1.0
+SHARE = 0.5  # of a task's seconds that go into training; the others are for trying scales
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(n, k) log pi of the decisions at rows (n,) of a task -> the loss of the batch."""
@@ -120,6 +121,11 @@ def _sampler(task: Task) -> BlockSampler:
         raise BaselineError(f"{task.decisions.name}: no ambiguous decisions to learn from")
     others = len(task.decisions) - ambiguous
     return BlockSampler(task.decisions, min(AMBIGUOUS, ambiguous), min(UNAMBIGUOUS, others), task.seed)
+
+
+def seconds_each(task: Task, candidates: int) -> float:
+    """Seconds that each of several candidates may be trained for."""
+    return SHARE * task.seconds / candidates
 
 
 def regression(task: Task) -> Loss:

@@ -91,7 +91,7 @@ def test_the_scale_of_ln_tuning_interpolates_the_weights_of_a_norm(scale: float)
 ])  # fmt: skip
 def test_what_is_proposed_is_fairer_and_leaves_the_model_alone(baseline, settings, value, monkeypatch, clock) -> None:
     monkeypatch.setattr(adapters, settings, value)
-    task = tiny_task(seconds=40.0)  # of the test's clock
+    task = tiny_task(seconds=80.0)  # of the test's clock
     model = task.backbone.model
     modules, drawn = shape_of(model), torch.random.get_rng_state()
     (candidate,) = baseline.propose(task)
