@@ -25,8 +25,8 @@ from dso.baselines.learning import Loss, Setting, learn, seconds_each
 from dso.decisions.decision import ABSTAIN, DecisionSet
 from dso.steering.model import Steering
 
-SETTINGS = (("scale", 1e-2, 0.1), ("affine", 5e-3, 0.1))  # operator, learning rate, price of a nat
-SCALES = (0.5, 1.0, 1.5, 2.0)
+SETTINGS = (("scale", 3e-3, 0.1), ("affine", 2e-3, 0.1))  # operator, learning rate, price of a nat
+SCALES = (1.0, 2.0, 3.0)
 
 
 def equalised(log_policy: Tensor, decisions: DecisionSet, target: tuple[float, ...]) -> Tensor:

@@ -85,12 +85,11 @@ def test_the_scale_of_ln_tuning_interpolates_the_weights_of_a_norm(scale: float)
     torch.testing.assert_close(model.model.norm(x), own * (1.25 + scale * (tuned - 1.25)))
 
 
-@pytest.mark.parametrize(("baseline", "settings", "value"), [
-    (adapters.LORA, "LORA_SETTINGS", (("all linear layers", "all-linear", 0.02, 0.0),)),
-    (adapters.LN_TUNING, "NORM_SETTINGS", ((0.05, 0.0),)),
+@pytest.mark.parametrize(("baseline", "rate", "value"), [
+    (adapters.LORA, "LORA_RATE", 0.02), (adapters.LN_TUNING, "NORM_RATE", 0.05),
 ])  # fmt: skip
-def test_what_is_proposed_is_fairer_and_leaves_the_model_alone(baseline, settings, value, monkeypatch, clock) -> None:
-    monkeypatch.setattr(adapters, settings, value)
+def test_what_is_proposed_is_fairer_and_leaves_the_model_alone(baseline, rate, value, monkeypatch, clock) -> None:
+    monkeypatch.setattr(adapters, rate, value)
     task = tiny_task(seconds=80.0)  # of the test's clock
     model = task.backbone.model
     modules, drawn = shape_of(model), torch.random.get_rng_state()
