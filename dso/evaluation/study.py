@@ -141,6 +141,8 @@ class Study:
             "probabilities": {group: share}}``.
         sparsity: site -> ``{"layer", "coefficients", "nonzero", "norm"}`` of our first steering.
         spillover: see :mod:`dso.evaluation.spillover`; empty where nothing was measured.
+        capability: of our first steering, rows ``{"benchmark", "figure", "scale", "base", "steered", "difference"}``;
+            the last three have intervals.
         audit: see :mod:`dso.evaluation.audit`, by ``base`` and ``steered``; empty where nothing was measured.
     """
 
@@ -150,6 +152,7 @@ class Study:
     samples: tuple[dict[str, Any], ...] = ()
     sparsity: dict[str, dict[str, float]] = field(default_factory=dict)
     spillover: dict[str, Any] = field(default_factory=dict)
+    capability: tuple[dict[str, Any], ...] = ()
     audit: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -162,6 +165,7 @@ class Study:
             "samples": list(self.samples),
             "sparsity": self.sparsity,
             "spillover": self.spillover,
+            "capability": list(self.capability),
             "audit": self.audit,
         }
 
@@ -181,6 +185,7 @@ class Study:
             samples=tuple(record["samples"]),
             sparsity=record["sparsity"],
             spillover=record["spillover"],
+            capability=tuple(record["capability"]),
             audit=record["audit"],
         )
 

@@ -14,6 +14,7 @@ from dso.reports.drawing import Plot, draw
 from dso.reports.figures import plots
 from dso.reports.tables import (
     COLUMNS,
+    capability_rows,
     context_rows,
     curve_rows,
     layer_rows,
@@ -77,6 +78,7 @@ def render(study: Study) -> tuple[str, list[Plot]]:
         "samples": [
             _sample(sample, {method.name: method.title for method in study.methods}) for sample in study.samples
         ],
+        "capability_rows": capability_rows(study),
         "spillover_rows": spilled,
         "grown": ", ".join(f"{row[0]} ({row[1]})" for row in spilled[1:] if row[-1]),
         "correction": study.spillover.get("correction", ""),
@@ -128,6 +130,7 @@ def _sections(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("contexts", "Contexts", values["context_rows"]),
         ("layers", "What is steered", len(values["layer_rows"]) > 1),
         ("samples", "Answers side by side", values["samples"]),
+        ("capability", "Capability", values["capability_rows"]),
         ("spillover", "Other attributes", values["spillover_rows"]),
         ("audit", "Audit fields", values["audit"]),
         ("card", "Data and method", values["about"]),

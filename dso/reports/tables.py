@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dso.evaluation.benchmarks.report import number_texts
 from dso.evaluation.report import MISSING, decimal_text, estimate_from, interval_text
 from dso.evaluation.study import Study, Trial
 from dso.reports.digest import FIGURES, Digest, digests, figures_of
@@ -179,6 +180,18 @@ def by_layer(study: Study) -> dict[float | None, dict[str, float]]:
         entry["nonzero"] += site["nonzero"]
         entry["norm"] = math.hypot(entry["norm"], site["norm"])
     return dict(sorted(found.items(), key=lambda item: math.inf if item[0] is None else item[0]))
+
+
+def capability_rows(study: Study) -> list[tuple[str, ...]]:
+    """What a capability task says along the scale, the header first; nothing where it was not asked."""
+    rows = study.capability
+    header = ("benchmark", "figure", "scale", "base", "steered", "steered - base")
+    cells = [
+        (row["benchmark"], row["figure"], f"{row['scale']:g}")
+        + tuple(number_texts(*(estimate_from(row[name], name) for name in ("base", "steered", "difference"))))
+        for row in rows
+    ]
+    return [header, *cells] if cells else []
 
 
 def spillover_rows(study: Study) -> list[tuple[str, ...]]:

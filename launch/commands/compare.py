@@ -53,7 +53,7 @@ def _study(source: str, overrides: list[str], arguments: argparse.Namespace) -> 
     running = Running(source, overrides, options, folder, seconds, arguments.quiet)
     running.run(arms, seeds)
     if arguments.data:
-        running.spill(as_path(arguments.data), arguments.limit)
+        running.look_elsewhere(as_path(arguments.data), arguments.limit)
     asked = [word for option in arguments.option for word in ("--option", option)]
     words = ["dso", "compare", source, *overrides, *asked, "--methods", arguments.methods, "--seeds", arguments.seeds]
     print(running.write(shlex.join([*words, "--seconds", f"{seconds:g}"])))

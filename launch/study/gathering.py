@@ -23,7 +23,7 @@ from launch.study.materials import Materials
 
 SAMPLES, TOKENS = 3, 12  # prompts that are shown, and tokens that are generated after each
 SHOWN = (0.0, 0.5, 1.0)  # scales of samples
-SPILLOVER = "spillover"  # the part's name
+ELSEWHERE = "elsewhere"  # the part's name
 PACKAGES = ("dso", "torch", "transformers", "stable-baselines3")
 
 
@@ -45,10 +45,10 @@ def gather(folder: StudyFolder, config: TrainConfig, command: str, materials: Ma
             )
     ours = next((method for method in methods if method.name == OURS.name and method.trials), None)
     first = folder.read(OURS.name, ours.trials[0].seed) if ours else {}
-    steering, spillover = None, {}
+    steering, other = None, {}
     if ours:
         seed = ours.trials[0].seed
-        spillover = folder.read(SPILLOVER, seed) if folder.done(SPILLOVER, seed) else {}
+        other = folder.read(ELSEWHERE, seed) if folder.done(ELSEWHERE, seed) else {}
         steering = Steering.from_pretrained(folder.path / "runs" / f"{OURS.name}-s{ours.trials[0].seed}" / "steering")
     return Study(
         about=_about(config, command, materials, steering),
@@ -56,7 +56,8 @@ def gather(folder: StudyFolder, config: TrainConfig, command: str, materials: Ma
         methods=tuple(methods),
         samples=tuple(first.get("samples", ())),
         sparsity=_sparsity(steering) if steering else {},
-        spillover=spillover,
+        spillover=other.get("spillover", {}),
+        capability=tuple(other.get("capability", ())),
     )
 
 

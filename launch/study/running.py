@@ -27,10 +27,10 @@ from launch.config.schema import TrainConfig, load_config
 from launch.run.constants import kept_limits
 from launch.run.train import learned
 from launch.study.arms import OURS, Arm
+from launch.study.elsewhere import elsewhere
 from launch.study.folder import StudyFolder
-from launch.study.gathering import SPILLOVER, gather, sampled
+from launch.study.gathering import ELSEWHERE, gather, sampled
 from launch.study.materials import Materials
-from launch.study.spilling import spilled
 from launch.study.tuning import Choice, at_kl, tune
 from trainers.state.saved import read_state
 
@@ -102,15 +102,15 @@ class Running:
         if not self.folder.done("base", 0):
             self.folder.keep("base", 0, self._base())
 
-    def spill(self, data: Path, limit: int | None) -> None:
-        """Measure what ours, with its first seed, does to other attributes, if that is not there yet."""
+    def look_elsewhere(self, data: Path, limit: int | None) -> None:
+        """Measure what ours, with its first seed, does where it was not meant to act, if that is not there yet."""
         seeds = [trial.seed for trial in self.folder.trials(OURS.name)[0]]
         if not seeds:
-            raise UserError("--data: spillover is measured of ours, which is not there; add ours to --methods")
-        if not self.folder.done(SPILLOVER, seeds[0]):
-            self._say("what is done to other attributes")
-            found = spilled(self.materials, self._steering(OURS, seeds[0]), data, limit)
-            self.folder.keep(SPILLOVER, seeds[0], found)
+            raise UserError("--data: benchmarks are asked of ours, which is not there; add ours to --methods")
+        if not self.folder.done(ELSEWHERE, seeds[0]):
+            self._say("other attributes and a capability task")
+            found = elsewhere(self.materials, self._steering(OURS, seeds[0]), data, limit)
+            self.folder.keep(ELSEWHERE, seeds[0], found)
 
     def write(self, command: str) -> Path:
         """Gather all parts, and write the report; its path."""

@@ -72,6 +72,17 @@ def study(**changes: Any) -> Study:
         samples=tuple(_sample(name) for name in ("nurse", "mechanic")),
         sparsity=_sparsity(),
         spillover=SPILLOVER,
+        capability=tuple(
+            {
+                "benchmark": "arc",
+                "figure": "accuracy",
+                "scale": scale,
+                "base": [50.0, 44.4, 55.6],
+                "steered": [50.0 + scale, 45.4, 56.6],
+                "difference": [scale, -2.4, 4.4],
+            }
+            for scale in (0.5, 1.0)
+        ),
     )
     return replace(found, **changes)
 

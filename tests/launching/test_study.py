@@ -132,8 +132,15 @@ def test_a_study_is_made_in_parts_that_are_done_once(
     lines = [f"{n},{more},{less},stereo,{about},[],[],x,x" for n, (more, less, about) in enumerate(rows * 4)]
     header = ",sent_more,sent_less,stereo_antistereo,bias_type,annotations,anon_writer,anon_annotators,x"
     (crows / "crows_pairs_anonymized.csv").write_text("\n".join([header, *lines]))
+    (tmp_path / "data" / "arc").mkdir()
+    (tmp_path / "data" / "arc" / "ARC-Easy_test.csv").write_text(
+        "Is ice cold?,Yes,No,Red,Blue,A\nIs sky blue?,No,Yes,Up,It,B\n"
+    )
     assert compare(config, out, "train.ambiguous=16", "--data", str(tmp_path / "data")) == 0
-    spilled = read_study(out / "study.json").spillover
+    spilled, capable = (found := read_study(out / "study.json")).spillover, found.capability
+    assert [(row["figure"], row["scale"]) for row in capable] == [
+        (figure, scale) for scale in (0.5, 1.0) for figure in ("accuracy", "perplexity")
+    ]
     assert {row["attribute"] for row in spilled["rows"]} == {"age", "appearance"}
     before = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")}
     assert compare(config, out, "train.ambiguous=16") == 0

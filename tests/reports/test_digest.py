@@ -12,7 +12,16 @@ from studies import study
 from dso.evaluation.intervals import UNMEASURED, Estimate
 from dso.evaluation.study import Study
 from dso.reports.digest import digests, figures_of, over_seeds
-from dso.reports.tables import by_layer, curve_rows, layer_rows, method_rows, seconds_text, spillover_rows, trial_rows
+from dso.reports.tables import (
+    by_layer,
+    capability_rows,
+    curve_rows,
+    layer_rows,
+    method_rows,
+    seconds_text,
+    spillover_rows,
+    trial_rows,
+)
 from dso.reports.words import ahead, figure_text, summary, trouble_lines
 
 NAN = math.nan
@@ -123,6 +132,15 @@ def test_other_attributes_and_times() -> None:
     assert spillover_rows(study())[3][0] == "religion"
     assert spillover_rows(study())[3][-1] == "grew"
     assert spillover_rows(study(spillover={})) == []
+    assert capability_rows(study())[1] == (
+        "arc",
+        "accuracy",
+        "0.5",
+        "50.0 [44.4, 55.6]",
+        "50.5 [45.4, 56.6]",
+        "0.5 [-2.4, 4.4]",
+    )
+    assert capability_rows(study(capability=())) == []
     assert [seconds_text(s) for s in (41.6, 200, 3900, NAN)] == ["42 s", "3 min 20 s", "1 h 5 min", "-"]
 
 
