@@ -159,7 +159,7 @@ def _known(value: float) -> float:
 
 def layer_rows(study: Study) -> list[tuple[str, ...]]:
     """How much of each layer is steered, the header first."""
-    rows = [("layer", "coefficients", "of them not 0", "share", "norm")]
+    rows: list[tuple[str, ...]] = [("layer", "coefficients", "of them not 0", "share", "norm")]
     for layer, found in by_layer(study).items():
         share = found["nonzero"] / found["coefficients"] if found["coefficients"] else 0.0
         name = f"{layer:g}" if layer is not None else "other"

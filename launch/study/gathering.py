@@ -84,20 +84,18 @@ def sampled(materials: Materials, steering: Steering) -> list[dict[str, Any]]:
 
 
 def _sparsity(steering: Steering) -> dict[str, dict[str, float]]:
-    """By site, how many coefficients there are, how many are not zero, and how long they are together."""
+    """By site, how many coefficients there are, how many are not zero, and how long they are together; layer -1 is that
+    of a site outside of all layers."""
     found = {}
     for site, operator in steering.operators.items():
         values = torch.cat([value.detach().flatten() for value in operator.parameters()])
         layer = re.search(r"\.(\d+)\.", site)
         found[site] = {
-            "layer": float(layer.group(1)) if layer else float("nan"),
+            "layer": float(layer.group(1)) if layer else -1.0,
             "coefficients": values.numel(),
             "nonzero": int(values.count_nonzero()),
             "norm": float(values.norm()),
         }
-    last = max((row["layer"] for row in found.values() if row["layer"] == row["layer"]), default=-1.0)
-    for row in found.values():  # a final norm stands behind all layers
-        row["layer"] = last + 1 if row["layer"] != row["layer"] else row["layer"]
     return found
 
 

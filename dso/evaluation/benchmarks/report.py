@@ -21,7 +21,7 @@ def figures_table(rows: Mapping[str, Compared]) -> str:
     return fixed_rows([line[:2] for line in lines] if single else lines)
 
 
-def figures_json(rows: Mapping[str, Compared]) -> dict[str, object]:
+def figures_json(rows: Mapping[str, Compared]) -> dict[str, dict[str, object]]:
     """The same as a JSON object: value, low and high of each, null for what is not known."""
     return {
         name: {"base": plain(row.first), "steered": plain(row.second), "difference": plain(row.difference)}
