@@ -2,7 +2,7 @@
 
 A decision with the answers of G groups gives G texts, ``prompt + answer``, that differ in the answer alone: a
 contrastive set. Activations are read at the last token, where the answer is complete (Panickssery et al. 2024, section
-3; Li et al. 2023, section 3.1).
+3; Li et al. 2023, section 3).
 
 An answer is *stereotyped* where its group is the one that the context is stereotyped with. Where a context names none,
 it is the group that the base model prefers furthest beyond its fair share there.

@@ -1,7 +1,7 @@
 """Affine concept editing: what tells the groups apart is set to the midpoint between them.
 
 Karvonen and Marks, "Robustly Improving LLM Fairness in Realistic Settings via Interpretability", arXiv 2506.10922,
-section 5, after Marshall et al., "Refusal in LLMs is an Affine Function", arXiv 2411.09003, section 2. Behind every
+with the authors' code, after Marshall et al., "Refusal in LLMs is an Affine Function", arXiv 2411.09003. Behind every
 layer, with mu_A and mu_B the mean activations of two groups and sigma the standard deviation of each unit,
 
     u  = (mu_A - mu_B) / sigma, scaled to length 1
@@ -49,7 +49,7 @@ def edit(x: Tensor, groups: Tensor) -> dict[str, Tensor]:
 BASELINE = Baseline(
     name="affine-editing",
     title="Affine concept editing",
-    source="Karvonen and Marks, arXiv 2506.10922, section 5; Marshall et al., arXiv 2411.09003, section 2",
+    source="Karvonen and Marks, arXiv 2506.10922; Marshall et al., arXiv 2411.09003",
     propose=propose,
     scales=(0.25, 0.5, 1.0, 1.5),
 )

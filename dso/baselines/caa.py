@@ -40,5 +40,5 @@ BASELINE = Baseline(
     title="CAA",
     source="Panickssery et al., ACL 2024, section 3",
     propose=propose,
-    scales=(0.5, 1.0, 2.0, 4.0, 8.0),
+    scales=(0.5, 1.0, 2.0, 4.0),
 )

@@ -1,7 +1,7 @@
 """Inference-time intervention: the attention heads that tell stereotyped answers best are shifted.
 
 Li et al., "Inference-Time Intervention: Eliciting Truthful Answers from a Language Model", NeurIPS 2023, arXiv
-2306.03341, sections 3.2 and 4. Of head i with output x_i (before the output layer W_o of its attention block),
+2306.03341, section 3. Of head i with output x_i (before the output layer W_o of its attention block),
 
     theta_i = mean(x_i of other answers) - mean(x_i of stereotyped answers), scaled to length 1    (mass mean shift)
     sigma_i = standard deviation of theta_i . x_i
@@ -77,7 +77,7 @@ def offset_behind(module: nn.Module, shift: Tensor) -> Tensor:
 BASELINE = Baseline(
     name="iti",
     title="ITI",
-    source="Li et al., NeurIPS 2023, sections 3.2 and 4",
+    source="Li et al., NeurIPS 2023, section 3",
     propose=propose,
-    scales=(1.0, 2.5, 5.0, 10.0, 15.0),
+    scales=(1.0, 2.5, 5.0, 10.0),
 )

@@ -1,6 +1,6 @@
 """LEACE: the least change of the residual stream after which no linear probe tells the groups apart.
 
-Belrose et al., "LEACE: Perfect linear concept erasure in closed form", NeurIPS 2023, arXiv 2306.03819, theorem 4.3.
+Belrose et al., "LEACE: Perfect linear concept erasure in closed form", NeurIPS 2023, arXiv 2306.03819, section 4.
 With X the activations, Z the group of the answer, one-hot, and W = Sigma_XX^(-1/2),
 
     r(x) = x - W^+ P W (x - E[X])        P = orthogonal projection onto the columns of W Sigma_XZ
@@ -26,7 +26,7 @@ from dso.baselines.baseline import Baseline, Candidate, Task
 from dso.baselines.fitted import fitted
 from dso.baselines.places import by_depth, decoder_layers, stretches
 
-DECISIONS = 96  # in one pass, for layers that are fitted one after another
+DECISIONS = 64  # in one pass, for layers that are fitted one after another
 DEPTHS = (0.5, 0.3, 0.7)
 
 Coefficients = dict[str, Tensor]
@@ -93,7 +93,7 @@ def _shrunk(centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 BASELINE = Baseline(
     name="leace",
     title="LEACE",
-    source="Belrose et al., NeurIPS 2023, theorem 4.3 and section 6",
+    source="Belrose et al., NeurIPS 2023, sections 4 and 6",
     propose=propose,
     scales=(0.25, 0.5, 1.0, 1.5),
 )

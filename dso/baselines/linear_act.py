@@ -1,13 +1,13 @@
 """Linear-AcT: each unit of a site is moved by the linear map that transports one set of activations to another.
 
 Rodriguez et al., "Controlling Language and Diffusion Models by Transporting Activations", ICLR 2025, arXiv 2410.23054,
-definition 3.1. Of one unit with N samples x of the source and y of the target, each sorted and less its mean,
+section 3. Of one unit with N samples x of the source and y of the target, each sorted and less its mean,
 
     w = sum_i x_(i) y_(i) / sum_i x_(i)^2        b = mean(y) - w mean(x)        T(h) = w h + b
 
 which is the least-squares fit of the optimal transport in one dimension. Turned to s it is h + s (T(h) - h), the
 operator ``affine`` (:mod:`dso.steering.act`). Maps are fitted one after another, each with all maps before it in place
-(section 3.2, "sequential iterative maps"), at every norm of the model's width.
+("sequential iterative maps"), at every norm of the model's width.
 
 Source are stereotyped answers, target the same questions' other answers.
 
@@ -28,7 +28,7 @@ from dso.baselines.fitted import facts
 from dso.steering.act import from_linear_act
 from dso.steering.sites import resolve_sites
 
-DECISIONS = 96  # in one pass, for maps that are fitted one after another
+DECISIONS = 64  # in one pass, for maps that are fitted one after another
 
 Maps = dict[str, tuple[Tensor, Tensor]]
 
@@ -80,7 +80,7 @@ def transport(source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 BASELINE = Baseline(
     name="linear-act",
     title="Linear-AcT",
-    source="Rodriguez et al., ICLR 2025, definition 3.1",
+    source="Rodriguez et al., ICLR 2025, section 3",
     propose=propose,
-    scales=(0.25, 0.5, 0.75, 1.0),
+    scales=(0.1, 0.25, 0.5, 1.0),
 )

@@ -1,7 +1,7 @@
 """Projection: the directions in which answers of different groups differ are taken out of the residual stream.
 
-Bolukbasi et al., "Man is to Computer Programmer as Woman is to Homemaker?", NeurIPS 2016, section 5.1 (*neutralize*),
-as Liang et al. ("Towards Debiasing Sentence Representations", ACL 2020, section 2.2) carried it to sentences:
+Bolukbasi et al., "Man is to Computer Programmer as Woman is to Homemaker?", NeurIPS 2016, sections 5.1
+and 6 (*neutralize*), as Liang et al. ("Towards Debiasing Sentence Representations", ACL 2020) carried it to sentences:
 
     D  = h(prompt + answer of group g) - mean over the question's groups
     Q  = the directions between the groups' means, one fewer than groups, then the principal directions of what is left
@@ -53,7 +53,7 @@ def group_directions(differences: Tensor, groups: Tensor, rank: int) -> Tensor:
 BASELINE = Baseline(
     name="projection",
     title="Projection",
-    source="Bolukbasi et al., NeurIPS 2016, section 5.1; Liang et al., ACL 2020, section 2.2",
+    source="Bolukbasi et al., NeurIPS 2016, sections 5.1 and 6; Liang et al., ACL 2020",
     propose=propose,
     scales=(0.25, 0.5, 1.0, 1.5),
 )
