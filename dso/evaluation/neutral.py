@@ -11,7 +11,7 @@ from dso.errors import UserError
 from dso.files import as_path
 from dso.models.backbone import Backbone
 from dso.models.scores import kl_divergence
-from dso.steering.handle import unsteered
+from dso.steering.handle import Turnable, unsteered
 
 SHIPPED = Path(__file__).with_name("neutral.txt")
 
@@ -30,10 +30,14 @@ class NeutralTexts:
         self._base: torch.Tensor | None = None
 
     @torch.no_grad()
-    def kl(self) -> float:
-        """Mean KL(steered || base) in nats of the next token after each text, with the operators as they are now."""
+    def kl(self, *more: Turnable) -> float:
+        """Mean KL(steered || base) in nats of the next token after each text, with the operators as they are now.
+
+        Args:
+            more: of :func:`dso.steering.handle.unsteered`.
+        """
         if self._base is None:
-            with unsteered(self.backbone.model):
+            with unsteered(self.backbone.model, *more):
                 self._base = self.backbone.next_token(self.texts)
         return float(kl_divergence(self.backbone.next_token(self.texts), self._base).mean())
 

@@ -93,7 +93,7 @@ class Materials:
         try:
             measured = self._validation.settings([(handle, scale)])[0]
             handle.scale = scale
-            neutral = self._neutral.kl()
+            neutral = self._neutral.kl(handle)
         finally:
             handle.detach()
         row = self._row(measured, scale)
@@ -119,7 +119,7 @@ class Materials:
         try:
             measured = self._test.settings([(handle, scale)])[0]
             handle.scale = scale
-            neutral, perplexity = self._neutral.kl(), self._perplexity()
+            neutral, perplexity = self._neutral.kl(handle), self._perplexity()
         finally:
             handle.detach()
         result = self._scale_point(scale, measured, base)

@@ -11,6 +11,7 @@ from dso.baselines import adapters
 from dso.baselines.adapters import Adapter
 from dso.baselines.baseline import BaselineError
 from dso.evaluation.evaluator import Evaluator
+from dso.evaluation.neutral import NeutralTexts
 
 KINDS = {
     "lora": {"r": 2, "lora_alpha": 6, "target_modules": "all-linear"},
@@ -114,3 +115,16 @@ def test_a_model_without_a_place_and_a_second_adapter_are_refused() -> None:
         trained("ln_tuning").attach(model)
     handle.detach()
     trained("ln_tuning").attach(model).detach()
+
+
+@torch.no_grad()
+def test_neutral_texts_are_held_against_the_base_model_while_an_adapter_is_on() -> None:
+    backbone = tiny_task().backbone
+    texts = ["The river is", "In winter, "]
+    before = backbone.next_token(texts)
+    handle = trained("lora").attach(backbone.model)
+    after = backbone.next_token(texts)
+    wanted = float((after.exp() * (after - before)).sum(-1).mean())
+    assert wanted > 0.01
+    assert NeutralTexts(backbone, texts).kl(handle) == pytest.approx(wanted, rel=1e-4)
+    assert torch.equal(backbone.next_token(texts), after)
