@@ -8,7 +8,7 @@ Li et al., "FairSteer: Inference Time Debiasing for LLMs with Dynamic Activation
     w, c   logistic regression on the states behind prompts: biased or not      (biased activation detection)
     v      mean of h(prompt + other answer) - h(prompt + stereotyped answer)    (debiasing steering vector)
 
-The layers are tried in the order of the classifier's accuracy on prompts that are held out.
+The layers are tried in the order of the classifier's accuracy on prompts that are held out, v in both directions.
 
 Adapted: a prompt is *biased* where it is ambiguous and the base model gives the stereotyped group more than its fair
 share. The others, unambiguous ones among them, are not, so that the gate stays shut where an answer is right. The gate
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dso.baselines.activations import answered, biased, collect, prompts
 from dso.baselines.baseline import Baseline, BaselineError, Candidate, Task
-from dso.baselines.fitted import OwnOperators
+from dso.baselines.fitted import DIRECTIONS, OwnOperators
 from dso.baselines.places import by_depth, decoder_layers
 from dso.baselines.probes import accuracy, logistic
 from dso.steering.operators import SteeringOperator
@@ -69,9 +69,11 @@ def propose(task: Task) -> Iterator[Candidate]:
     weights, intercepts = logistic(stacked, labels)
     for place in right.argsort(descending=True, stable=True).tolist():
         layer = layers[place]
-        gated = GatedOperator(weights[place], intercepts[place], answers.pairs(found[layer]).mean(0))
-        label = f"layer {every.index(layer)}, gate right {right[place]:.0%}"
-        yield Candidate(label, OwnOperators(task, {layer: gated}))
+        vector = answers.pairs(found[layer]).mean(0)
+        for sign, way in DIRECTIONS:
+            gated = GatedOperator(weights[place], intercepts[place], sign * vector)
+            label = f"layer {every.index(layer)}, gate right {right[place]:.0%}{way}"
+            yield Candidate(label, OwnOperators(task, {layer: gated}))
 
 
 BASELINE = Baseline(
