@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dso.errors import UserError
+from dso.evaluation.benchmarks.figures import estimate_of, jackknife
+from dso.evaluation.benchmarks.probe import Probe
+from dso.evaluation.intervals import Estimate
+from dso.evaluation.twoway import Array
 from dso.files import as_path
 from dso.models.backbone import Backbone
 from dso.models.scores import kl_divergence
@@ -28,6 +33,7 @@ class NeutralTexts:
         self.backbone = backbone
         self.texts = tuple(texts)
         self._base: torch.Tensor | None = None
+        self._plain: tuple[Array, Array] | None = None
 
     @torch.no_grad()
     def kl(self, *more: Turnable) -> float:
@@ -40,6 +46,20 @@ class NeutralTexts:
             with unsteered(self.backbone.model, *more):
                 self._base = self.backbone.next_token(self.texts)
         return float(kl_divergence(self.backbone.next_token(self.texts), self._base).mean())
+
+    def perplexity(self, *more: Turnable) -> Estimate:
+        """The relative change of the perplexity by the operators as they are now; the texts are its units.
+
+        Args:
+            more: of :func:`dso.steering.handle.unsteered`.
+        """
+        if self._plain is None:
+            with unsteered(self.backbone.model, *more):
+                self._plain = Probe(self.backbone).likelihoods(self.texts)
+        before, tokens = self._plain
+        after = Probe(self.backbone).likelihoods(self.texts)[0]
+        sums = np.stack([before - after, tokens], axis=1)
+        return estimate_of(jackknife(sums, lambda s: np.expm1(s[..., 0] / s[..., 1])))
 
 
 def neutral_texts(path: str | None = None) -> list[str]:

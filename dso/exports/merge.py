@@ -55,11 +55,11 @@ class Merging:
     plan: MergePlan
 
     @classmethod
-    def of(cls, steering: Steering, scale: float = 1.0, model: str | None = None) -> Merging:
+    def of(cls, steering: Steering, scale: float | None = None, model: str | None = None) -> Merging:
         """Load the base model and see what goes where; nothing is written.
 
         Args:
-            scale: within the range that the steering states.
+            scale: within the range that the steering states; its default when None.
             model: folder or Hub id of the base model; by default the one that the steering states.
 
         Raises:
@@ -67,6 +67,7 @@ class Merging:
             UserError: if the model cannot be loaded, is not the one that the steering was made for, or is quantised.
         """
         config = steering.config
+        scale = config.default_scale if scale is None else scale
         name = model or config.base_model
         if not name:
             raise MergeError("the steering names no base model; name one (--model)")

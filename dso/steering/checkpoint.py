@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dso.errors import UserError
 from dso.files import as_path, replace_folder, stage, write_bytes
-from dso.steering.config import SteeringConfig, SteeringError
+from dso.steering.config import TRAINED_AT, SteeringConfig, SteeringError
 from dso.steering.hub import find_folder
 from dso.steering.operators import coefficient_shapes
 
@@ -37,7 +37,7 @@ CARD_FILE = "README.md"
 FILES = (CONFIG_FILE, TENSOR_FILE, CARD_FILE)
 LARGEST = {CONFIG_FILE: 16 << 20, TENSOR_FILE: 4 << 30, CARD_FILE: 4 << 20}  # bytes; far above any steering's
 HEADER = 8, 100 << 20  # bytes of a safetensors file before its numbers, at least and at most
-LATER = ("scoring",)  # what older checkpoints do not state
+LATER = ("scoring", "default_scale")  # what older checkpoints do not state
 
 
 def write_checkpoint(folder: str | Path, config: SteeringConfig, tensors: Mapping[str, Tensor], card: str = "") -> None:
@@ -57,7 +57,10 @@ def write_checkpoint(folder: str | Path, config: SteeringConfig, tensors: Mappin
     if place.exists() and not place.is_dir():
         raise SteeringError(f"{place}: is no folder; nothing was saved")
     data = save_safetensors(plain)
-    record = {"format_version": FORMAT_VERSION, **asdict(config), "tensors_sha256": hashlib.sha256(data).hexdigest()}
+    stated = asdict(config)
+    if config.default_scale == TRAINED_AT:  # which goes without saying, also to versions that do not know the key
+        del stated["default_scale"]
+    record = {"format_version": FORMAT_VERSION, **stated, "tensors_sha256": hashlib.sha256(data).hexdigest()}
     text = _config_text(record | {"config_sha256": _config_digest(record)})
     contents = {TENSOR_FILE: data, CONFIG_FILE: text.encode(), CARD_FILE: card.encode()}
     if place.exists() and not _only_a_steering(place):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from dso.errors import UserError
 from dso.models.scores import Scoring
 
+TRAINED_AT = 1.0  # the scale that a steering is trained at
 FINITE = 1e30  # a whole number of JSON may be beyond any float
 
 
@@ -29,6 +30,7 @@ class SteeringConfig:
         base_model, revision: where the base model came from.
         groups, target: the groups that were made equiprobable, and their fair shares, equal unless given.
         scale_range: the scales that a user may set, 0 among them; evidence exists within it.
+        default_scale: the scale where none is named; ``dso calibrate`` chooses one for somebody's limits.
         scale_curve: measured rows, one a scale (:mod:`dso.evaluation.report`).
         scoring: the rule by which decisions were scored, and by which whoever measures the steering scores them.
 
@@ -46,6 +48,7 @@ class SteeringConfig:
     groups: tuple[str, ...] = ()
     target: tuple[float, ...] = ()
     scale_range: tuple[float, float] = (0.0, 1.0)
+    default_scale: float = TRAINED_AT
     scale_curve: tuple[dict, ...] = field(default=())
     scoring: Scoring = field(default_factory=Scoring)
 
@@ -101,3 +104,7 @@ def _faults(config: SteeringConfig) -> Iterator[str]:
         yield f"{len(config.target)} shares in the target of {len(config.groups)} groups"
     if len(config.scale_range) != 2 or not config.scale_range[0] <= 0 <= config.scale_range[1]:
         yield f"scale_range is {list(config.scale_range)}, expected [low, high] with 0 between them"
+    elif type(scale := config.default_scale) not in (int, float) or not abs(scale) < FINITE:
+        yield f"default_scale must be a finite number, found {scale!r}"
+    elif scale != TRAINED_AT and not config.scale_range[0] <= scale <= config.scale_range[1]:
+        yield f"default_scale is {scale:g}, outside of the scale_range {list(config.scale_range)}"

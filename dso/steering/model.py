@@ -103,13 +103,14 @@ class Steering(nn.Module):
             for key, value in own.items():
                 value.copy_(tensors[key])
 
-    def attach(self, model: nn.Module, scale: float | Tensor = 1.0, *, check: bool = True) -> Handle:
+    def attach(self, model: nn.Module, scale: float | Tensor | None = None, *, check: bool = True) -> Handle:
         """Steer a model until the handle is detached.
 
         A model may be compiled or wrapped already; what was compiled before is compiled anew. Several steerings may be
         on a model, and act in the order in which they were attached.
 
         Args:
+            scale: a number, or one a row; the default of the steering (``config.default_scale``) when None.
             check: refuse a model of other weights than the ones that the steering was trained on.
 
         Raises:
@@ -124,10 +125,10 @@ class Steering(nn.Module):
         modules = self._modules_of(model)
         if check:
             require_same(self.config.fingerprint, model, self.config.sites, self._made_for)
-        return Handle(self, model, modules, scale)
+        return Handle(self, model, modules, self.config.default_scale if scale is None else scale)
 
     @contextmanager
-    def on(self, model: nn.Module, scale: float | Tensor = 1.0, *, check: bool = True) -> Iterator[Handle]:
+    def on(self, model: nn.Module, scale: float | Tensor | None = None, *, check: bool = True) -> Iterator[Handle]:
         """Steer a model within a block, as :meth:`attach` does; it is restored at the end, also on an error."""
         handle = self.attach(model, scale, check=check)
         try:

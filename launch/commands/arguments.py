@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 STATED = "base model (default: the one the steering states)"
+OWN_SCALE = "(default: the steering's own, which is 1 unless dso calibrate has set it)"
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -23,7 +23,7 @@ from dso.evaluation.card import with_section
 from dso.evaluation.spillover import Spillover, spillover, steered_attributes
 from dso.files import as_path, write_text
 from dso.steering.model import Steering
-from launch.commands.common import load_backbone, quieten
+from launch.commands.common import load_backbone, quieten, scale_of
 from launch.exits import EXIT_INPUT, EXIT_PARTLY
 
 CARD = "README.md"
@@ -43,9 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     steering = None if bare else Steering.from_pretrained(arguments.steering)
     backbone = load_backbone(arguments, steering)
     handle = steering.to(backbone.device).attach(backbone.model, 0.0) if steering else None
+    scale = scale_of(arguments.scale, steering) if steering else None
     record: dict[str, Any] = {
         "steering": None if bare else arguments.steering,
-        "scale": None if bare else arguments.scale,
+        "scale": scale,
         "model": backbone.name,
         "limit": arguments.limit,
         "benchmarks": {},
@@ -55,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, task in tasks.items():
         try:
             with _bar(name, task, handle is not None, arguments.quiet) as bar:
-                measured[name] = measure(task, backbone, handle, arguments.scale, bar.update)
+                measured[name] = measure(task, backbone, handle, scale or 0.0, bar.update)
         except UserError as error:
             _leave_out(left_out, name, error)
             continue

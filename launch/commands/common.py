@@ -60,6 +60,11 @@ def open_split(name: str, arguments: argparse.Namespace) -> DecisionSet:
     return load_decisions(name, **pairs(arguments.option, "--option")).select(split=arguments.split)
 
 
+def scale_of(given: float | None, steering: Steering) -> float:
+    """The scale that an option gives, or the steering's own."""
+    return steering.config.default_scale if given is None else given
+
+
 def pairs(items: list[str], option: str) -> dict:
     """``key=value`` arguments as a dictionary of YAML values.
 

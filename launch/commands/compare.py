@@ -21,7 +21,7 @@ from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.report import compared_json, comparison_table
 from dso.files import as_path, write_text
 from dso.steering.model import Steering
-from launch.commands.common import load_backbone, numbers, open_split, pairs, quieten, run_name
+from launch.commands.common import load_backbone, numbers, open_split, pairs, quieten, run_name, scale_of
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,7 +80,10 @@ def _pair(one: str, two: str, arguments: argparse.Namespace) -> int:
     backbone = load_backbone(arguments, steering)
     handles = {name: each.to(backbone.device).attach(backbone.model, 0.0) for name, each in loaded.items()}
     hidden = arguments.quiet or not sys.stderr.isatty()
-    settings = [(handles.get(first), scale), (handles.get(second), other)]
+    settings = [
+        (handles.get(name), scale_of(scale, loaded[name]) if name in loaded else 0.0)
+        for name, scale in ((first, scale), (second, other))
+    ]
     # The base model runs once for both, unless they are at 0.
     passes = 1 + sum(handle is not None and bool(scale) for handle, scale in settings)
     with tqdm(total=len(data) * passes, unit="decision", disable=hidden) as bar:
@@ -93,13 +96,13 @@ def _pair(one: str, two: str, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _place(text: str) -> tuple[str, float]:
-    """A steering and its scale, from ``FOLDER``, ``FOLDER@0.5`` or ``none``."""
+def _place(text: str) -> tuple[str, float | None]:
+    """A steering and its scale, None where it is not named, from ``FOLDER``, ``FOLDER@0.5`` or ``none``."""
     name, _, number = text.rpartition("@")
     try:
         scale = float(number)
     except ValueError:  # no scale, or a folder with an @ in its name
-        name, scale = text, 1.0
-    if not name or not math.isfinite(scale):
+        name, scale = text, None
+    if not name or not math.isfinite(scale or 0.0):
         raise UserError(f"{text!r}: expected a steering and a finite scale, as in FOLDER@0.5")
     return name, 0.0 if name == "none" else scale

@@ -21,13 +21,16 @@ from launch.run.measure import scale_points
 def run(arguments: argparse.Namespace) -> int:
     """``dso evaluate``."""
     bare = arguments.steering == "none"
-    scales = [0.0] if bare else sorted({0.0, *numbers(arguments.scales)})
+    given = numbers(arguments.scales) if arguments.scales is not None and not bare else []
     data = open_split(arguments.set, arguments)
     data.select(kind="ambiguous")
     shares = pairs(arguments.target, "--target") or None
     check_target(shares, data.groups)
     quieten()
     steering = None if bare else Steering.from_pretrained(arguments.steering)
+    if steering is not None and not given:
+        given = [steering.config.default_scale]
+    scales = sorted({0.0, *given})
     if shares is None and steering is not None and {*steering.config.groups} == {*data.groups}:
         shares = dict(zip(steering.config.groups, steering.config.target, strict=True))  # what it was trained towards
     target = dict(zip(data.groups, check_target(shares, data.groups), strict=True))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from launch.commands.arguments import add_model, positive
+from launch.commands.arguments import OWN_SCALE, add_model, add_option, positive
 
 
 def add_evidence(commands: argparse._SubParsersAction) -> None:
     """Add the commands; each is a file beside this one."""
     _add_benchmark(commands)
     _add_report(commands)
+    _add_calibrate(commands)
 
 
 def _add_benchmark(commands: argparse._SubParsersAction) -> None:
@@ -19,7 +20,7 @@ def _add_benchmark(commands: argparse._SubParsersAction) -> None:
     benchmark.add_argument("steering", help="folder or Hub id of a steering; 'none' for the base model alone")
     benchmark.add_argument("names", nargs="*", metavar="NAME", help="such as crows_pairs; 'all' for all that are there")
     benchmark.add_argument("--data", metavar="DIR", help="the folder with a folder for each benchmark's files")
-    benchmark.add_argument("--scale", type=float, default=1.0, help="of the steering (default: 1)")
+    benchmark.add_argument("--scale", type=float, help=f"of the steering {OWN_SCALE}")
     benchmark.add_argument("--limit", type=positive, metavar="N", help="items of each benchmark (default: all)")
     benchmark.add_argument("--spillover", action="store_true", help="also show the bias about other attributes")
     benchmark.add_argument("--write-card", action="store_true", help="likewise, and write it into the steering's card")
@@ -35,3 +36,24 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     report = commands.add_parser("report", help="draw the report of a study again")
     report.add_argument("study", help="the study.json that dso compare wrote, or its folder")
     report.add_argument("--out", metavar="DIR", help="the folder to write (default: that of the study)")
+
+
+def _add_calibrate(commands: argparse._SubParsersAction) -> None:
+    text = "find the scale that meets limits on validation, and make it the steering's own"
+    calibrate = commands.add_parser("calibrate", help=text, epilog="Exit code 4: no scale does; nothing is written.")
+    calibrate.add_argument("steering", help="folder of a steering, or with --out a Hub id")
+    bias = "of the bias; the upper end of its 95%% interval must not be above it"
+    calibrate.add_argument("--max-bias", type=float, metavar="BIAS", help=bias)
+    calibrate.add_argument("--max-kl", type=float, metavar="NATS", help="of KL to the base on ambiguous decisions")
+    calibrate.add_argument(
+        "--max-accuracy-loss", type=float, metavar="SHARE", help="of the base's accuracy, as in 0.02"
+    )
+    calibrate.add_argument("--max-perplexity", type=float, metavar="SHARE", help="more on neutral texts, as in 0.05")
+    calibrate.add_argument("--out", metavar="DIR", help="the steering to write (default: the one that was read)")
+    calibrate.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
+    add_option(calibrate)
+    calibrate.add_argument("--split", default="validation", help="split to measure (default: validation)")
+    resamples = "resamples of the intervals (default: 1000)"
+    calibrate.add_argument("--bootstrap", type=positive, default=1000, help=resamples)
+    calibrate.add_argument("--quiet", action="store_true", help="print only the result")
+    add_model(calibrate)

@@ -25,8 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("--rank is of LoRA; LN tuning holds all slopes of a norm at no cost")
     if arguments.tied_head and arguments.to != "lora":
         raise UserError("--tied-head is of --to lora; LN tuning needs no head, and llama.cpp has none of its own then")
-    scales = numbers(arguments.scale, "--scale")
+    given = None if arguments.scale is None else numbers(arguments.scale, "--scale")
     steering = Steering.from_pretrained(arguments.steering)
+    scales = given or [steering.config.default_scale]
     folders = _folders(Path(arguments.out), scales)
     for folder, scale in folders.items():  # before the first is written, and before the model is loaded
         check_scale(steering, scale)

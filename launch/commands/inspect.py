@@ -8,6 +8,7 @@ from typing import Any
 
 from dso.evaluation.comparison import cut_text
 from dso.evaluation.report import ScalePoint, decimal_text, interval_text
+from dso.steering.config import TRAINED_AT
 from dso.steering.model import Steering
 
 
@@ -26,7 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"fingerprint  {config.base_id}")
     print(f"fair shares  {shares}")
     print(f"scoring      {'mean a token' if config.scoring.length_normalised else 'sum of tokens'}")
-    print(f"scale        {config.scale_range[0]:g} to {config.scale_range[1]:g}")
+    own = "" if config.default_scale == TRAINED_AT else f", {config.default_scale:g} unless one is named"
+    print(f"scale        {config.scale_range[0]:g} to {config.scale_range[1]:g}{own}")
     print(f"coefficients {total}, of which {zero} are exactly 0")
     for line in _measured(config.scale_curve):
         print(line)

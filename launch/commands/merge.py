@@ -55,7 +55,7 @@ def _cost(arguments: argparse.Namespace, merging: Merging) -> str:
     backbone = Backbone(
         merging.model, merging.tokenizer, "model", processor=merging.processor, scoring=steering.config.scoring
     )
-    return cost_table(backbone, decisions, steering, merging.part, [arguments.scale], "merged")
+    return cost_table(backbone, decisions, steering, merging.part, [merging.scale], "merged")
 
 
 def _decisions(arguments: argparse.Namespace) -> DecisionSet | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from launch.commands.arguments import DTYPES, STATED, add_model, add_option, count, positive
+from launch.commands.arguments import DTYPES, OWN_SCALE, STATED, add_model, add_option, count, positive
 from launch.commands.evidence_parsers import add_evidence
 
 
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="generate text with a steered model")
     generate.add_argument("steering", help="folder or Hub id of a steering")
     generate.add_argument("prompt", help="the text to go on from")
-    generate.add_argument("--scale", type=float, default=1.0, help="strength, 0 is the base model (default: 1)")
+    generate.add_argument("--scale", type=float, help=f"strength, 0 is the base model {OWN_SCALE}")
     add_model(generate)
     generate.add_argument("--chat", action="store_true", help="send the prompt as a user's chat message")
     generate.add_argument("--max-new-tokens", type=positive, default=40, help="(default: 40)")
@@ -93,7 +93,7 @@ def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
     add_option(evaluate)
     evaluate.add_argument("--split", default="test", help="split to measure (default: test)")
-    evaluate.add_argument("--scales", default="1", help="comma-separated, beside the base model's 0 (default: 1)")
+    evaluate.add_argument("--scales", help=f"comma-separated, beside the base model's 0 {OWN_SCALE}")
     evaluate.add_argument(
         "--target",
         action="append",
@@ -115,7 +115,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
         nargs="+",
         metavar="CONFIG [key=value ...] | STEERING STEERING",
         help="a config, whose steering and rivals are trained, tuned and measured into a report; or two steerings, "
-        "folders or Hub ids, each with its scale as in FOLDER@0.5 (default: @1), 'none' for the base model",
+        "folders or Hub ids, each with its scale as in FOLDER@0.5 (default: its own), 'none' for the base model",
     )
     study = compare.add_argument_group("of a config")
     study.add_argument(
@@ -149,7 +149,7 @@ def _add_compare(commands: argparse._SubParsersAction) -> None:
 def _add_merge(commands: argparse._SubParsersAction) -> None:
     merge = commands.add_parser("merge", help="write a plain model folder with a steering merged into the weights")
     merge.add_argument("steering", help="folder or Hub id of a steering")
-    merge.add_argument("--scale", type=float, default=1.0, help="strength, fixed from then on (default: 1)")
+    merge.add_argument("--scale", type=float, help=f"strength, fixed from then on {OWN_SCALE}")
     merge.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     merge.add_argument("--model", help=STATED)
     merge.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the one they are stored in)")
@@ -178,7 +178,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     export.add_argument("steering", help="folder or Hub id of a steering")
     export.add_argument("--to", required=True, choices=("lora", "ln-tuning", "gguf-lora"), help="the adapter's format")
     export.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    export.add_argument("--scale", default="1", help="strength; with several, as in 0.25,0.5,1, a folder in DIR each")
+    export.add_argument("--scale", help=f"strength; with several, as in 0.25,0.5,1, a folder in DIR each {OWN_SCALE}")
     export.add_argument("--rank", type=positive, metavar="K", help="keep the K strongest slopes of each site")
     export.add_argument("--allow-partial", action="store_true", help="leave out what the format cannot hold")
     export.add_argument("--tied-head", action="store_true", help="with lora: also change a head tied to the embedding")
@@ -193,7 +193,7 @@ def _add_serve(commands: argparse._SubParsersAction) -> None:
     serve = commands.add_parser("serve", help=text, epilog="The environment variable DSO_API_KEY sets an API key.")
     serve.add_argument("steering", help="folder or Hub id of a steering")
     add_model(serve)
-    serve.add_argument("--scale", type=float, default=1.0, help="of requests that name none (default: 1)")
+    serve.add_argument("--scale", type=float, help=f"of requests that name none {OWN_SCALE}")
     serve.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in (default: 127.0.0.1)")
     serve.add_argument("--port", type=count, default=8000, help="0 takes a free one (default: 8000)")
     serve.add_argument("--max-rows", type=positive, default=32, help="answers written side by side (default: 32)")

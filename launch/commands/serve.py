@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dso.errors import UserError
 from dso.steering.model import Steering
-from launch.commands.common import load_backbone, quieten
+from launch.commands.common import load_backbone, quieten, scale_of
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -27,12 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
     socket = bind(arguments.host, arguments.port)
     steering = Steering.from_pretrained(arguments.steering)
     backbone = load_backbone(arguments, steering)
-    handle = steering.to(backbone.device).attach(backbone.model, arguments.scale)
+    handle = steering.to(backbone.device).attach(backbone.model, scale := scale_of(arguments.scale, steering))
     engine = Engine(backbone, handle, max_rows=arguments.max_rows, max_queue=arguments.max_queue)
     most = min(arguments.max_tokens, backbone.context or arguments.max_tokens)
-    limits = Limits(
-        scale=arguments.scale, scales=steering.config.scale_range, max_tokens=most, model=Path(backbone.name).name
-    )
+    limits = Limits(scale=scale, scales=steering.config.scale_range, max_tokens=most, model=Path(backbone.name).name)
     key = os.environ.get("DSO_API_KEY") or None
     app = make_app(engine, limits, key=key, max_body=arguments.max_body)
     host, port = socket.getsockname()[:2]

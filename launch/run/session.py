@@ -21,6 +21,7 @@ from dso.evaluation.answers import check_answers
 from dso.evaluation.neutral import neutral_texts
 from dso.models.backbone import Backbone
 from dso.models.loading import find_model
+from dso.steering.config import TRAINED_AT
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from envs.task import DecisionTask
@@ -108,7 +109,7 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
             raise ConfigError(reason, "train.gradient_checkpointing")
         seed_everything(config.train.seed)
         steering = open_steering(config, backbone, decisions)
-        handle = steering.attach(backbone.model)
+        handle = steering.attach(backbone.model, TRAINED_AT)
     training = decisions.select(split="train")
     task = DecisionTask(backbone, training, config.data.target, reward_config(config), handle)
     trainer = open_trainer(config, task, steering, world, deepspeed)

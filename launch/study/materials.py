@@ -7,20 +7,15 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dso.baselines.baseline import Attachable, Task
 from dso.decisions.decision import check_target
-from dso.evaluation.benchmarks.figures import estimate_of, jackknife
-from dso.evaluation.benchmarks.probe import Probe
 from dso.evaluation.evaluator import Evaluator, Measurement
-from dso.evaluation.intervals import Estimate
 from dso.evaluation.neutral import NeutralTexts, neutral_texts
 from dso.evaluation.report import ScalePoint
 from dso.evaluation.study import Point
-from dso.evaluation.twoway import Array
 from dso.files import write_bytes
 from dso.rewards import ABSENT
 from envs.task import DecisionTask
@@ -70,18 +65,6 @@ class Materials:
         return NeutralTexts(self.backbone, neutral_texts(self.config.constraints.neutral_texts))
 
     @cached_property
-    def _plain(self) -> tuple[Array, Array]:
-        """(N,) log-likelihood of each neutral text under the base model, and its tokens."""
-        return Probe(self.backbone).likelihoods(self._neutral.texts)
-
-    def _perplexity(self) -> Estimate:
-        """The relative change on neutral texts by what is on the model now; the texts are its units."""
-        before, tokens = self._plain
-        after = Probe(self.backbone).likelihoods(self._neutral.texts)[0]
-        sums = np.stack([before - after, tokens], axis=1)
-        return estimate_of(jackknife(sums, lambda s: np.expm1(s[..., 0] / s[..., 1])))
-
-    @cached_property
     def base_row(self) -> Validation:
         """The base model on validation."""
         return self._row(self._validation.measure(0.0), 0.0)
@@ -114,12 +97,12 @@ class Materials:
 
     def point(self, steering: Attachable, scale: float) -> tuple[Point, Measurement]:
         """A steering on the test, cut against the base model on the same people; and what it says to each decision."""
-        base, _ = self.base, self._plain  # before anything is on the model
+        base = self.base  # before anything is on the model
         handle = steering.attach(self.backbone.model, scale)
         try:
             measured = self._test.settings([(handle, scale)])[0]
             handle.scale = scale
-            neutral, perplexity = self._neutral.kl(handle), self._perplexity()
+            neutral, perplexity = self._neutral.kl(handle), self._neutral.perplexity(handle)
         finally:
             handle.detach()
         result = self._scale_point(scale, measured, base)

@@ -12,6 +12,7 @@ import random
 import shutil
 import stat
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -496,3 +497,18 @@ def test_a_download_without_a_config_is_refused(monkeypatch, tmp_path):
 def test_the_format_is_the_one_of_these_tests():
     assert checkpoint.FORMAT_VERSION == 2
     assert (checkpoint.CONFIG_FILE, checkpoint.TENSOR_FILE, checkpoint.CARD_FILE) == (CONFIG, TENSORS, CARD)
+
+
+def test_a_default_scale_is_stated_only_where_it_is_not_1(tmp_path: Path) -> None:
+    config = SteeringConfig(sites={"norm": 2}, scale_range=(0.0, 2.0))
+    Steering(config).save_pretrained(tmp_path / "plain")
+    assert "default_scale" not in json.loads((tmp_path / "plain" / "dso_config.json").read_text())
+    assert Steering.from_pretrained(tmp_path / "plain").config.default_scale == 1.0
+    Steering(replace(config, default_scale=0.25)).save_pretrained(tmp_path / "set")
+    assert Steering.from_pretrained(tmp_path / "set").config.default_scale == 0.25
+
+
+@pytest.mark.parametrize("scale", [float("nan"), 2.5, -0.1, "1", True])
+def test_a_default_scale_lies_within_the_range(scale: object) -> None:
+    with pytest.raises(SteeringError, match="default_scale"):
+        SteeringConfig(sites={"norm": 2}, scale_range=(0.0, 2.0), default_scale=scale)
