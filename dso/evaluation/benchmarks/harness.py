@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,8 @@ class HarnessTask(FigureTask[dict[str, Any]]):
     """
 
     def __init__(self, name: str, folder: Path | None = None, limit: int | None = None):
-        try:
-            from lm_eval.tasks import TaskManager
-        except ImportError as error:
-            raise UserError(INSTALL) from error
         self.name, self.limit, self.items, self.asks = name, limit, limit or 0, 0
-        self.manager = TaskManager(include_path=str(folder) if folder else None)
+        self.manager = _manager(folder)
         if name not in self.manager.all_tasks:
             near = difflib.get_close_matches(name, self.manager.all_tasks, n=3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
@@ -82,6 +79,16 @@ class HarnessTask(FigureTask[dict[str, Any]]):
                     continue
                 found.append(_figure(f"{task}, {metric}", metric, rule, float(value), samples))
         return found
+
+
+@cache
+def _manager(folder: Path | None) -> Any:
+    """What knows the harness's tasks, which takes seconds to read them all."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UserError(INSTALL) from error
+    return TaskManager(include_path=str(folder) if folder else None)
 
 
 @contextmanager
