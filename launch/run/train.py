@@ -31,9 +31,10 @@ from launch.run.session import Session, load_backbone, open_decisions, split_of
 from launch.run.trainer import open_matcher
 from trainers.parallel.ranks import World
 from trainers.ppo import SteeringPPO
+from trainers.state.saved import read_state
 from trainers.tracking.records import decision_samples
 
-__all__ = ["Result", "RunError", "Stopped", "is_learned", "learned", "report", "said", "train"]
+__all__ = ["Result", "RunError", "Stopped", "is_learned", "last_step", "learned", "report", "said", "train"]
 
 
 def train(
@@ -96,6 +97,14 @@ def learned(config: TrainConfig, *, name: str, quiet: bool = False) -> Path:
         learn(session, start.plan, start.stop, tracker, quiet=quiet)
         session.handle.detach()
     return start.plan.folder
+
+
+def last_step(folder: Path) -> Steering:
+    """The steering that a run ended with, whatever its selection kept."""
+    steering, prefix = Steering.from_pretrained(folder / "steering"), "policy/steering."
+    tensors = read_state(folder / "state").tensors
+    steering.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+    return steering
 
 
 def is_learned(config: TrainConfig, folder: Path) -> bool:

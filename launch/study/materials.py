@@ -21,7 +21,7 @@ from dso.rewards import ABSENT
 from envs.task import DecisionTask
 from launch.config.schema import TrainConfig
 from launch.run.constants import RESAMPLES
-from launch.run.measure import scale_point, thin
+from launch.run.measure import scale_point
 from launch.run.session import load_backbone, open_decisions
 from launch.run.trainer import reward_config
 from launch.run.validation import validation_row
@@ -31,8 +31,8 @@ from trainers.callbacks import Validation
 class Materials:
     """See the module.
 
-    Validation and test are thinned alike, ``evaluation.validation_stride``: more people in the same time. The base
-    model's distributions are kept, as every method is held against them.
+    Whole splits are measured: everybody in every context, so that liking for people cancels also where they are few.
+    The base model's distributions are kept, as every method is held against them.
 
     Args:
         config: of the study.
@@ -45,8 +45,7 @@ class Materials:
         self._cache = cache
         self._progress = progress
         self.decisions = open_decisions(config)
-        stride = config.evaluation.validation_stride
-        self.asked = {name: thin(self.decisions.select(split=name), stride) for name in ("validation", "test")}
+        self.asked = {name: self.decisions.select(split=name) for name in ("validation", "test")}
         self.backbone = load_backbone(config)
 
     @cached_property

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from dso.reports.page import write_report
 from dso.steering.model import Steering
 from launch.config.schema import TrainConfig, load_config
 from launch.run.constants import kept_limits
-from launch.run.train import learned
+from launch.run.train import last_step, learned
 from launch.study.arms import OURS, Arm
 from launch.study.elsewhere import elsewhere
 from launch.study.folder import StudyFolder
@@ -36,7 +37,8 @@ from trainers.state.saved import read_state
 
 DRAWS = 10  # of the null
 OWN_SCALES = (0.25, 0.5, 0.75, 1.0)  # of a steering that was trained, whose range ends at 1
-AROUND = (0.5, 1.0, 1.5)  # times the chosen scale, of a baseline
+LADDER, WIDEST = (0.25, 0.5, 1.0, 2.0, 4.0), 8.0  # scales of what others trained
+AROUND = (0.5, 1.0, 1.5)  # times the chosen scale
 
 
 def measured_config(source: str, overrides: Sequence[str], options: dict[str, Any]) -> TrainConfig:
@@ -109,7 +111,7 @@ class Running:
             raise UserError("--data: benchmarks are asked of ours, which is not there; add ours to --methods")
         if not self.folder.done(ELSEWHERE, seeds[0]):
             self._say("other attributes and a capability task")
-            found = elsewhere(self.materials, self._steering(OURS, seeds[0]), data, limit)
+            found = elsewhere(self.materials, self._ours(seeds[0]), data, limit)
             self.folder.keep(ELSEWHERE, seeds[0], found)
 
     def write(self, command: str) -> Path:
@@ -135,8 +137,7 @@ class Running:
             return
         record: dict[str, Any] = {"trial": trial.to_json(), "wall": round(time.monotonic() - started, 1)}
         if arm.kind == "ours" and first:
-            steering = self._steering(arm, seed)
-            record |= {"policy": _short(policy), "samples": sampled(self.materials, steering)}
+            record |= {"policy": _short(policy), "samples": sampled(self.materials, self._ours(seed))}
         self.folder.keep(arm.name, seed, record)
 
     def config_of(self, arm: Arm, seed: int) -> TrainConfig:
@@ -148,37 +149,42 @@ class Running:
         )
         return load_config(self.source, [*self.overrides, *(arm.overrides or ()), *places])
 
-    def _steering(self, arm: Arm, seed: int) -> Steering:
-        config = self.config_of(arm, seed)
-        folder = learned(config, name=f"{arm.name}-s{seed}", quiet=True)
-        return Steering.from_pretrained(folder / "steering")
+    def _run(self, arm: Arm, seed: int) -> Path:
+        return learned(self.config_of(arm, seed), name=f"{arm.name}-s{seed}", quiet=True)
+
+    def _ours(self, seed: int) -> Steering:
+        return Steering.from_pretrained(self._run(OURS, seed) / "steering")
 
     def _trained(self, arm: Arm, seed: int, first: bool) -> tuple[Trial, np.ndarray | None]:
-        """A run of ``dso train``, which chooses its own scale: what it keeps is measured at 1."""
-        steering = self._steering(arm, seed)
-        saved = read_state(self.folder.path / "runs" / f"{arm.name}-s{seed}" / "state")
-        facts = saved.facts["extra"]
-        kept = any(bool(value.any()) for value in steering.tensors().values())
-        choice = Choice(
-            Candidate("as trained", steering),
-            1.0,
-            kept,
-            "" if kept else "no step was inside the limits",
-            len(facts["selection"]["history"]) - 1,
-        )
-        return self._measured(choice, seed, float(facts["seconds"]), OWN_SCALES if first and kept else (1.0,))
+        """A run of ``dso train``. Ours chooses its own scale; others end with their last step, whose scale is tuned."""
+        folder = self._run(arm, seed)
+        facts = read_state(folder / "state").facts["extra"]
+        seconds = float(facts["seconds"])
+        if arm.kind == "ours":
+            steering = self._ours(seed)
+            kept = any(bool(value.any()) for value in steering.tensors().values())
+            why = "" if kept else "no step was inside the limits"
+            tried = len(facts["selection"]["history"]) - 1
+            choice = Choice(Candidate("as trained", steering), 1.0, kept, why, tried)
+            return self._measured(choice, seed, seconds, OWN_SCALES if first and kept else (1.0,))
+        steering = last_step(folder)
+        steering.config = replace(steering.config, scale_range=(0.0, WIDEST))
+        started = time.monotonic()
+        choice = self._choose((Candidate("last step", steering),), LADDER)
+        seconds += time.monotonic() - started
+        return self._measured(choice, seed, seconds, _around(choice) if first else (choice.scale,))
+
+    def _choose(self, candidates: Iterable[Candidate], scales: tuple[float, ...]) -> Choice:
+        base = self.materials.base_row  # what all methods are given is not on their clock
+        return tune(candidates, scales, self.materials.row, kept_limits(self.config), base, self.seconds)
 
     def _tuned(self, arm: Arm, seed: int, first: bool) -> tuple[Trial, np.ndarray | None]:
         assert arm.baseline is not None
-        materials, base = self.materials, self.materials.base_row
-        task = materials.task(seed, self.seconds)  # what all methods are given is not on their clock
+        task = self.materials.task(seed, self.seconds)
         started = time.monotonic()
-        limits = kept_limits(self.config)
-        choice = tune(arm.baseline.propose(task), arm.baseline.scales, materials.row, limits, base, self.seconds)
-        seconds = time.monotonic() - started
-        alone = len(arm.baseline.scales) == 1
-        scales = tuple(choice.scale * factor for factor in AROUND) if first and not alone else (choice.scale,)
-        return self._measured(choice, seed, seconds, scales)
+        choice = self._choose(arm.baseline.propose(task), arm.baseline.scales)
+        seconds, alone = time.monotonic() - started, len(arm.baseline.scales) == 1
+        return self._measured(choice, seed, seconds, _around(choice) if first and not alone else (choice.scale,))
 
     def _random(self, seed: int) -> tuple[Trial, np.ndarray | None]:
         """A draw of the null, at the KL that ours has on validation."""
@@ -188,7 +194,7 @@ class Running:
                 "random directions are measured at the KL of ours, which is not there; add ours to --methods"
             )
         started = time.monotonic()
-        ours = self._steering(OURS, seeds[0])
+        ours = self._ours(seeds[0])
         drawn, wanted = random_like(ours, seed), self.materials.row(ours, 1.0).kl
         if not wanted > 0:
             raise BaselineError("ours is the base model, so there is no KL to have random directions at")
@@ -225,6 +231,10 @@ class Running:
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(f"dso: {text}", file=sys.stderr, flush=True)
+
+
+def _around(choice: Choice) -> tuple[float, ...]:
+    return tuple(choice.scale * factor for factor in AROUND)
 
 
 def _turned(steering: Steering, scale: float) -> Steering:

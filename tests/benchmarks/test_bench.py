@@ -18,6 +18,7 @@ from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 from launch.run.measure import scale_point
+from launch.run.train import last_step
 from tools.bench import estimators, sweeps, timing
 from tools.bench.cli import build_parser, main
 from tools.bench.estimators import decisions_until
@@ -107,7 +108,7 @@ def test_estimators_are_compared_by_what_the_last_step_left(
     assert last["kl"] > 0.01
     data = sweeps.load_decisions(str(tmp_path / "letters.jsonl")).select(split="validation")
     backbone = Backbone.load(str(model_folder))
-    with estimators.last_step(folder).on(backbone.model) as handle:
+    with last_step(folder).on(backbone.model) as handle:
         found = scale_point(1.0, Evaluator(backbone, data, handle).measure(), data, None, 1)
     assert (found.kl, found.bias.gap.value) == pytest.approx((last["kl"], last["gap"]), abs=1e-5)
 

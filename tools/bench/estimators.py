@@ -24,9 +24,9 @@ from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from launch.run.measure import scale_point, thin
+from launch.run.train import last_step
 from launch.study.tuning import at_kl
 from tools.bench.sweeps import Variant, train_all
-from trainers.state.saved import read_state
 
 CONFIG = "smollm2-estimators"
 # Sampled answers, +1/-1 by the group that a context prefers in the batch, no unambiguous share; the price of KL is
@@ -73,14 +73,6 @@ def estimators(arguments: argparse.Namespace) -> None:
     record = {"kl": arguments.kl, "base": base.to_json(contexts=False), "rows": rows}
     write_text(Path(arguments.results) / "estimators.json", json.dumps(record, indent=1) + "\n")
     print(table(record), end="")
-
-
-def last_step(folder: Path) -> Steering:
-    """The steering that a run ended with: which step is kept is a matter of selection, not of the estimator."""
-    steering, prefix = Steering.from_pretrained(folder / "steering"), "policy/steering."
-    tensors = read_state(folder / "state").tensors
-    steering.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
-    return steering
 
 
 def _at_kl(measure: Callable[[float], ScalePoint], wanted: float) -> ScalePoint:
