@@ -59,7 +59,7 @@ def test_it_agrees_with_our_own_scorer_base_and_steered(
     found = measure(task, backbone, handle)
     rows_of = task.compare(found.base, found.steered)
     (row,) = rows_of.values()
-    assert list(rows_of) == ["local_arc, acc"]
+    assert list(rows_of) == ["local_arc, acc"] and task.items == 12
     own = Arc(questions)
     handle.scale = 0.0
     base = own.ask(Probe(backbone)).right

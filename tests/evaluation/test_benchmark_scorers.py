@@ -14,7 +14,17 @@ import pytest
 import torch
 
 from dso.errors import UserError
-from dso.evaluation.benchmarks import arc, bbq, bscore, crows_pairs, holisticbias, stereoset, weat, winogender
+from dso.evaluation.benchmarks import (
+    arc,
+    bbq,
+    bscore,
+    coreference,
+    crows_pairs,
+    holisticbias,
+    stereoset,
+    weat,
+    winogender,
+)
 from dso.evaluation.benchmarks.figures import Figure
 from dso.evaluation.benchmarks.probe import Probe
 from dso.evaluation.benchmarks.registry import BENCHMARKS, measure, named
@@ -98,6 +108,43 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
     write(tmp_path / crows_pairs.FILE, CROWS.replace("antistereo,gender", "antistereo,height"))
     with pytest.raises(UserError, match=r"csv:3: unknown 'height'; expected one of race-color"):
         crows_pairs.load(tmp_path, None)
+
+
+# WinoBias, as published
+
+
+def winobias_files(folder: Path) -> None:
+    write(folder / "male_occupations.txt", "guard\ncook\n")
+    write(folder / "female_occupations.txt", "nurse\nclerk\n")
+    lines = "1 [The guard] met the nurse because [{}] was late.\n2 The cook went to cook for [the the clerk] as [{}] asked.\n"
+    for kind in ("type1", "type2"):
+        write(folder / f"pro_stereotyped_{kind}.txt.test", lines.format("he", "she"))
+        write(folder / f"anti_stereotyped_{kind}.txt.test", lines.format("she", "he"))
+
+
+def test_winobias_coreference(tmp_path: Path) -> None:
+    winobias_files(tmp_path)
+    task = coreference.load(tmp_path, None)
+    assert [s.people for s in task.sentences[:2]] == [(" the guard", " the nurse"), (" the clerk", " the cook")]
+    assert task.sentences[0].prompt == 'The guard met the nurse because he was late. "He" refers to'
+    # Type 1: both pro right, one anti; type 2: one pro, both anti.
+    found = values(task.figures(np.array([1.0, 1, 1, 0, 1, 0, 1, 1])))
+    assert found["type1, accuracy, pro"] == 100 and found["type1, accuracy, anti"] == 50
+    assert (found["type1, accuracy, pro - anti"], found["type2, accuracy, pro - anti"]) == pytest.approx((50, -50))
+    whole = BENCHMARKS["winobias"].load(tmp_path, None)
+    assert whole.items == 8 + 4  # a decision a sentence of the pro-stereotyped files
+    write(tmp_path / "pro_stereotyped_type1.txt.test", "1 [The guard] met the pilot because [he] was late.\n")
+    with pytest.raises(UserError, match="test:1: expected a pronoun and an occupation in brackets, and one other"):
+        coreference.load(tmp_path, None)
+
+
+def test_winobias_shows_both_measures(tmp_path: Path, backbone: Backbone) -> None:
+    winobias_files(tmp_path)
+    task = BENCHMARKS["winobias"].load(tmp_path, None)
+    found = measure(task, backbone)
+    rows = task.compare(found.base, None)
+    assert {"type1, accuracy, pro - anti", "type2, bias", "type1, gap, log-odds"} <= set(rows)
+    assert all(math.isnan(row.second.value) for row in rows.values())
 
 
 # StereoSet
@@ -378,7 +425,7 @@ def test_names() -> None:
 @pytest.mark.skipif("DSO_DATA" not in os.environ, reason="DSO_DATA names no folder of published files")
 def test_the_published_files_are_read_whole() -> None:
     data = Path(os.environ["DSO_DATA"])
-    counts = {"winobias": 792, "crows_pairs": 1508, "winogender": 720, "winogenerated": 2990}
+    counts = {"winobias": 792 + 2 * 792, "crows_pairs": 1508, "winogender": 720, "winogenerated": 2990}
     assert {name: BENCHMARKS[name].open(data).items for name in counts} == counts
     questions = bbq.load(data / "bbq", None).questions
     assert questions and all(q.biased is not None for q in questions)

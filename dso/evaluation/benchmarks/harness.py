@@ -44,7 +44,8 @@ class HarnessTask(FigureTask[dict[str, Any]]):
     """
 
     def __init__(self, name: str, folder: Path | None = None, limit: int | None = None):
-        self.name, self.limit, self.items, self.asks = name, limit, limit or 0, 0
+        self.name, self.limit = name, limit
+        self.items = self.asks = 0  # the harness finds out, and has bars of its own
         self.manager = _manager(folder)
         if name not in self.manager.all_tasks:
             near = difflib.get_close_matches(name, self.manager.all_tasks, n=3)
@@ -67,6 +68,7 @@ class HarnessTask(FigureTask[dict[str, Any]]):
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"harness task {self.name!r} cannot be run: {first_line(error)}") from error
         assert found is not None  # it is on the first process
+        self.items = sum(count["effective"] for count in found["n-samples"].values())
         return found
 
     def figures(self, answers: dict[str, Any]) -> list[Figure]:

@@ -1,7 +1,7 @@
 """Benchmarks that are decision sets, measured by this project's own figures of bias: WinoBias and SynthBias.
 
-WinoBias: Zhao et al., NAACL 2018, section 2 has the two types; SynthBias: Wang et al., ICML 2025. How their sentences
-become decisions is in :mod:`dso.decisions.sets.winobias` and :mod:`dso.decisions.sets.synthbias`, what is measured in
+WinoBias is also scored as published (:mod:`dso.evaluation.benchmarks.coreference`). How the sentences of both become
+decisions is in :mod:`dso.decisions.sets.winobias` and :mod:`dso.decisions.sets.synthbias`, what is measured in
 :mod:`dso.evaluation.bias`.
 """
 
@@ -14,11 +14,13 @@ import numpy as np
 
 from dso.decisions.decision import DecisionSet
 from dso.decisions.sets import synthbias, winobias
+from dso.evaluation.benchmarks import coreference
 from dso.evaluation.benchmarks.probe import Probe
 from dso.evaluation.benchmarks.task import Benchmark, Task, drawn, found_files
 from dso.evaluation.comparison import Compared, compare
 from dso.evaluation.evaluator import Measurement
 from dso.evaluation.intervals import UNMEASURED
+from dso.evaluation.twoway import Array
 
 UNKNOWN_HERE = ("KL", "KL unambiguous")  # the base's distributions are not kept
 
@@ -45,6 +47,25 @@ class SetTask(Task[dict[str, Measurement]]):
         return rows
 
 
+class WinoBias(Task[tuple[dict[str, Measurement], Array]]):
+    """The published measure, and behind it this project's bias on the same sentences, cut before the pronoun."""
+
+    def __init__(self, sets: SetTask, resolved: coreference.Coreference):
+        self.sets, self.resolved = sets, resolved
+        self.items = self.asks = sets.items + resolved.items
+
+    def ask(self, probe: Probe) -> tuple[dict[str, Measurement], Array]:
+        return self.sets.ask(probe), self.resolved.ask(probe)
+
+    def compare(
+        self,
+        base: tuple[dict[str, Measurement], Array],
+        steered: tuple[dict[str, Measurement], Array] | None,
+    ) -> dict[str, Compared]:
+        published = self.resolved.compare(base[1], steered[1] if steered else None)
+        return published | self.sets.compare(base[0], steered[0] if steered else None)
+
+
 def _measured(probe: Probe, decisions: DecisionSet) -> Measurement:
     scores, lengths = probe.scores([(d.prompt, [c.text for c in d.candidates]) for d in decisions])
     weighed = scores / lengths if probe.backbone.scoring.length_normalised else scores
@@ -63,7 +84,8 @@ def _load_winobias(folder: Path, limit: int | None) -> Task:
     names = [f"{side}_stereotyped_{kind}.txt.test" for side in ("pro", "anti") for kind in winobias.TYPES]
     for name in (*names, *(f"{group}_occupations.txt" for group in winobias.GROUPS)):
         found_files(folder, name)
-    return SetTask({kind: winobias.load(folder, split="test", types=kind) for kind in winobias.TYPES}, limit)
+    sets = {kind: winobias.load(folder, split="test", types=kind) for kind in winobias.TYPES}
+    return WinoBias(SetTask(sets, limit), coreference.load(folder, limit))
 
 
 def _load_synthbias(folder: Path, limit: int | None) -> Task:
@@ -72,7 +94,7 @@ def _load_synthbias(folder: Path, limit: int | None) -> Task:
 
 WINOBIAS = Benchmark(
     name="winobias",
-    source="Zhao et al., NAACL 2018, section 2; bias as in DSO, arXiv 2512.15926",
+    source="Zhao et al., NAACL 2018, sections 2 and 5; bias as in DSO, arXiv 2512.15926",
     obtain="Take the folder WinoBias/wino/data of github.com/uclanlp/corefBias.",
     load=_load_winobias,
 )
