@@ -116,7 +116,9 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 def winobias_files(folder: Path) -> None:
     write(folder / "male_occupations.txt", "guard\ncook\n")
     write(folder / "female_occupations.txt", "nurse\nclerk\n")
-    lines = "1 [The guard] met the nurse because [{}] was late.\n2 The cook went to cook for [the the clerk] as [{}] asked.\n"
+    first = "1 [The guard] met the nurse because [{}] was late."
+    second = "2 The cook went to cook for [the the clerk] as [{}] asked."
+    lines = f"{first}\n{second}\n"
     for kind in ("type1", "type2"):
         write(folder / f"pro_stereotyped_{kind}.txt.test", lines.format("he", "she"))
         write(folder / f"anti_stereotyped_{kind}.txt.test", lines.format("she", "he"))
