@@ -119,9 +119,9 @@ class TrainingCallback(BaseCallback):
 class Selection(TrainingCallback):
     """Measure the validation split as training goes on and keep the best operators inside the constraints.
 
-    Best is the least bias, which may be below 0 and is therefore never tied (:class:`Validation`). The untrained
-    steering (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two with the same
-    bias the one with the smaller KL is better, of two alike the earlier one.
+    Best is the least bias, which may be below 0 and is therefore never tied (:class:`Validation`). A steering that
+    does nothing (bias of the base model, KL 0) is the first candidate, so there always is one inside. Of two with the
+    same bias the one with the smaller KL is better, of two alike the earlier one.
 
     In the end the last operators are turned up, by a factor of :attr:`FACTOR` at a time, as long as that is inside and
     better, and then half a factor less: gentle training turned up costs less than hard training. Where no trained
@@ -221,7 +221,8 @@ class Selection(TrainingCallback):
 
     def _measure(self, step: int, scale: float = 1.0) -> Validation:
         row = self.measure(step) if scale == 1 else self.measure(step, scale)
-        better = self.offer(row, self.trainer.steering.scaled_tensors(scale))
+        # Step 0 is the base model, also where training starts from another steering.
+        better = self.offer(row, self.trainer.steering.scaled_tensors(scale if step else 0.0))
         if self.on_measured is not None:
             self.on_measured(row, better)
         return row

@@ -54,8 +54,9 @@ def _row(key: Key) -> str:
     if key.facts.freeform is not SAME:
         default += f"; free-form {_value(key.facts.freeform)}"
     says = [str(key.field.description)]
-    if key.facts.when:
-        says.append("needs " + " and ".join(f"`{when}`" for when in key.facts.when))
+    needs = [f"`{when}`" for when in key.facts.when if when.path.rpartition(".")[2] != key.path]  # not its own null
+    if needs:
+        says.append("needs " + " and ".join(needs))
     if key.facts.launcher:
         says.append("for runs of several processes")
     mark = " ↻" if key.facts.resumes else ""

@@ -24,6 +24,7 @@ ON_CUDA = When("model.device", lambda device: isinstance(device, str) and device
 WITH_BUDGET = When("constraints.kl_budget", lambda budget: budget is not None, "not null")
 NEUTRAL = When("constraints.neutral_kl", lambda limit: limit is not None, "a number")
 WITHOUT_BUDGET = When("constraints.kl_budget", lambda budget: budget is None, "null")
+STARTED = When("steering.init", lambda start: start is not None, "a folder")
 BOTH_KINDS = When("train.unambiguous", lambda count: count != 0, "above 0")
 
 
@@ -106,6 +107,9 @@ class SteeringSection(Section):
     rank: int | None = key(None, "of the operator", one_of("steering.operator", "low_rank"), ge=1)
     sites: Annotated[Texts, Field(min_length=1), AfterValidator(_different)] | None = key(
         None, "norms (also null), attention, or patterns of module names (dso/steering/sites.py)"
+    )
+    init: Text | None = key(
+        None, "a steering to start from, a folder or Hub id: of this model, operator and sites", STARTED
     )
 
     @model_validator(mode="after")

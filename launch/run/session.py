@@ -21,7 +21,8 @@ from dso.evaluation.answers import check_answers
 from dso.evaluation.neutral import neutral_texts
 from dso.models.backbone import Backbone
 from dso.models.loading import find_model
-from dso.steering.config import TRAINED_AT
+from dso.steering.config import TRAINED_AT, SteeringError
+from dso.steering.fingerprint import require_same
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from envs.task import DecisionTask
@@ -188,10 +189,10 @@ def load_backbone(config: TrainConfig, device: str | torch.device | None = None)
 
 
 def open_steering(config: TrainConfig, backbone: Backbone, decisions: DecisionSet) -> Steering:
-    """A fresh steering as a config wants it, on the backbone's device.
+    """A steering as a config wants it, on the backbone's device: a fresh one, or with the coefficients of another.
 
     Raises:
-        ConfigError: if the model has no such sites.
+        ConfigError: if the model has no such sites, or the steering to start from is for another model or has others.
     """
     wanted = config.steering
     try:
@@ -209,6 +210,14 @@ def open_steering(config: TrainConfig, backbone: Backbone, decisions: DecisionSe
         )
     except ValueError as error:  # patterns and rank can be held against the model only
         raise ConfigError(str(error), "steering") from error
+    if wanted.init is not None:
+        start = Steering.from_pretrained(wanted.init)
+        made_for = f"it is for {start.config.base_model!r}"
+        try:
+            steering.load_tensors(start.tensors())
+            require_same(start.config.fingerprint, backbone.model, start.config.sites, made_for)
+        except SteeringError as error:
+            raise ConfigError(f"{wanted.init} cannot be started from: {error}", "steering.init") from error
     return steering.to(backbone.device)
 
 

@@ -63,9 +63,9 @@ class Validator:
 
     def __call__(self, step: int, scale: float = 1.0) -> Validation:
         """See :class:`trainers.callbacks.Measure`."""
-        # An untrained steering is the identity: the base's numbers, which are already there.
+        # Step 0 is the base model, whose numbers are already there.
         turned = 1.0 if step else 0.0
-        with _turned(self._session.steering, scale):
+        with _turned(self._session.steering, scale if step else 0.0):
             point = self._base if step == 0 and self._base is not None else self._measures.points([turned], 0)[0]
             training_kl = None if self._known is None else self._known.points([turned], 0)[0].kl
             neutral_kl = None if self._neutral is None else self._session.pass_through(self._neutral.kl)

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from running import FILES, config_of, rows_of
 from small_runs import contents, write_decisions
+from tiny import tiny_llama
 
 from dso.decisions.decision import DecisionSet
 from dso.decisions.sets import load_decisions
@@ -211,6 +213,69 @@ def test_contexts_of_one_unit_are_selected_by_their_bias_as_measured(tmp_path: P
     (base,) = scale_points(Evaluator(Backbone.load(str(model_folder), device="cpu"), kept), [0.0], None, 0)
     sizes = base.bias.context_bias.values()
     assert history[0]["bias"] == pytest.approx(math.sqrt(sum(size**2 for size in sizes) / len(sizes)), abs=1e-6)
+
+
+# A run that starts from a steering
+
+
+def started(tmp_path: Path, model_folder: Path, **facts: Any) -> tuple[Path, Steering]:
+    """A steering with random coefficients for the model of a config, in a folder."""
+    backbone = Backbone.load(str(model_folder), device="cpu")
+    steering = Steering.for_model(backbone.model, base_model=str(model_folder), groups=("female", "male"), **facts)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in steering.tensors().values():
+            value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    steering.save_pretrained(tmp_path / "start")
+    return tmp_path / "start", steering
+
+
+def test_a_run_begins_with_what_the_given_steering_does_and_is_held_to_the_base_model(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    start, steering = started(tmp_path, model_folder)
+    config = config_of(
+        tmp_path, model_folder, steering__init=str(start), train__max_steps=1, train__optimizer__learning_rate=1e-12
+    )
+    backbone = Backbone.load(str(model_folder), device="cpu")
+    data = load_decisions(config.data.set).select(split="validation")
+    base, given = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [0.0, 1.0], None, 1)
+    assert given.kl > 0.01
+    session = open_session(config)
+    assert all(torch.equal(session.steering.tensors()[key], value) for key, value in steering.tensors().items())
+    result = train(config, name="x", quiet=True)
+    nothing, after = [row for row in json.loads((result.folder / "validation.json").read_text()) if row["scale"] == 1]
+    assert nothing["step"] == 0 and nothing["kl"] == 0
+    assert nothing["bias"] == pytest.approx(base.bias.probability.signed_root, abs=1e-6)
+    assert after["step"] == 1 and after["kl"] == pytest.approx(given.kl, abs=1e-6)
+    assert after["bias"] == pytest.approx(given.bias.probability.signed_root, abs=1e-5)
+
+
+def test_where_nothing_is_inside_the_limits_the_base_model_is_kept_not_the_start(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    start, _ = started(tmp_path, model_folder)
+    config = config_of(
+        tmp_path, model_folder, steering__init=str(start), train__max_steps=1, train__optimizer__learning_rate=1e-12,
+        constraints__kl_budget=1e-9,
+    )  # fmt: skip
+    result = train(config, name="x", quiet=True)
+    kept = Steering.from_pretrained(result.folder / "steering")
+    assert not any(value.abs().max() > 1e-3 for value in kept.tensors().values())
+
+
+def test_a_start_that_is_another_operator_or_for_another_model_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    start, _ = started(tmp_path, model_folder, operator="scale")
+    with pytest.raises(ConfigError, match=r"steering\.init: .*start cannot be started from: .*\.b' is missing"):
+        open_session(config_of(tmp_path, model_folder, steering__init=str(start)))
+    config = config_of(tmp_path, model_folder, steering__init=str(start), steering__operator="scale")
+    other = tiny_llama()
+    other.model.layers[0].input_layernorm.weight.data[0] = 2.0
+    Steering.for_model(other, operator="scale").save_pretrained(start)
+    with pytest.raises(ConfigError, match="weights of module 'model.layers.0.input_layernorm' are not the ones"):
+        open_session(config)
+    with pytest.raises(UserError, match="nowhere"):
+        open_session(config_of(tmp_path, model_folder, steering__init=str(tmp_path / "nowhere")))
 
 
 # A session
