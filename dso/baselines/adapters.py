@@ -31,7 +31,6 @@ NAME = "default"  # what PEFT calls an only adapter
 RANK = 8
 # Learning rates at which SmolLM2-135M does not overshoot in a few dozen steps; scales make up for too few of them.
 LORA_RATE, NORM_RATE = 5e-4, 3e-3
-PRICE = 0.1
 SCALES = (1.0, 2.0, 3.0)
 
 
@@ -156,13 +155,13 @@ def train(task: Task, adapter: Adapter, setting: Setting) -> Adapter:
 
 def _propose_lora(task: Task) -> Iterator[Candidate]:
     adapter = Adapter("lora", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    setting = Setting(rate=LORA_RATE, price=PRICE, seconds=seconds_each(task, 1))
+    setting = Setting(rate=LORA_RATE, seconds=seconds_each(task, 1))
     yield Candidate(f"rank {RANK}, all linear layers", train(task, adapter, setting))
 
 
 def _propose_norms(task: Task) -> Iterator[Candidate]:
     norms = list(resolve_sites(unwrapped(task.backbone.model)))
-    setting = Setting(rate=NORM_RATE, price=PRICE, seconds=seconds_each(task, 1))
+    setting = Setting(rate=NORM_RATE, seconds=seconds_each(task, 1))
     yield Candidate(f"{len(norms)} norms", train(task, Adapter("ln_tuning", target_modules=norms), setting))
 
 

@@ -5,7 +5,7 @@ the teacher's predictions of tokens that should be equally probable are replaced
 to predict what the teacher then says. In a decision with the probabilities p_1, ..., p_G of its groups,
 
     q_g = t_g (p_1 + ... + p_G),  the mean of p and of p with its groups swapped where the target t is uniform,
-    loss = KL(q || pi) + beta KL(pi_s || pi_0)
+    loss = KL(q || pi) + what keeps everything else (:mod:`dso.baselines.learning`)
 
 with q = p where a decision has a right answer. The first part is the distillation of the candidates, the second one of
 everything else that the teacher predicts. There the student is a smaller model; here it is the same operator that DSO
@@ -25,7 +25,7 @@ from dso.baselines.learning import Loss, Setting, learn, seconds_each
 from dso.decisions.decision import ABSTAIN, DecisionSet
 from dso.steering.model import Steering
 
-SETTINGS = (("scale", 3e-3, 0.1), ("affine", 2e-3, 0.1))  # operator, learning rate, price of a nat
+SETTINGS = (("scale", 3e-3), ("affine", 2e-3))  # operator, learning rate
 SCALES = (1.0, 2.0, 3.0)
 
 
@@ -76,7 +76,7 @@ def following(teacher: Tensor) -> Loss:
 def propose(task: Task) -> Iterator[Candidate]:
     """A steering for each setting, all trained for the same time."""
     loss = following(equalised(task.base, task.decisions, task.target))
-    for operator, rate, price in SETTINGS:
+    for operator, rate in SETTINGS:
         steering = Steering.for_model(
             task.backbone.model,
             operator=operator,
@@ -87,7 +87,7 @@ def propose(task: Task) -> Iterator[Candidate]:
             scale_range=(0.0, SCALES[-1]),
             scoring=task.backbone.scoring,
         )
-        setting = Setting(rate=rate, price=price, seconds=seconds_each(task, len(SETTINGS)))
+        setting = Setting(rate=rate, seconds=seconds_each(task, len(SETTINGS)))
         with steering.on(task.backbone.model) as handle:
             learn(task, handle, list(steering.parameters()), loss, setting)
         yield Candidate(f"{operator}, learning rate {rate:g}", steering.requires_grad_(False))

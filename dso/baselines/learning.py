@@ -1,10 +1,11 @@
 """How the rivals that are trained learn: Adam on batches of decisions, until their share of the wall clock is over.
 
-With beta the price of a nat, a step goes down
+With the prices beta of a nat and mu of lost answer mass m, a step goes down
 
-    loss(log pi of the batch) + beta mean KL(pi_s || pi_0)
+    loss(log pi of the batch) + beta mean KL(pi_s || pi_0) + mu mean max(0, m_0 - m) / mean m_0
 
-where the KL is that of the whole next-token distribution at the answer positions, as it is for a steering of ours. The
+where the KL is that of the whole next-token distribution at the answer positions, and m what all candidates hold
+together. Both are what a steering of ours is held to; here their prices are fixed. The
 learning rate falls to 0 on a cosine of the time that has passed, so a slow machine ends as gently as a fast one, after
 fewer steps.
 
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 
 from dso.baselines.baseline import BaselineError, Task
 from dso.decisions.sampler import BlockSampler
-from dso.models.scores import kl_divergence
 from dso.rewards import REGRESSION_WEIGHT, relative_error
 from dso.steering.handle import Turnable
 
@@ -44,12 +44,14 @@ class Setting:
     Attributes:
         rate: Adam's learning rate at the start.
         seconds: of wall clock; the step that passes them is the last one.
-        price: of a nat of KL to the base model.
+        price: beta.
+        mass_price: mu.
     """
 
     rate: float
     seconds: float
-    price: float = 0.0
+    price: float = 0.1
+    mass_price: float = 0.3
 
 
 def learn(
@@ -84,7 +86,7 @@ def learn(
         optimizer.param_groups[0]["lr"] = setting.rate * (1 + math.cos(math.pi * done)) / 2
         rows = torch.from_numpy(sampler.draw())
         optimizer.zero_grad()
-        found = _step(task, handle, rows, loss, setting.price)
+        found = _step(task, handle, rows, loss, setting)
         norm = nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         if not torch.isfinite(norm + found):
             raise BaselineError(f"step {len(losses) + 1}: the loss is no longer finite; lower the learning rate")
@@ -95,21 +97,18 @@ def learn(
     return losses
 
 
-def _step(task: Task, handle: Turnable, rows: Tensor, loss: Loss, price: float) -> Tensor:
-    """The loss of a batch; its gradient is in the parameters afterwards."""
+def _step(task: Task, handle: Turnable, rows: Tensor, loss: Loss, setting: Setting) -> Tensor:
+    """The loss of a batch, and prices; its gradient is in the parameters afterwards."""
     decisions = [task.decisions[int(row)] for row in rows]
-    reference = None
-    if price:
-        handle.scale = 0.0
-        with torch.no_grad():
-            reference = task.backbone.score(decisions, next_token=True).next_token
+    handle.scale = 0.0
+    with torch.no_grad():
+        base = task.backbone.score(decisions, next_token=True)
     handle.scale = 1.0
     with torch.enable_grad():
-        scores = task.backbone.score(decisions, next_token=bool(price))
-        found = loss(scores.policy(), rows)
-        if reference is not None:
-            table, positions = scores.asked()
-            found = found + price * positions.mean(kl_divergence(table, reference)).mean()
+        scores = task.backbone.score(decisions, next_token=True)
+        lost = (base.answer_mass() - scores.answer_mass()).clamp(min=0).mean() / base.answer_mass().mean()
+        kept = setting.price * scores.kl(base.asked()[0]).mean() + setting.mass_price * lost
+        found = loss(scores.policy(), rows) + kept
         found.backward()
     return found.detach()
 

@@ -48,7 +48,7 @@ def test_the_loss_is_the_kl_from_the_teacher() -> None:
 
 
 def test_every_setting_becomes_a_steering_that_is_fairer(monkeypatch, clock) -> None:
-    monkeypatch.setattr(distillation, "SETTINGS", (("scale", 0.02, 0.0), ("affine", 0.02, 0.0)))
+    monkeypatch.setattr(distillation, "SETTINGS", (("scale", 0.02), ("affine", 0.02)))
     task = tiny_task(seconds=120.0)  # of the test's clock
     before = {name: value.clone() for name, value in task.backbone.model.state_dict().items()}
     candidates = list(distillation.BASELINE.propose(task))

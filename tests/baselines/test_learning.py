@@ -51,17 +51,43 @@ def test_steps_lower_the_loss_and_stop_at_the_clock(clock) -> None:
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
-def test_a_price_of_kl_keeps_the_model_near_its_base(clock) -> None:
-    moved = []
-    for price in (0.0, 100.0):
+@pytest.mark.parametrize("prices", [{"price": 100.0}, {"mass_price": 100.0}])
+def test_a_price_keeps_what_it_is_of(clock, prices: dict[str, float]) -> None:
+    """Trained to lose the answer mass: the KL that costs, or the mass itself, is kept by its price."""
+    kept = []
+    for own in ({}, prices):
         task = tiny_task()
-        steering = Steering.for_model(task.backbone.model, operator="scale")
+        steering = Steering.for_model(task.backbone.model, operator="bias")
         with steering.on(task.backbone.model) as handle:
-            setting = Setting(rate=0.01, seconds=20.0, price=price)
+            setting = Setting(rate=0.01, seconds=20.0, **{"price": 0.0, "mass_price": 0.0} | own)
             learn(task, handle, list(steering.parameters()), regression(task), setting)
-            policy = task.backbone.score(task.decisions).policy().detach()
-        moved.append(float((policy - task.base).abs().mean()))
-    assert moved[1] < 0.5 * moved[0]
+            with torch.no_grad():
+                after = task.backbone.score(task.decisions, next_token=True)
+                handle.scale = 0.0
+                before = task.backbone.score(task.decisions, next_token=True)
+        lost = (before.answer_mass() - after.answer_mass()).clamp(min=0).mean() / before.answer_mass().mean()
+        kept.append(float(after.kl(before.next_token).mean()) if "price" in prices else float(lost))
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_the_prices_by_hand() -> None:
+    """One step's loss: that of the batch, beta mean KL and mu times the share of the mass that is lost."""
+    pair = DecisionSet((role("nurse", "Ann", "Bob"), role("nurse", "Bob", "Ann", order=1)), ("female", "male"))
+    task = tiny_task(pair)
+    steering = Steering.for_model(task.backbone.model, operator="bias")
+    for value in steering.tensors().values():
+        value.data.fill_(-0.1)
+    with steering.on(task.backbone.model) as handle:
+        with torch.no_grad():
+            after = task.backbone.score(pair, next_token=True)
+            handle.scale = 0.0
+            before = task.backbone.score(pair, next_token=True)
+        setting = Setting(rate=0.01, seconds=1e-9, price=2.0, mass_price=3.0)
+        (found,) = learn(task, handle, list(steering.parameters()), lambda policy, rows: policy.sum() * 0, setting)
+    masses = [scores.log_probs.exp().sum(1) for scores in (before, after)]
+    lost = float((masses[0] - masses[1]).clamp(min=0).sum() / masses[0].sum())
+    assert lost > 0
+    assert found == pytest.approx(2 * float(after.kl(before.next_token).mean()) + 3 * lost, rel=1e-4)
 
 
 def test_learning_needs_ambiguous_decisions_and_finite_losses() -> None:
