@@ -102,6 +102,9 @@ class Handle:
 
     @scale.setter
     def scale(self, value: float | Tensor) -> None:
+        self._turn(value)
+
+    def _turn(self, value: float | Tensor) -> None:
         try:  # a copy: what the caller does to its tensor afterwards would pass by the checks
             with torch.inference_mode(False):  # a tensor made within inference mode could not be trained with
                 scale = torch.as_tensor(value).detach().to(torch.float32, copy=True)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from dso.decisions.decision import DecisionSet
 from dso.decisions.sets import load_decisions
+from dso.editing.patch import Patch
+from dso.editing.storing import CONFIG_FILE as PATCH_FILE
 from dso.errors import UserError
+from dso.files import as_path
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 from launch.config.reading import parse_yaml
@@ -28,7 +31,17 @@ def run_name(config: str) -> str:
     return Path(config).name.removesuffix(".yaml").removesuffix(".yml")
 
 
-def load_backbone(arguments: argparse.Namespace, steering: Steering | None = None) -> Backbone:
+def open_steering(source: str) -> Steering | Patch:
+    """The steering of a folder, a Hub id or an artifact, or the patch of a folder: whichever is there.
+
+    Raises:
+        SteeringError: if it is neither, or damaged.
+    """
+    kind = Patch if (as_path(source) / PATCH_FILE).is_file() else Steering
+    return kind.from_pretrained(source)
+
+
+def load_backbone(arguments: argparse.Namespace, steering: Steering | Patch | None = None) -> Backbone:
     """The base model that ``--model`` names, or else the one that the steering states, scored as the steering was.
 
     Args:

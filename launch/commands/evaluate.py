@@ -13,8 +13,7 @@ from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.figure import scale_figure
 from dso.evaluation.report import contexts_table, scale_table
 from dso.files import write_text
-from dso.steering.model import Steering
-from launch.commands.common import load_backbone, numbers, open_split, pairs, quieten
+from launch.commands.common import load_backbone, numbers, open_split, open_steering, pairs, quieten
 from launch.run.measure import scale_points
 
 
@@ -27,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     shares = pairs(arguments.target, "--target") or None
     check_target(shares, data.groups)
     quieten()
-    steering = None if bare else Steering.from_pretrained(arguments.steering)
+    steering = None if bare else open_steering(arguments.steering)
     if steering is not None and not given:
         given = [steering.config.default_scale]
     scales = sorted({0.0, *given})
@@ -35,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         shares = dict(zip(steering.config.groups, steering.config.target, strict=True))  # what it was trained towards
     target = dict(zip(data.groups, check_target(shares, data.groups), strict=True))
     backbone = load_backbone(arguments, steering)
-    handle = steering.to(backbone.device).attach(backbone.model) if steering else None
+    handle = steering.attach(backbone.model) if steering else None
     hidden = arguments.quiet or not sys.stderr.isatty()
     with tqdm(total=len(data) * len(scales), unit="decision", disable=hidden) as bar:
         evaluator = Evaluator(backbone, data, handle, progress=bar.update)

@@ -12,6 +12,7 @@ def add_evidence(commands: argparse._SubParsersAction) -> None:
     _add_benchmark(commands)
     _add_report(commands)
     _add_calibrate(commands)
+    _add_patch(commands)
 
 
 def _add_benchmark(commands: argparse._SubParsersAction) -> None:
@@ -57,3 +58,15 @@ def _add_calibrate(commands: argparse._SubParsersAction) -> None:
     calibrate.add_argument("--bootstrap", type=positive, default=1000, help=resamples)
     calibrate.add_argument("--quiet", action="store_true", help="print only the result")
     add_model(calibrate)
+
+
+def _add_patch(commands: argparse._SubParsersAction) -> None:
+    patch = commands.add_parser("patch", help="write the weights in which two models differ as a sparse patch")
+    patch.add_argument("target", help="model that the patch is for: a folder, a Hub id, or an embedded one")
+    patch.add_argument("reference", help="model of the same architecture, with more or less of what is to change")
+    patch.add_argument("--method", choices=("value", "mask"), default="value", help="(default: value)")
+    edits = ("interpolate", "extrapolate", "prune", "switch")
+    patch.add_argument("--edit", choices=edits, default="extrapolate", help="(default: extrapolate)")
+    patch.add_argument("--k", type=float, default=0.005, help="share of the weights, or their number (default: 0.005)")
+    patch.add_argument("--sparsity", type=float, help="share that is pruned for masks (default: 0.3 with mask, else 0)")
+    patch.add_argument("--out", required=True, metavar="DIR", help="the folder to write")

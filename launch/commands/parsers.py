@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_merge(commands)
 
     generate = commands.add_parser("generate", help="generate text with a steered model")
-    generate.add_argument("steering", help="folder or Hub id of a steering")
+    generate.add_argument("steering", help="folder or Hub id of a steering, or folder of a patch")
     generate.add_argument("prompt", help="the text to go on from")
     generate.add_argument("--scale", type=float, help=f"strength, 0 is the base model {OWN_SCALE}")
     add_model(generate)
@@ -88,7 +88,9 @@ class _Version(argparse.Action):
 
 def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a steering, or a base model, on a decision set")
-    evaluate.add_argument("steering", help="folder or Hub id of a steering; 'none' for the base model alone")
+    evaluate.add_argument(
+        "steering", help="folder or Hub id of a steering, or a patch; 'none' for the base model alone"
+    )
     add_model(evaluate)
     evaluate.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
     add_option(evaluate)

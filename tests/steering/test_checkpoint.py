@@ -22,7 +22,7 @@ from safetensors.torch import save
 from tiny import tiny_llama
 
 from dso import files
-from dso.steering import checkpoint
+from dso.steering import checkpoint, signed
 from dso.steering.checkpoint import read_checkpoint, write_checkpoint
 from dso.steering.config import SteeringConfig, SteeringError
 from dso.steering.fingerprint import fingerprint
@@ -436,7 +436,7 @@ def test_a_file_is_no_place_for_a_steering(steering, tmp_path):
 )
 def test_nothing_is_allocated_that_the_files_do_not_hold(folder, changes, monkeypatch):
     rewrite(folder, fingerprint={}, **changes)
-    monkeypatch.setattr(checkpoint, "load_safetensors", load := Counting(checkpoint.load_safetensors))
+    monkeypatch.setattr(signed, "load_safetensors", load := Counting(signed.load_safetensors))
     started = time.monotonic()
     with pytest.raises(SteeringError, match=r"ask for more than 4 GiB|damaged: it has \d+ bytes, expected"):
         Steering.from_pretrained(folder)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accidents import edited
 from safetensors.torch import save
 from tiny import small_set, tiny_llama
 
@@ -36,28 +37,6 @@ def steering() -> Steering:
 def folder(steering, tmp_path) -> Path:
     steering.save_pretrained(tmp_path / "inside" / "steering", "# card\n")
     return tmp_path / "inside" / "steering"
-
-
-def edited(data: bytes, drawn: random.Random) -> bytes:
-    """One accident: a file cut off, a bit flipped, or a stretch replaced, taken out, doubled or blanked."""
-    at, changed = drawn.randrange(len(data)), bytearray(data)
-    kind = drawn.choice(["cut", "flip", "replace", "remove", "double", "blank", "length"])
-    length = drawn.randrange(1, 40)
-    if kind == "cut":
-        return data[:at]
-    if kind == "flip":
-        changed[at] ^= 1 << drawn.randrange(8)
-    elif kind == "replace":
-        changed[at : at + length] = drawn.randbytes(drawn.randrange(40))
-    elif kind == "remove":
-        del changed[at : at + length]
-    elif kind == "double":
-        changed[at:at] = changed[at : at + length]
-    elif kind == "blank":
-        changed[at : at + length] = bytes(length)
-    else:  # the first eight bytes of the tensors' file: how long its header is
-        changed[:8] = drawn.choice([2**63, 2**40, 2**31, len(data), 0, drawn.getrandbits(64)]).to_bytes(8, "little")
-    return bytes(changed)
 
 
 def sign(folder: Path, **changes) -> None:

@@ -10,6 +10,7 @@ transfer     trained steerings on sets they never saw: held-out occupations, Win
 freeform     free-form answers of the embedded model: what is said before and after
 overhead     time of prefill and decode with hooks, with a scale a row, and merged, against the base model; of imports
 serve        tokens a second of dso serve's engine, with a scale for each row, against one answer after the other
+editing      local contrastive editing: bias and perplexity along alpha, its nulls, and where the weights sit
 scenes       the embedded vision-language model: both planted associations before and after, and a sheet of pictures
 """
 
@@ -87,6 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
     harm.add_argument("--limit", type=int, help="questions (default: all)")
     harm.add_argument("--scale", type=float, default=1.0, help="of the steerings (default: 1)")
 
+    editing = names.add_parser("editing", help="local contrastive editing of fine-tuned copies")
+    editing.add_argument("--model", default="smollm2-135m")
+    editing.add_argument("--folder", default="runs/bench/editing", help="of the fine-tuned copies, made if need be")
+    editing.add_argument("--couples", type=int, default=20, help="of roles' validation split (default: 20)")
+    editing.add_argument("--stride", type=int, default=5, help="each couple in every so manieth context (default: 5)")
+    editing.add_argument("--texts", type=int, default=40, help="neutral ones, for perplexity (default: 40)")
+    editing.add_argument("--k", type=float, default=0.005, help="share of the weights (default: 0.005)")
+
     overhead = names.add_parser("overhead", help="what steering costs at inference")
     overhead.add_argument("--model", default="smollm2-135m")
     overhead.add_argument("--dtype", default="float32")
@@ -110,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     from dso.errors import UserError
     from launch.run.train import Stopped
-    from tools.bench import answers, estimators, harm, overhead, scaling, scenes, serving, sweeps, timing
+    from tools.bench import answers, editing, estimators, harm, overhead, scaling, scenes, serving, sweeps, timing
 
     functions = {
         "step": timing.step,
@@ -121,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "groups": sweeps.groups,
         "transfer": sweeps.transfer,
         "scenes": scenes.scenes,
+        "editing": editing.editing,
         "harm": harm.harm,
         "overhead": overhead.overhead,
         "serve": serving.serve,
