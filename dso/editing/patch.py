@@ -114,10 +114,11 @@ class Patch:
     def __len__(self) -> int:
         return sum(len(index) for index in self.places.values())
 
-    def attach(self, model: nn.Module, scale: float | Tensor = 1.0, *, check: bool = True) -> PatchHandle:
+    def attach(self, model: nn.Module, scale: float | Tensor | None = None, *, check: bool = True) -> PatchHandle:
         """Patch a model until the handle is detached.
 
         Args:
+            scale: alpha; the config's ``default_scale``, 1 unless it was set, when None.
             check: refuse a model of other weights than the target's.
 
         Raises:
@@ -140,10 +141,10 @@ class Patch:
                 )
         if check:
             require_same(self.config.fingerprint, model, self.config.sites, made_for)
-        return PatchHandle(self, model, weights, scale)
+        return PatchHandle(self, model, weights, self.config.default_scale if scale is None else scale)
 
     @contextmanager
-    def on(self, model: nn.Module, scale: float | Tensor = 1.0, *, check: bool = True) -> Iterator[PatchHandle]:
+    def on(self, model: nn.Module, scale: float | Tensor | None = None, *, check: bool = True) -> Iterator[PatchHandle]:
         """Patch a model within a block, as :meth:`attach` does; it is restored at the end, also on an error."""
         handle = self.attach(model, scale, check=check)
         try:

@@ -11,6 +11,7 @@ freeform     free-form answers of the embedded model: what is said before and af
 overhead     time of prefill and decode with hooks, with a scale a row, and merged, against the base model; of imports
 serve        tokens a second of dso serve's engine, with a scale for each row, against one answer after the other
 editing      local contrastive editing: bias and perplexity along alpha, its nulls, and where the weights sit
+adjudicate   two models judge each other's answers: how right is what they agree on
 scenes       the embedded vision-language model: both planted associations before and after, and a sheet of pictures
 """
 
@@ -96,6 +97,17 @@ def build_parser() -> argparse.ArgumentParser:
     editing.add_argument("--texts", type=int, default=40, help="neutral ones, for perplexity (default: 40)")
     editing.add_argument("--k", type=float, default=0.005, help="share of the weights (default: 0.005)")
 
+    adjudicate = names.add_parser("adjudicate", help="two models judge each other's answers")
+    adjudicate.add_argument("--first", default="smollm2-135m", help="(default: smollm2-135m)")
+    adjudicate.add_argument("--first-patch", metavar="DIR", help="a patch of dso patch on it")
+    adjudicate.add_argument("--second", required=True, help="a model, the same one with a patch, or another")
+    adjudicate.add_argument("--second-patch", metavar="DIR", help="a patch of dso patch on it")
+    adjudicate.add_argument("--scale", type=float, default=1.0, help="of the patches (default: 1)")
+    adjudicate.add_argument("--couples", type=int, default=12, help="in two contexts and both orders (default: 12)")
+    adjudicate.add_argument("--facts", type=int, default=48, help="unambiguous decisions (default: 48)")
+    adjudicate.add_argument("--support", type=float, default=0.55, help="share of a judge's yes (default: 0.55)")
+    adjudicate.add_argument("--near", type=float, default=0.15, help="to equal shares (default: 0.15)")
+
     overhead = names.add_parser("overhead", help="what steering costs at inference")
     overhead.add_argument("--model", default="smollm2-135m")
     overhead.add_argument("--dtype", default="float32")
@@ -119,7 +131,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     from dso.errors import UserError
     from launch.run.train import Stopped
-    from tools.bench import answers, editing, estimators, harm, overhead, scaling, scenes, serving, sweeps, timing
+    from tools.bench import (
+        adjudicating,
+        answers,
+        editing,
+        estimators,
+        harm,
+        overhead,
+        scaling,
+        scenes,
+        serving,
+        sweeps,
+        timing,
+    )
 
     functions = {
         "step": timing.step,
@@ -130,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "groups": sweeps.groups,
         "transfer": sweeps.transfer,
         "scenes": scenes.scenes,
+        "adjudicate": adjudicating.adjudicate,
         "editing": editing.editing,
         "harm": harm.harm,
         "overhead": overhead.overhead,
