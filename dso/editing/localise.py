@@ -122,20 +122,26 @@ def value_based(
     """
     weights = pair(target, reference)
     wanted = number_of(k, sum(weight.numel() for weight, _ in weights.values()))
-    names, best = list(weights), (torch.empty(0), torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long))
+    names, floor = list(weights), 0.0
+    pool: tuple[Tensor, ...] = (torch.empty(0), *torch.empty(2, 0, dtype=torch.long))  # size, weight, place
     for which, (name, (own, theirs)) in enumerate(weights.items()):
         distance = (theirs.float() - own.float()).abs().flatten().cpu()
         if masks is not None:
             distance *= (masks[0][name] & masks[1][name]).flatten()
-        # Of one weight no more than all that are wanted can be among the largest, so this is never much.
-        size, index = distance.topk(min(wanted, len(distance)))
-        found = size, torch.full_like(index, which), index
-        sizes, owners, indices = (torch.cat(parts) for parts in zip(best, found, strict=True))
-        keep = sizes.topk(min(wanted, len(sizes))).indices
-        best = sizes[keep], owners[keep], indices[keep]
-    sizes, owners, indices = best
-    found_by = {name: indices[(owners == which) & (sizes > 0)].sort().values for which, name in enumerate(names)}
+        index = (distance > floor).nonzero()[:, 0]
+        found = distance[index], torch.full_like(index, which), index
+        pool = tuple(torch.cat(parts) for parts in zip(pool, found, strict=True))
+        if len(pool[0]) > 2 * wanted:  # not more than that is ever kept
+            pool = _largest(pool, wanted)
+            floor = float(pool[0].min())
+    _, owners, indices = _largest(pool, wanted)
+    found_by = {name: indices[owners == which].sort().values for which, name in enumerate(names)}
     return _some({name: places for name, places in found_by.items() if len(places)}, "the models do not differ")
+
+
+def _largest(pool: tuple[Tensor, ...], wanted: int) -> tuple[Tensor, ...]:
+    keep = pool[0].topk(min(wanted, len(pool[0]))).indices
+    return tuple(part[keep] for part in pool)
 
 
 def random_places(model: nn.Module, like: Places, seed: int = 0) -> Places:
