@@ -91,3 +91,30 @@ def test_what_a_cut_to_the_strongest_slopes_costs_is_shown() -> None:
         cells = [f"{probability:.3f}", f"{log_odds:.3f}", f"{row['bias']['order_effect']:.2f}"]
         cells += [f"{row['accuracy'][0]:.3f}", f"{mass:.2f}", f"{row['kl']:.3f}", f"{row['kl_unambiguous']:.3f}"]
         assert f"| {' | '.join([row['slopes'], *cells])} |" in lines("docs/adapters.md")
+
+
+BENCHMARKS = {
+    "winobias": ("type1, gap", "type1, context part, log-odds", "type2, gap", "type2, context part, log-odds"),
+    "winogenerated": ("correlation", "women's pronoun", "neutral pronoun"),
+    "crows_pairs": ("score",),
+    "stereoset": ("LMS", "SS", "ICAT"),
+    "bbq": ("accuracy, ambiguous", "bias, ambiguous", "accuracy, disambiguated", "bias, disambiguated"),
+}
+
+
+def cells_of(row: Mapping) -> list[str]:
+    """Base, steered and difference; one decimal in a row with large numbers."""
+    found = [row[name] for name in ("base", "steered", "difference")]
+    places = 1 if any(abs(end) >= 10 for ends in found for end in ends if end is not None) else 3
+    texts = []
+    for ends in found:
+        value, low, high = ("-" if end is None else f"{round(end, places) + 0.0:.{places}f}" for end in ends)
+        texts.append(value if low == high == "-" else f"{value} [{low}, {high}]")
+    return texts
+
+
+@pytest.mark.parametrize(("name", "figure"), [(name, each) for name, shown in BENCHMARKS.items() for each in shown])
+def test_published_benchmarks_are_shown(name: str, figure: str) -> None:
+    measured = json.loads((ROOT / "docs/results/benchmarks.json").read_text("utf-8"))
+    cells = cells_of(measured["benchmarks"][name]["figures"][figure])
+    assert f"| {' | '.join([f'{name}: {figure}', *cells])} |" in lines("docs/benchmarks.md")

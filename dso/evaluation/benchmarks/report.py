@@ -34,6 +34,6 @@ def number_texts(*row: Estimate) -> list[str]:
     places = 1 if any(abs(end) >= 10 for found in row for end in found) else 3
     texts = []
     for found in row:
-        value, low, high = ("-" if math.isnan(end) else f"{end + 0.0:.{places}f}" for end in found)
+        value, low, high = ("-" if math.isnan(end) else f"{round(end, places) + 0.0:.{places}f}" for end in found)
         texts.append(value if low == high == "-" else f"{value} [{low}, {high}]")
     return texts
