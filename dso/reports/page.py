@@ -1,7 +1,9 @@
-"""The page, and the folder that holds it: ``report.html``, ``study.json`` and a PNG a plot."""
+"""The page and the folder that holds it: ``report.html``, ``study.json`` and a PNG a plot; or an audit alone:
+``audit.html``, ``audit.json`` and ``audit.csv``."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from dso.errors import UserError
 from dso.evaluation.study import Study
 from dso.files import as_path, write_bytes, write_text
+from dso.reports.auditing import audit_blocks, audit_csv
 from dso.reports.digest import Digest, digests, ours_of
 from dso.reports.drawing import Plot, draw
 from dso.reports.figures import plots
@@ -26,6 +29,7 @@ from dso.reports.words import ahead, figure_text, summary, trouble_lines
 
 PAGE, RECORD = "report.html", "study.json"
 TITLE = "Bias and its cost, method by method"
+AUDIT_TITLE = "Audit fields: selection by group"
 
 
 def write_report(study: Study, folder: str | Path) -> Path:
@@ -53,16 +57,54 @@ def write_report(study: Study, folder: str | Path) -> Path:
     return place / PAGE
 
 
+def write_audit(sides: Mapping[str, Mapping[str, Any]], about: Mapping[str, str], folder: str | Path) -> Path:
+    """Write an audit alone into a folder, which is made if it is not there; other files in it stay.
+
+    Args:
+        sides: :meth:`dso.evaluation.audit.Audit.to_json` by ``base`` and ``steered``.
+        about: what was measured, text by name, in the order in which it is shown.
+        folder: to write.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: if the folder cannot be written to.
+        ImportError: if jinja2 is missing; the message names the extra that has it.
+    """
+    place = as_path(folder)
+    record = {"about": dict(about), "audit": sides}
+    try:
+        write_text(place / "audit.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_text(place / "audit.csv", audit_csv(sides))
+        write_text(place / "audit.html", _audit_page(sides, about))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{place}: the audit cannot be written: {reason}; name another folder with --out") from error
+    return place / "audit.html"
+
+
+def _audit_page(sides: Mapping[str, Mapping[str, Any]], about: Mapping[str, str]) -> str:
+    audit, shown = audit_blocks(sides), list(about.items())
+    values = {
+        "title": AUDIT_TITLE,
+        "subtitle": _subtitle(about),
+        "audit": audit,
+        "about": shown,
+        "record": "audit.json",
+    }
+    return fill(values | {"sections": [("audit", "Audit fields"), ("card", "Data and method")]})
+
+
 def render(study: Study) -> tuple[str, list[Plot]]:
     """The page as HTML, and its plots."""
     found = digests(study)
     ours = ours_of(found)
     drawn = [draw(name, title, text, make) for name, title, text, make in plots(study, found, ours)]
-    blocks: list[dict[str, Any]] = []
     spilled = spillover_rows(study)
     values = {
         "title": TITLE,
-        "subtitle": " · ".join(study.about[name] for name in ("model", "decisions", "date") if name in study.about),
+        "subtitle": _subtitle(study.about),
         "key": _key(ours),
         "summary": summary(study),
         "ahead": ahead(study),
@@ -82,7 +124,8 @@ def render(study: Study) -> tuple[str, list[Plot]]:
         "spillover_rows": spilled,
         "grown": ", ".join(f"{row[0]} ({row[1]})" for row in spilled[1:] if row[-1]),
         "correction": study.spillover.get("correction", ""),
-        "audit": blocks,
+        "audit": audit_blocks(study.audit),
+        "record": RECORD,
         "about": [(name, value) for name, value in study.about.items() if name != "config"],
         "config": study.about.get("config", ""),
     }
@@ -90,19 +133,21 @@ def render(study: Study) -> tuple[str, list[Plot]]:
 
 
 def fill(values: Mapping[str, Any]) -> str:
-    """The page's template with its values, each escaped.
+    """The page's template with its values, each escaped; a section without values is left out.
 
     Raises:
         ImportError: if jinja2 is missing; the message names the extra that has it.
     """
     try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+        from jinja2 import Environment, PackageLoader
     except ImportError as error:
         raise ImportError("a report needs jinja2; install it with: pip install 'dso[train]'") from error
-    environment = Environment(
-        loader=PackageLoader("dso.reports", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+    environment = Environment(loader=PackageLoader("dso.reports", "."), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html.jinja").render(values)
+
+
+def _subtitle(about: Mapping[str, str]) -> str:
+    return " · ".join(about[name] for name in ("model", "decisions", "date") if name in about)
 
 
 def _key(ours: Digest | None) -> list[tuple[str, str, str]]:

@@ -34,9 +34,16 @@ def _add_benchmark(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
-    report = commands.add_parser("report", help="draw the report of a study again")
-    report.add_argument("study", help="the study.json that dso compare wrote, or its folder")
+    report = commands.add_parser("report", help="draw the report of a study again; or write audit fields alone")
+    report.add_argument("study", nargs="?", help="the study.json that dso compare wrote, or its folder")
     report.add_argument("--out", metavar="DIR", help="the folder to write (default: that of the study)")
+    report.add_argument("--audit", metavar="STEERING", help="instead: measure the audit fields of this steering")
+    report.add_argument("--scale", type=float, help=f"of the steering {OWN_SCALE}")
+    report.add_argument("--set", default="roles", help="name of a decision set or a .jsonl file (default: roles)")
+    add_option(report)
+    report.add_argument("--split", default="test", help="split to measure (default: test)")
+    report.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_model(report)
 
 
 def _add_calibrate(commands: argparse._SubParsersAction) -> None:
