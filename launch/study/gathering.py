@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 
+from dso.evaluation.audit import audit
 from dso.evaluation.study import Method, Point, Study
 from dso.steering.fingerprint import fingerprint
 from dso.steering.model import Steering
@@ -50,14 +52,18 @@ def gather(folder: StudyFolder, config: TrainConfig, command: str, materials: Ma
         seed = ours.trials[0].seed
         other = folder.read(ELSEWHERE, seed) if folder.done(ELSEWHERE, seed) else {}
         steering = Steering.from_pretrained(folder.path / "runs" / f"{OURS.name}-s{ours.trials[0].seed}" / "steering")
+    base = folder.read("base", 0)
+    test = materials.asked["test"]
+    policies = {"base": base["policy"]} | ({"steered": first["policy"]} if first.get("policy") else {})
     return Study(
         about=_about(config, command, materials, steering),
-        base=Point.from_json(folder.read("base", 0)["point"]),
+        base=Point.from_json(base["point"]),
         methods=tuple(methods),
         samples=tuple(first.get("samples", ())),
         sparsity=_sparsity(steering) if steering else {},
         spillover=other.get("spillover", {}),
         capability=tuple(other.get("capability", ())),
+        audit={side: audit(np.array(policy), test).to_json() for side, policy in policies.items()},
     )
 
 

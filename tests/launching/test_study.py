@@ -120,6 +120,7 @@ def test_a_study_is_made_in_parts_that_are_done_once(
     kinds = {method.name: (method.kind, len(method.trials)) for method in study.methods}
     assert kinds == {"ours": ("ours", 1), "published": ("rival", 1), "caa": ("rival", 1), "random": ("null", 10)}
     assert study.base.result.scale == 0
+    assert {row["category"] for row in study.audit["steered"]["rows"]} == {"female", "male"}
     for method in study.methods:
         for trial in method.trials:
             assert trial.points
