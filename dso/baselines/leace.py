@@ -95,5 +95,5 @@ BASELINE = Baseline(
     title="LEACE",
     source="Belrose et al., NeurIPS 2023, sections 4 and 6",
     propose=propose,
-    scales=(0.25, 0.5, 1.0, 1.5),
+    scales=(0.1, 0.25, 0.5, 1.0),
 )

@@ -40,7 +40,7 @@ def by_depth(layers: tuple[str, ...], depths: tuple[float, ...]) -> tuple[str, .
 def stretches(layers: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     """What of the layers methods that act behind many of them are tried on."""
     third = len(layers) // 3
-    return {"all layers": layers, "last third": layers[-third or -1 :], "middle third": layers[third : 2 * third or 1]}
+    return {"all layers": layers, "middle third": layers[third : 2 * third or 1], "last third": layers[-third or -1 :]}
 
 
 def attention_outputs(model: nn.Module) -> dict[str, int]:

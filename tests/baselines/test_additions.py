@@ -58,6 +58,8 @@ def test_an_offset_behind_the_output_layer_is_a_shift_of_the_heads(architecture)
     shift = torch.linspace(-1, 1, 16)
     seen = []
     module = model.get_submodule(site)
+    if module.bias is not None:
+        module.bias.data.fill_(0.5)  # which a new model has at 0
     hook = module.register_forward_pre_hook(lambda m, args: (args[0] + shift,))
     seen.append(logits(model))
     hook.remove()
