@@ -30,7 +30,7 @@ from dso.steering.sites import resolve_sites
 NAME = "default"  # what PEFT calls an only adapter
 RANK = 8
 # Learning rates at which SmolLM2-135M does not overshoot in a few dozen steps; scales make up for too few of them.
-LORA_RATE, NORM_RATE = 5e-4, 3e-3
+LORA_RATE, NORM_RATE = 5e-4, 6e-4
 SCALES = (1.0, 2.0, 3.0)
 
 
