@@ -22,6 +22,7 @@ from dso.models.backbone import Backbone
 from dso.models.forward import takes
 from dso.serve.prefixes import Prefixes, States
 from dso.steering.handle import Handle
+from dso.steering.hooks import say
 
 Tokens = Sequence[int]
 Asked = tuple[tuple[int, ...], float]  # a prompt and its scale
@@ -173,6 +174,8 @@ class Batch:
         if takes(forward, "logits_to_keep"):
             inputs["logits_to_keep"] = kept
         self._turn(scales)
+        if cache is not None:
+            say(cache, self.handle)
         output = self.model(**inputs)
         logits = output.logits.float()
         if logits.shape[1] != len(keep):  # an architecture that knows no logits_to_keep

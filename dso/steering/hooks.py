@@ -5,7 +5,8 @@ number of rows changes. Not in training, where coefficients change all the time,
 the scale is an input of the graph, so that a change of it compiles nothing.
 
 Keys and values keep the scale of the pass that made them. So a cache is told the scale of each steering that it is
-begun at, in an attribute that goes with its copies, and a pass that would go on at another scale is refused.
+begun at, in an attribute that goes with its copies, and a pass that would go on at another scale is refused. One that
+was told nothing is the base model's; who puts a cache together from keys and values says what they are (:func:`say`).
 """
 
 from __future__ import annotations
@@ -134,7 +135,9 @@ class BeforePass(Hook):
             cache = kwargs.get(name)
             begun = getattr(cache, BEGUN, None)
             if begun is None:
-                continue
+                if not hasattr(cache, "get_seq_length") or _empty(cache):
+                    continue
+                begun = {}  # filled before anything was attached: the base model's
             then, now = begun.get(self.handle.key, (0.0,)), self.handle.numbers
             if then is now or _same(then, now):
                 continue
@@ -161,6 +164,11 @@ class AfterPass(Hook):
             if begun is None:
                 setattr(cache, BEGUN, begun := {})
             begun[self.handle.key] = self.handle.numbers
+
+
+def say(cache: Any, handle: Turned) -> None:
+    """Tell a cache that was put together by hand that its rows are of the scales that a handle has now."""
+    setattr(cache, BEGUN, {handle.key: handle.numbers})
 
 
 def _same(then: Scales, now: Scales) -> bool:

@@ -12,11 +12,11 @@ import torch
 from steered import INPUT, logits, moved
 from tiny import tiny_llama
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from dso import Steering, attached
 from dso.steering.config import SteeringConfig, SteeringError
-from dso.steering.hooks import SiteHook
+from dso.steering.hooks import SiteHook, say
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
@@ -159,6 +159,33 @@ def test_a_cache_is_gone_on_with_at_its_own_scale_only(model, kind):
             handle.scale = 0.4
             with pytest.raises(SteeringError, match="begun at scale 0.8"):
                 go_on(model, cache)
+
+
+@pytest.mark.parametrize("kind", ["made by the model", "static"])
+def test_a_cache_that_was_begun_before_attaching_is_the_base_models(model, kind):
+    options = {"past_key_values": StaticCache(model.config, max_cache_len=16)} if kind == "static" else {}
+    cache = begun(model, **options)
+    base = go_on(model, copy.deepcopy(cache))
+    empty = StaticCache(model.config, max_cache_len=16)
+    with frozen(model).on(model, 0.4) as handle:
+        with pytest.raises(SteeringError, match=r"begun at scale 0, and the scale is 0.4 now: start a new cache"):
+            go_on(model, cache)
+        begun(model, past_key_values=empty)  # that holds nothing yet
+        handle.scale = 0.0
+        assert torch.equal(go_on(model, cache), base)
+
+
+def test_a_cache_that_was_put_together_by_hand_is_said_to_have_a_scale(model):
+    with frozen(model).on(model, 0.4) as handle:
+        whole = begun(model)
+        wanted = go_on(model, copy.deepcopy(whole))
+        made = DynamicCache()
+        for number, layer in enumerate(whole.layers):
+            made.update(layer.keys, layer.values, number)
+        with pytest.raises(SteeringError, match="begun at scale 0, and"):
+            go_on(model, made)
+        say(made, handle)
+        assert torch.equal(go_on(model, made), wanted)
 
 
 def test_rows_of_a_cache_keep_their_scales(model):
