@@ -118,3 +118,11 @@ def test_published_benchmarks_are_shown(name: str, figure: str) -> None:
     measured = json.loads((ROOT / "docs/results/benchmarks.json").read_text("utf-8"))
     cells = cells_of(measured["benchmarks"][name]["figures"][figure])
     assert f"| {' | '.join([f'{name}: {figure}', *cells])} |" in lines("docs/benchmarks.md")
+
+
+def test_what_spilled_over_is_shown() -> None:
+    measured = json.loads((ROOT / "docs/results/benchmarks.json").read_text("utf-8"))
+    for row in measured["spillover"]["rows"]:
+        name = f"{row['attribute']} ({row['benchmark']})"
+        assert f"| {' | '.join([name, *cells_of(row)])} |" in lines("docs/benchmarks.md")
+    assert not any(row["grew"] for row in measured["spillover"]["rows"])
