@@ -161,12 +161,14 @@ def without_association(
     """
     found = fit_association(log_policy, index, layout, len(target))
     groups = layout.groups[index][:, : log_policy.shape[1]]
+    present = group_log_shares(log_policy, groups, len(target))[1]
     shift = -found.of(layout.templates[index], layout.contexts[index], common_weight).to(log_policy.dtype)
     if order_weight:
         shift = shift - order_weight * _order(log_policy, groups, layout.questions[index], len(target))
+    # Rows sum to 0 over all groups; where some are not offered, those that are would move against an abstention.
+    shift = shift - (shift * present).sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp(min=1)
     level = target.clamp(min=1e-6).log()
     offset = common_weight * (level - level.mean())  # 0 where the target is uniform
-    present = group_log_shares(log_policy, groups, len(target))[1]
     fair = (present * target) / (present * target).sum(1, keepdim=True).clamp(min=1e-12)
     count = present.sum(0).clamp(min=1)
     for _ in range(ROUNDS if common_weight == 1 else 0):

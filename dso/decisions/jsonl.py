@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,10 @@ def read_jsonl(path: str | Path, groups: Iterable[str] = ()) -> DecisionSet:
         DecisionError: with file, line number and reason, on the first line that cannot be used.
     """
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise DecisionError(f"{path}: cannot be read: {error.strerror}") from error
     groups = tuple(groups)
     seen: dict[str, int] = {}
     decisions = []
-    for number, line in enumerate(raw.splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in _lines(path):
         try:
             decision = _read_line(line, path.parent, groups)
             if decision.id in seen:
@@ -66,6 +60,33 @@ def read_jsonl(path: str | Path, groups: Iterable[str] = ()) -> DecisionSet:
         return DecisionSet(tuple(decisions), groups, path.stem)
     except DecisionError as error:
         raise DecisionError(f"{path}: {error}") from error
+
+
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON Lines file of any kind, each with its line's number.
+
+    Raises:
+        DecisionError: with file, line number and reason, on a line that is not a JSON object.
+    """
+    for number, line in _lines(path):
+        try:
+            record = parse_json(line)
+            if not isinstance(record, dict):
+                raise DecisionError(f"expected a JSON object, found {type(record).__name__}")
+        except DecisionError as error:
+            raise DecisionError(f"{path}:{number}: {error}") from error
+        yield number, record
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, with their numbers."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DecisionError(f"{path}: cannot be read: {error.strerror}") from error
+    for number, line in enumerate(raw.splitlines(), 1):
+        if line.strip():
+            yield number, line
 
 
 def _read_line(line: bytes, folder: Path, groups: tuple[str, ...]) -> Decision:

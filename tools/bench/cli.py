@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     freeform = names.add_parser("freeform", help="free-form answers before and after")
     freeform.add_argument("--config", default="smollm2-roles-freeform", help="(default: smollm2-roles-freeform)")
-    freeform.add_argument("--seeds", default="0")
+    freeform.add_argument("--seeds", default="0", help="none trains nothing (default: 0)")
     freeform.add_argument("--also", action="append", default=[], metavar="STEERING", help="measure this one too")
     freeform.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
 

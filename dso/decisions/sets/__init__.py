@@ -25,6 +25,7 @@ from dso.decisions import holdout
 from dso.decisions.decision import DecisionError, DecisionSet
 from dso.decisions.jsonl import read_jsonl
 from dso.decisions.sets import (
+    bbq,
     genderbias_vl,
     pronouns,
     roles,
@@ -32,6 +33,8 @@ from dso.decisions.sets import (
     socialcounterfactuals,
     synthbias,
     winobias,
+    winogender,
+    winogenerated,
 )
 
 SETS: dict[str, Callable[..., DecisionSet]] = {
@@ -39,6 +42,9 @@ SETS: dict[str, Callable[..., DecisionSet]] = {
     "pronouns": pronouns.build,
     "winobias": winobias.load,
     "synthbias": synthbias.load,
+    "winogenerated": winogenerated.load,
+    "winogender": winogender.load,
+    "bbq": bbq.load,
     "scenes": scenes.build,
     "socialcounterfactuals": socialcounterfactuals.load,
     "genderbias-vl": genderbias_vl.load,

@@ -54,7 +54,11 @@ _EVALUATION = {
     "test-contexts": ("test", "test", False),
 }
 SPLITS = ("train", *_EVALUATION)
-TEXTS = {"prompts": (*AMBIGUOUS, *UNAMBIGUOUS), "questions": (*QUESTIONS, *FACTS)}
+TEXTS = {
+    "prompts": (*AMBIGUOUS, *UNAMBIGUOUS),
+    "continuations": tuple(t for t in (*AMBIGUOUS, *UNAMBIGUOUS) if isinstance(t.text, str)),
+    "questions": (*QUESTIONS, *FACTS),
+}
 _UNITS = {"validation": 38, "test": 106, "test-names": 64, "test-templates": 96, "test-contexts": 96}
 _UNAMBIGUOUS = {"validation": 128, "test": 320, "test-names": 320, "test-templates": 320, "test-contexts": 320}
 
@@ -85,8 +89,9 @@ def build(
     Args:
         attribute: ``gender`` (female, male) or ``gender x race`` (black female, black male, white female,
             white male).
-        texts: ``prompts``, whose next word is a name, or ``questions``, which are answered freely
-            (:mod:`dso.decisions.sets.questions`): the candidates are then what to look for in the answer.
+        texts: ``prompts``, whose next word is a name; ``continuations``, those of them that are no chats, for models
+            without a chat template; or ``questions``, which are answered freely (:mod:`dso.decisions.sets.questions`):
+            the candidates are then what to look for in the answer.
         splits: the splits to build.
         units: evaluation split -> number of units; the default is 38 for ``validation``, 106 for ``test``, 64 for
             ``test-names`` and 96 for the others, or as many as there are names.

@@ -17,17 +17,19 @@ case of "her". The published files have typing errors. Where they differ before 
 counts. Where the other file's pronoun does not tell the case of "her" either ("demanded [he] pay"), it is a possessive
 if another word follows it, else an object. A sentence with a gendered pronoun outside brackets before the cut is left
 out, because that may give the answer away. A log message counts all three. Lines 2k-1 and 2k make one unit: they
-mention the same two occupations and refer to either.
+mention the same two occupations and refer to either. They are one template too, so that training compares them.
 
-Splits: ``type1-dev``, ``type1-test``, ``type2-dev``, ``type2-test``.
+Splits: ``type1-dev``, ``type1-test``, ``type2-dev``, ``type2-test``; to train on one type, ``validation`` makes
+``train`` and ``validation`` of its dev and ``test`` of its test.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dso.decisions.decision import Candidate, Decision, DecisionError, DecisionSet
@@ -55,16 +57,27 @@ class _Sentence:
     after: str
 
 
-def load(path: str | Path, *, split: str | Sequence[str] = "test", types: str | Sequence[str] = TYPES) -> DecisionSet:
+def load(
+    path: str | Path,
+    *,
+    split: str | Sequence[str] = "test",
+    types: str | Sequence[str] = TYPES,
+    validation: float | None = None,
+    seed: int = 0,
+) -> DecisionSet:
     """Read WinoBias.
 
     Args:
         path: the folder with the published files.
         split: ``dev``, ``test`` or both.
         types: ``type1``, ``type2`` or both.
+        validation: share of the units of dev that is kept for ``validation``, the others are ``train``; None keeps the
+            published labels.
+        seed: of that draw.
 
     Raises:
-        DecisionError: on a missing file, or a line that is not as published, with file, line and reason.
+        DecisionError: on an unknown option, a missing file, or a line that is not as published, with file, line and
+            reason.
     """
     folder, decisions = Path(path), []
     splits, kinds = _subset("split", split, SPLITS), _subset("types", types, TYPES)
@@ -72,7 +85,28 @@ def load(path: str | Path, *, split: str | Sequence[str] = "test", types: str | 
     for part in splits:
         for kind in kinds:
             decisions += _read(folder, kind, part, stereotypes)
+    if validation is not None:
+        if len(kinds) > 1 or len(splits) < len(SPLITS):
+            raise DecisionError("winobias: validation divides one type at a time, with split=[dev, test]")
+        decisions = _divided(decisions, validation, seed)
     return DecisionSet(tuple(decisions), GROUPS, f"winobias ({', '.join(splits)})")
+
+
+def _divided(decisions: Sequence[Decision], validation: float, seed: int) -> list[Decision]:
+    """Dev as ``train`` and ``validation``, by units; test as ``test``."""
+    if not 0 < validation < 1:
+        raise DecisionError(f"winobias: validation is {validation!r}, expected a share between 0 and 1")
+    units = list(dict.fromkeys(d.unit for d in decisions if d.split.endswith("-dev")))
+    held = {*random.Random(seed).sample(units, max(1, round(validation * len(units))))}
+    if len(held) == len(units):
+        raise DecisionError(f"winobias: dev has {len(units)} pair(s) of sentences, too few to train on some")
+
+    def label(decision: Decision) -> str:
+        if decision.split.endswith("-test"):
+            return "test"
+        return "validation" if decision.unit in held else "train"
+
+    return [replace(decision, split=label(decision)) for decision in decisions]
 
 
 def _subset(name: str, given: str | Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
@@ -128,7 +162,7 @@ def _read(folder: Path, kind: str, part: str, stereotypes: dict[str, str]) -> li
                 candidates=tuple(
                     Candidate(text=t, group=g) for t, g in zip(_CASES[case or _guessed(pro)], GROUPS, strict=True)
                 ),
-                template=f"{kind}-{part}/{index + 1:03d}",
+                template=f"{kind}-{part}/pair{index // 2 + 1:03d}",
                 split=f"{kind}-{part}",
                 unit=f"{kind}-{part}/pair{index // 2 + 1:03d}",
                 stereotype=stereotype,
