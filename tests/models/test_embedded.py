@@ -209,9 +209,9 @@ def test_the_real_gemma_has_its_norms_as_transformers_wants_them():
     except TermsNotAccepted:
         pytest.skip("its terms of use are not accepted")
     text = (
-        "The history of the bicycle begins in the early nineteenth century, when a German inventor built a machine with "
-        "two wheels that a rider pushed along with the feet. Later, pedals were added to the front wheel, and by the end "
-        "of the century the chain and rubber tyres had made cycling safe and popular all over Europe."
+        "The history of the bicycle begins in the early nineteenth century, when a German inventor built a machine "
+        "with two wheels that a rider pushed along with the feet. Later, pedals were added to the front wheel, and by "
+        "the end of the century the chain and rubber tyres had made cycling safe and popular all over Europe."
     )
     ids = backbone.tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
