@@ -14,6 +14,7 @@ the share with the smallest magnitudes goes. *Places* are flat indices into a we
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +34,17 @@ class EditingError(UserError):
     """Models that cannot be compared, or a patch that cannot be used; the message says which and why."""
 
 
-def editable(model: nn.Module) -> dict[str, nn.Parameter]:
+def editable(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the linear layers of a transformers model but for its head, by dotted name.
 
     Raises:
         EditingError: if there are none, or one is quantised or not loaded.
     """
-    whole = unwrapped(model)
+    whole: Any = unwrapped(model)
     ends = {
         id(part.weight) for part in (whole.get_input_embeddings(), whole.get_output_embeddings()) if part is not None
     }
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, module in whole.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or id(module.weight) in ends:
             continue

@@ -114,8 +114,8 @@ def supports(judge: Backbone, decisions: Sequence[Decision] | DecisionSet) -> li
         sizes.append(len(decision.candidates))
         for number, candidate in enumerate(decision.candidates):
             prompt = JUDGE.format(text=_text(decision), answer=candidate.text)
-            fields = {"kind": "ambiguous", "answer": None, "stereotype": None, "candidates": YES_NO, "images": ()}
-            asked.append(replace(decision, id=f"{decision.id}/{number}", prompt=prompt, **fields))
+            ident, plain = f"{decision.id}/{number}", replace(decision, kind="ambiguous", answer=None, stereotype=None)
+            asked.append(replace(plain, id=ident, prompt=prompt, candidates=YES_NO))
     yes = np.array([row[0] for row in policies(judge, asked)])
     return [part / part.sum() for part in np.split(yes, np.cumsum(sizes)[:-1])]
 

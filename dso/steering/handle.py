@@ -30,8 +30,11 @@ from dso.steering.operators import SteeringOperator
 class Attachable(Protocol):
     """What a handle needs of a steering."""
 
-    config: SteeringConfig
-    key: str
+    @property
+    def config(self) -> SteeringConfig: ...
+
+    @property
+    def key(self) -> str: ...
 
     @property
     def operators(self) -> dict[str, SteeringOperator]: ...

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of linear layers
 
 
 def lines(page: str) -> list[str]:
@@ -126,3 +127,23 @@ def test_what_spilled_over_is_shown() -> None:
         name = f"{row['attribute']} ({row['benchmark']})"
         assert f"| {' | '.join([name, *cells_of(row)])} |" in lines("docs/benchmarks.md")
     assert not any(row["grew"] for row in measured["spillover"]["rows"])
+
+
+def test_what_edits_of_weights_do_is_shown() -> None:
+    found = json.loads((ROOT / "docs/results/editing.json").read_text("utf-8"))
+    assert {row["places"] for row in found["rows"]} >= {"", "value", "shuffled"}
+    for row in found["rows"]:
+        edit = (
+            [f"{row['places']}, {row['weights']:,}", row["edit"], f"{row['alpha']:g}"] if row["weights"] else [""] * 3
+        )
+        cells = [row["target"], *edit]
+        for name in ("roles", "pronouns"):
+            cells += ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[name]), f"{row[name + '_log_odds'][0]:+.2f}"]
+        assert f"| {' | '.join([*cells, format(row['perplexity'], '.1f')])} |" in lines("docs/editing.md")
+    for name, places in found["where"].items():
+        total = sum(places["kinds"].values())
+        groups = [range(first, first + 10) for first in (0, 10, 20)]
+        shares = [sum(places["layers"].get(str(layer), 0) for layer in group) for group in groups]
+        shares += [places["kinds"].get(kind, 0) for kind in KINDS]
+        shown = [f"{share / total:.0%}" for share in shares]
+        assert f"| {' | '.join([name, *shown])} |" in lines("docs/editing.md")

@@ -47,7 +47,7 @@ class Setting:
     Attributes:
         places: ``value``, ``mask``, or of as many random ones: ``random``, or ``shuffled``, where the changes that the
             chosen weights get go to random ones, so that the sizes are the same, too.
-        share: of the weights, beside the ``k`` that is asked for: 10 is ten times as many.
+        times: as many weights as are asked for.
     """
 
     target: str
@@ -55,7 +55,7 @@ class Setting:
     places: str
     edit: str
     alphas: tuple[float, ...]
-    share: int = 1
+    times: int = 1
 
 
 SETTINGS = (
@@ -66,7 +66,7 @@ SETTINGS = (
     Setting("neutral", "stereotyped", "value", "extrapolate", (-1.0, 1.0, -2.0, -4.0)),
     Setting("stereotyped", "counter", "mask", "interpolate", (1.0,)),
     Setting("stereotyped", "counter", "mask", "switch", (1.0,)),
-    Setting("stereotyped", "counter", "value", "extrapolate", (1.0,), share=10),
+    Setting("stereotyped", "counter", "value", "extrapolate", (1.0,), times=10),
 )
 
 
@@ -82,6 +82,8 @@ def editing(arguments: argparse.Namespace) -> None:
         bench.whole(name)
     for setting in SETTINGS:
         bench.edited(setting)
+    result["rows"].sort(key=place_of)
+    write_text(path, json.dumps(result, indent=1) + "\n")
     print(fixed_rows([HEADER, *(cells(row) for row in result["rows"])]))
 
 
@@ -115,16 +117,18 @@ class Bench:
     def edited(self, setting: Setting) -> None:
         """The rows of a setting."""
         about = {"target": setting.target, "reference": setting.reference}
-        about |= {"places": setting.places, "edit": setting.edit, "share": setting.share * self.arguments.k}
+        about |= {"places": setting.places, "edit": setting.edit, "times": setting.times}
         missing = [alpha for alpha in setting.alphas if not self.has(**about, alpha=alpha)]
         if not missing:
             return
         backbone = self.backbone(setting.target)
         reference = load_parts(self.folders[setting.reference], None, "float32")[0]
         patch = made(setting, backbone.model, reference, self.arguments.k)
-        key = f"{setting.target} to {setting.reference}, {setting.places}, {setting.share * self.arguments.k:g}"
-        layers, kinds = where(patch.places)
-        self.result["where"][key] = {"layers": dict(sorted(layers.items())), "kinds": dict(kinds.most_common())}
+        if setting.places in ("value", "mask"):
+            key = f"{setting.target} to {setting.reference}, {setting.places}"
+            key += f", {setting.times * self.arguments.k:g}" if setting.places == "value" else ""
+            layers, kinds = where(patch.places)
+            self.result["where"][key] = {"layers": dict(sorted(layers.items())), "kinds": dict(kinds.most_common())}
         del reference
         for alpha in missing:
             with patch.on(backbone.model, alpha):
@@ -172,8 +176,8 @@ def he_or_she() -> DecisionSet:
 def made(setting: Setting, target: nn.Module, reference: nn.Module, k: float) -> Patch:
     """The patch of a setting; the nulls have as many weights in each layer as the value-based one."""
     if setting.places in ("value", "mask"):
-        return make_patch(target, reference, method=setting.places, edit=setting.edit, k=setting.share * k)
-    chosen = make_patch(target, reference, k=setting.share * k)
+        return make_patch(target, reference, method=setting.places, edit=setting.edit, k=setting.times * k)
+    chosen = make_patch(target, reference, k=setting.times * k)
     places = random_places(target, chosen.places)
     if setting.places == "random":
         return Patch.for_model(target, places, edited_values(setting.edit, target, reference, places), **ANY)
@@ -192,6 +196,14 @@ def shuffled(
     drawn = torch.Generator().manual_seed(0)
     orders = {name: torch.randperm(len(index), generator=drawn) for name, index in places.items()}
     return {name: there[name] + (values[name] - own[name])[orders[name]] for name in places}
+
+
+def place_of(row: Mapping[str, Any]) -> tuple[int, float]:
+    """Where a row stands: the copies as they are, then setting by setting, by rising alpha."""
+    if row["edit"] == "none":
+        return -1, ("base", *VARIANTS).index(row["target"])
+    kinds = [(s.target, s.places, s.edit, s.times) for s in SETTINGS]
+    return kinds.index((row["target"], row["places"], row["edit"], row["times"])), row["alpha"]
 
 
 HEADER = (
