@@ -131,7 +131,7 @@ def test_what_spilled_over_is_shown() -> None:
 
 def test_what_edits_of_weights_do_is_shown() -> None:
     found = json.loads((ROOT / "docs/results/editing.json").read_text("utf-8"))
-    assert {row["places"] for row in found["rows"]} >= {"", "value", "shuffled"}
+    assert {row["places"] for row in found["rows"]} >= {"", "value", "mask", "random", "shuffled"}
     for row in found["rows"]:
         edit = (
             [f"{row['places']}, {row['weights']:,}", row["edit"], f"{row['alpha']:g}"] if row["weights"] else [""] * 3
