@@ -151,7 +151,7 @@ def _decision(category: str, record: dict[str, Any], style: str) -> Decision:
 def _people(record: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What the two people are called, and the label of each answer."""
     info = record.get("answer_info")
-    pairs = [info.get(answer) for answer in _ANSWERS] if isinstance(info, dict) else []
+    pairs: list[Any] = [info.get(answer) for answer in _ANSWERS] if isinstance(info, dict) else []
     if len(pairs) != 3 or not all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text for text in pair)
         for pair in pairs

@@ -36,7 +36,8 @@ def load(path: str | Path) -> DecisionSet:
     Raises:
         DecisionError: on a line that is not as published, with file, line and reason.
     """
-    path, decisions, left_out = Path(path), [], 0
+    decisions: list[Decision] = []
+    path, left_out = Path(path), 0
     for number, record in read_records(path):
         try:
             decision = _decision(f"{len(decisions) + left_out:04d}", record)
