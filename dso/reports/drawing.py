@@ -60,6 +60,7 @@ def draw(name: str, title: str, text: str, make: Callable[[], Figure]) -> Plot:
         figure = make()
         vector, pixels = io.StringIO(), io.BytesIO()
         figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+        figure.set_layout_engine("none")  # everything has its place now
         figure.savefig(pixels, format="png", dpi=170, metadata={"Software": None})
     return Plot(
         name=name, title=title, text=text, svg=labelled(vector.getvalue(), name, title, text), png=pixels.getvalue()
