@@ -186,9 +186,9 @@ def _assessed(table: Array, decisions: DecisionSet) -> Assessed:
     flat = []
     for place, (row, decision) in enumerate(asked):
         groups = [candidate.group for candidate in decision.candidates]
-        abstained = sum(float(table[row, k]) for k, group in enumerate(groups) if group == ABSTAIN)
+        away = sum(float(table[row, k]) for k, group in enumerate(groups) if group == ABSTAIN)
         flat += [
-            (table[row, k], column[group], context[place], unit[place], abstained)
+            (table[row, k], column[group], context[place], unit[place], away)
             for k, group in enumerate(groups)
             if group != ABSTAIN
         ]
@@ -256,7 +256,7 @@ def _detectable(found: Assessed, mask: NDArray[np.bool_]) -> float:
         return math.nan
     sums = np.concatenate([_sums(found, mask), _sums(found, ~mask)], axis=1)
     apart = jackknife(sums, lambda s: s[..., 0] / s[..., 1] - s[..., 2] / s[..., 3])
-    if not np.isfinite(apart.spread).all():
+    if not np.isfinite(apart.spread).all() or not apart.noise:  # units that are all alike do not tell
         return math.nan
     return (student(apart.freedom) + POWER) * math.sqrt(apart.noise)
 

@@ -60,6 +60,7 @@ def test_a_low_ratio_is_flagged_and_nobody_selected_is_zero() -> None:
     female, male = audit(np.array([[0.4, 0.6]] * 4), decisions).rows
     assert female.impact_ratio.value == pytest.approx(2 / 3)
     assert math.isnan(female.impact_ratio.low)  # units that are all alike do not tell
+    assert math.isnan(female.detectable)
     assert (female.flag, male.flag) == (True, False)
     female, _ = audit(np.array([[0.0, 1.0]] * 4), decisions).rows
     assert female.impact_ratio.value == 0.0
