@@ -49,7 +49,7 @@ def _study(source: str, overrides: list[str], arguments: argparse.Namespace) -> 
     config = measured_config(source, overrides, options)
     place = arguments.out or Path(config.run.output_dir) / f"{config.run.run_name or run_name(source)}-compare"
     quieten()
-    folder = StudyFolder.claim(place, config, seconds)
+    folder = StudyFolder.claim(place, config)
     running = Running(source, overrides, options, folder, seconds, arguments.quiet)
     running.run(arms, seeds)
     if arguments.data:

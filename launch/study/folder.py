@@ -31,13 +31,13 @@ class StudyFolder:
     path: Path
 
     @classmethod
-    def claim(cls, path: str | Path, config: TrainConfig, seconds: float) -> StudyFolder:
+    def claim(cls, path: str | Path, config: TrainConfig) -> StudyFolder:
         """The folder for a study, made or gone on with.
 
         Raises:
             UserError: if it holds something else, or a study of another config, or cannot be written.
         """
-        folder, stated = as_path(path), {"seconds": seconds, "config": to_dict(config)}
+        folder, stated = as_path(path), to_dict(config)
         place = folder / "study.yaml"
         try:
             if place.exists():

@@ -146,7 +146,7 @@ def test_a_study_is_made_in_parts_that_are_done_once(
     before = {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")}
     assert compare(config, out, "train.ambiguous=16") == 0
     assert {path: path.stat().st_mtime_ns for path in out.glob("parts/*.json")} == before
-    with pytest.raises(UserError, match=r"holds a study of other settings: config.train.ambiguous was 16 and is 8"):
+    with pytest.raises(UserError, match=r"holds a study of other settings: train.ambiguous was 16 and is 8"):
         compare(config, out, "train.ambiguous=8")
 
 
