@@ -18,10 +18,10 @@ from dso.steering.fingerprint import fingerprint
 from dso.steering.model import Steering
 from dso.steering.sites import resolve_sites
 from launch.config.schema import TrainConfig, resolved_yaml
-from launch.run.constants import kept_limits
 from launch.study.arms import OURS, all_arms
 from launch.study.folder import StudyFolder
 from launch.study.materials import Materials
+from launch.study.tuning import study_limits
 
 SAMPLES, TOKENS = 3, 12  # prompts that are shown, and tokens that are generated after each
 SHOWN = (0.0, 0.5, 1.0)  # scales of samples
@@ -110,7 +110,7 @@ def _about(config: TrainConfig, command: str, materials: Materials, steering: St
     sites = resolve_sites(model)
     ambiguous = [decision for decision in test if decision.ambiguous]
     units = len({decision.unit or decision.id for decision in ambiguous})
-    limits = kept_limits(config)
+    limits = study_limits(config)
     about = {
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),

@@ -25,14 +25,13 @@ from dso.evaluation.study import Trial
 from dso.reports.page import write_report
 from dso.steering.model import Steering
 from launch.config.schema import TrainConfig, load_config
-from launch.run.constants import kept_limits
 from launch.run.train import last_step, learned
 from launch.study.arms import OURS, Arm
 from launch.study.elsewhere import elsewhere
 from launch.study.folder import StudyFolder
 from launch.study.gathering import ELSEWHERE, gather, sampled
 from launch.study.materials import Materials
-from launch.study.tuning import Choice, at_kl, tune
+from launch.study.tuning import Choice, at_kl, study_limits, tune
 from trainers.state.saved import read_state
 
 DRAWS = 10  # of the null
@@ -176,7 +175,7 @@ class Running:
 
     def _choose(self, candidates: Iterable[Candidate], scales: tuple[float, ...]) -> Choice:
         base = self.materials.base_row  # what all methods are given is not on their clock
-        return tune(candidates, scales, self.materials.row, kept_limits(self.config), base, self.seconds)
+        return tune(candidates, scales, self.materials.row, study_limits(self.config), base, self.seconds)
 
     def _tuned(self, arm: Arm, seed: int, first: bool) -> tuple[Trial, np.ndarray | None]:
         assert arm.baseline is not None

@@ -9,16 +9,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dso.baselines.baseline import Attachable, Candidate
 from dso.errors import UserError
+from launch.config.schema import TrainConfig
+from launch.run.constants import kept_limits
 from trainers.callbacks import Limits, Selection, Validation
 
+# Of accuracy, below the base's. Training's own limit of a point is one answer of 64 or 128: of two methods that are as
+# accurate as the base model it would let one pass by luck.
+ACCURACY_LOSS = 0.05
 HOPELESS = 8.0  # times a KL limit at which higher scales are not tried
 TRIES, CLOSE = 4, 0.05  # scales that are tried for a KL, and how close to it is close enough
 
 Measure = Callable[[Attachable, float], Validation]
+
+
+def study_limits(config: TrainConfig) -> Limits:
+    """What every method is held to on validation: the limits of the config, with a wider one of accuracy."""
+    return replace(kept_limits(config), max_accuracy_loss=ACCURACY_LOSS)
 
 
 @dataclass(frozen=True, slots=True)
