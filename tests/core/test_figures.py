@@ -87,9 +87,9 @@ def test_what_it_costs_elsewhere_is_shown() -> None:
 def test_what_a_cut_to_the_strongest_slopes_costs_is_shown() -> None:
     rows = json.loads((ROOT / "docs/results/adapters.json").read_text("utf-8"))["rows"]
     for row in rows:
-        probability, log_odds = row["bias"]["probability"]["bias"][0], row["bias"]["log_odds"]["bias"][0]
+        parts = [row["bias"][scale]["context_part"] for scale in ("probability", "log_odds")]
         mass = row["answer_mass"] / rows[0]["answer_mass"]
-        cells = [f"{probability:.3f}", f"{log_odds:.3f}", f"{row['bias']['order_effect']:.2f}"]
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*part) for part in parts] + [f"{row['bias']['order_effect']:.2f}"]
         cells += [f"{row['accuracy'][0]:.3f}", f"{mass:.2f}", f"{row['kl']:.3f}", f"{row['kl_unambiguous']:.3f}"]
         assert f"| {' | '.join([row['slopes'], *cells])} |" in lines("docs/adapters.md")
 
