@@ -132,7 +132,7 @@ def _undone(name: str, change: Change) -> Change:
     back = {key: None if own is None else own.inverse() for key, own in maps.items()}
     if any(back[key] is None and maps[key] is not None for key in maps):
         raise MergeError(f"{name}: the steering sets a part of it to 0 at this scale, which cannot be undone")
-    return replace(change, **back)
+    return replace(change, read=back["read"], own=back["own"])
 
 
 def _compared(shards: Shards, base: str, steering: Steering) -> tuple[int | None, int | None, float | None]:

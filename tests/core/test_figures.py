@@ -147,3 +147,31 @@ def test_what_edits_of_weights_do_is_shown() -> None:
         shares += [places["kinds"].get(kind, 0) for kind in KINDS]
         shown = [f"{share / total:.0%}" for share in shares]
         assert f"| {' | '.join([name, *shown])} |" in lines("docs/editing.md")
+
+
+def percent(found: Sequence[float | None]) -> str:
+    value, low, high = ("-" if x is None else f"{x:.0%}" for x in found)
+    return f"{value} [{low}, {high}]"
+
+
+def test_every_rival_is_shown_at_the_scale_that_validation_chose() -> None:
+    study = json.loads((ROOT / "docs/results/compare.json").read_text("utf-8"))
+    base = study["base"]["result"]
+    assert {"ours", "affine-editing", "lora", "caa", "published", "random"} <= {m["name"] for m in study["methods"]}
+    brief = 0
+    for method in study["methods"]:
+        for trial in method["trials"]:
+            scales = [point["result"]["scale"] for point in trial["points"]]
+            place = scales.index(trial["chosen"]) if trial["chosen"] is not None else len(scales) // 2
+            point, name = trial["points"][place], method["title"] + ("" if trial["chosen"] is not None else "*")
+            found = point["result"]
+            cuts = [percent(found["cut"][key]) for key in ("context_part", "context_part_log_odds")]
+            order, accuracy = f"{found['bias']['order_effect']:.2f}", f"{found['accuracy'][0]:.3f}"
+            neutral, change = f"{point['neutral_kl']:.3f}", point["perplexity"][0]
+            perplexity = "-" if change is None else f"{100 * change:+.1f}%"
+            mass = f"{found['answer_mass'] / base['answer_mass']:.2f}"
+            cells = [name, str(trial["seed"]), f"{scales[place]:.2g}", *cuts, order, accuracy, mass]
+            cells += [f"{found['kl']:.3f}", neutral, perplexity, f"{trial['seconds']:.0f}"]
+            assert f"| {' | '.join(cells)} |" in lines("docs/results.md")
+            brief += f"| {' | '.join([name, *cuts, order, accuracy, neutral, perplexity])} |" in lines("README.md")
+    assert brief >= 6
