@@ -37,7 +37,7 @@ def moved(model: torch.nn.Module, operator: str, slopes: int = 16) -> Steering:
         for key, value in steering.tensors().items():
             value.copy_(0.3 * torch.randn(value.shape, generator=generator))
             if key.endswith(".a"):
-                value[torch.randperm(16, generator=generator)[slopes:]] = 0
+                value[torch.randperm(len(value), generator=generator)[slopes:]] = 0
     return steering
 
 
