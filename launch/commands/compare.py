@@ -23,6 +23,8 @@ from dso.files import as_path, write_text
 from dso.steering.model import Steering
 from launch.commands.common import load_backbone, numbers, open_split, pairs, quieten, run_name, scale_of
 
+OF_PAIRS = {"model": None, "set": "roles", "split": "test", "target": [], "json": None}  # with their defaults
+
 
 def run(arguments: argparse.Namespace) -> int:
     """``dso compare``."""
@@ -43,6 +45,9 @@ def _study(source: str, overrides: list[str], arguments: argparse.Namespace) -> 
     from launch.study.folder import StudyFolder
     from launch.study.running import Running, measured_config
 
+    for option, default in OF_PAIRS.items():
+        if getattr(arguments, option) != default:
+            raise UserError(f"--{option} is of two steerings; a study has its model and decisions from the config")
     arms = chosen_arms(arguments.methods.split(","))
     seeds = [int(number) for number in numbers(arguments.seeds, "--seeds")]
     options, seconds = pairs(arguments.option, "--option"), arguments.seconds

@@ -59,12 +59,12 @@ def test_the_commands_run_in_their_order(
             continue
         words = [STANDS_FOR.get(word, word) for word in words]
         words = [word.replace("=MODEL", "=model").replace("=FILE.jsonl", "=decisions.jsonl") for word in words]
-        if words[1] in ("evaluate", "compare"):
+        if words[1] in ("evaluate", "report", "calibrate") or (words[1] == "compare" and "--out" not in words):
             words += ["--set", "decisions.jsonl"]
         code = served(words[1:]) if words[1] == "serve" else main(words[1:])
         assert code == 0, f"{shlex.join(words)}\n{''.join(capsys.readouterr())}"
         ran.append(words[1])
-    used = ["generate", "inspect", "evaluate", "compare", "merge", "verify", "export", "serve"]
+    used = ["generate", "evaluate", "compare", "compare", "report", "calibrate", "merge", "verify", "export", "serve"]
     assert ran == ["train", *used, "decisions", "train"]
     assert json.loads((tmp_path / "runs" / "mine" / "curve.json").read_text("utf-8"))
 

@@ -157,6 +157,8 @@ def test_a_folder_that_is_no_study_is_left_alone(tmp_path: Path, model_folder: P
         compare(study_config(tmp_path, model_folder), tmp_path / "mine")
     with pytest.raises(UserError, match="measures probabilities of candidates"):
         compare(Path("smollm2-roles-freeform"), tmp_path / "new")
+    with pytest.raises(UserError, match="--split is of two steerings"):
+        compare(study_config(tmp_path, model_folder), tmp_path / "new", "--split", "validation")
     with pytest.raises(UserError, match="expected a config, with key=value settings if you like, or two steerings"):
         run(SimpleNamespace(what=["a", "b", "c"]))
 
