@@ -23,7 +23,13 @@ from dso.files import as_path, write_text
 from dso.steering.model import Steering
 from launch.commands.common import load_backbone, numbers, open_split, pairs, quieten, run_name, scale_of
 
-OF_PAIRS = {"model": None, "set": "roles", "split": "test", "target": [], "json": None}  # with their defaults
+OF_PAIRS: dict[str, object] = {
+    "model": None,
+    "set": "roles",
+    "split": "test",
+    "target": [],
+    "json": None,
+}  # with their defaults
 
 
 def run(arguments: argparse.Namespace) -> int:
