@@ -14,6 +14,7 @@ transforms what the first one gives, ``h'' = T2(T1(h))``.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dso.steering.config import SteeringConfig, SteeringError
-from dso.steering.hooks import AfterPass, BeforePass, Scales, SiteHook
+from dso.steering.hooks import AfterPass, BeforePass, Scales, SiteHook, watch_compiled
 from dso.steering.hosts import forget_compiled, unwrapped
 from dso.steering.operators import SteeringOperator
 
@@ -79,6 +80,7 @@ class Handle:
         # In the precision of the scale itself, so that a bound such as 1.2 can be set.
         self._limits = torch.tensor(steering.config.scale_range, dtype=torch.float32).tolist()
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._whole = weakref.ref(unwrapped(model))
         self.coefficient = torch.tensor(0.0)
         self.numbers: Scales = (0.0,)
         self.scale = scale
@@ -91,6 +93,7 @@ class Handle:
         except BaseException:
             self.detach()
             raise
+        self._watch()
         forget_compiled()
 
     @property
@@ -125,6 +128,7 @@ class Handle:
                 )
         if scale.ndim != self.coefficient.ndim or numbers != self.numbers:  # hooks keep what they made of the same ones
             self.coefficient, self.numbers = scale, numbers
+            self._watch()
         self._stated = scale if scale.ndim else float(value)
         self.off = not any(numbers)
 
@@ -134,7 +138,13 @@ class Handle:
             for hook in self._hooks:
                 hook.remove()
             self._hooks.clear()
+            self._watch()
             forget_compiled()
+
+    def _watch(self) -> None:
+        """Mind that the model may have been compiled since the steering was attached to it."""
+        if (model := self._whole()) is not None:
+            watch_compiled(model)
 
 
 def attached(model: nn.Module) -> list[Handle]:

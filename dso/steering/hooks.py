@@ -133,11 +133,11 @@ class BeforePass(Hook):
             return
         for name in CACHES:
             cache = kwargs.get(name)
-            begun = getattr(cache, BEGUN, None)
+            begun, where = getattr(cache, BEGUN, None), ""
             if begun is None:
                 if not hasattr(cache, "get_seq_length") or _empty(cache):
                     continue
-                begun = {}  # filled before anything was attached: the base model's
+                begun, where = {}, " or in a pass that nobody watched"  # before anything was attached, most likely
             then, now = begun.get(self.handle.key, (0.0,)), self.handle.numbers
             if then is now or _same(then, now):
                 continue
@@ -145,8 +145,8 @@ class BeforePass(Hook):
                 delattr(cache, BEGUN)
                 continue
             raise SteeringError(
-                f"this key-value cache was begun at scale {_text(then)}, and the scale is {_text(now)} now: start a "
-                f"new cache ({name}=None), or set the scale back"
+                f"this key-value cache was begun at scale {_text(then)}{where}, and the scale is {_text(now)} now: "
+                f"start a new cache ({name}=None), or set the scale back"
             )
 
 
@@ -164,6 +164,34 @@ class AfterPass(Hook):
             if begun is None:
                 setattr(cache, BEGUN, begun := {})
             begun[self.handle.key] = self.handle.numbers
+
+
+class WatchedCall:
+    """What stands for a model's compiled call (``model.compile()``), in whose trace the two hooks above do nothing."""
+
+    def __init__(self, module: nn.Module, call: Any):
+        self.module = module
+        self.call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for before in [*self.module._forward_pre_hooks.values()]:
+            if isinstance(before, BeforePass):
+                before(self.module, args, kwargs)
+        output = self.call(*args, **kwargs)
+        for after in [*self.module._forward_hooks.values()]:
+            if isinstance(after, AfterPass):
+                after(self.module, args, output)
+        return output
+
+
+def watch_compiled(module: nn.Module) -> None:
+    """Let what ``module.compile()`` made be watched as long as a steering is on the module."""
+    call: Any = module._compiled_call_impl
+    wanted = any(isinstance(hook, BeforePass) for hook in module._forward_pre_hooks.values())
+    if wanted and call is not None and not isinstance(call, WatchedCall):
+        module._compiled_call_impl = WatchedCall(module, call)
+    elif not wanted and isinstance(call, WatchedCall):
+        module._compiled_call_impl = call.call
 
 
 def say(cache: Any, handle: Turned) -> None:
