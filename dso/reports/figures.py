@@ -25,6 +25,7 @@ WIDE = 7.4  # inches; a page shows them at 680 pixels or more, so that 10.5 poin
 COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5C00", "#000000")  # Okabe and Ito, and a brown
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8")
 MOST_CONTEXTS = 40
+LEGEND = 34  # characters of a line of it
 SMALL = 3  # plots beside each other
 
 
@@ -89,7 +90,8 @@ def pareto(study: Study, digests: Sequence[Digest], bias: str) -> Figure:
         _pareto_panel(axes, study, digests, styles, bias, cost)
     panels[0].set_ylabel(f"{FIGURES[bias].title} (less is fairer)")
     panels[0].set_ylim(bottom=0)
-    entries, labels = panels[0].get_legend_handles_labels()
+    entries, names = panels[0].get_legend_handles_labels()
+    labels = [textwrap.fill(name, LEGEND) for name in names]  # two columns of them have to fit the figure
     figure.legend(entries, labels, loc="outside lower center", ncols=2, columnspacing=1.5, handlelength=2.2)
     return figure
 
