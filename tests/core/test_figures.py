@@ -175,3 +175,17 @@ def test_every_rival_is_shown_at_the_scale_that_validation_chose() -> None:
             assert f"| {' | '.join(cells)} |" in lines("docs/results.md")
             brief += f"| {' | '.join([name, *cuts, order, accuracy, neutral, perplexity])} |" in lines("README.md")
     assert brief >= 6
+
+
+def test_what_steering_costs_is_shown_and_within_its_aims() -> None:
+    found = json.loads((ROOT / "docs/results/overhead.json").read_text("utf-8"))
+    names = {"hooks": "hooks", "per row": "a scale a row", "merged": "merged", "lora": "as LoRA of PEFT, rank 16"}
+    for name, shown in (names | {"base again": "the base model again"}).items():
+        cells = [found[mode][phase][name] for mode in ("eager", "compiled") for phase in ("prefill", "decode")]
+        text = " | ".join("{ratio:.3f} [{low:.3f}, {high:.3f}]".format(**cell) for cell in cells)
+        assert f"| {shown} | {text} |" in lines("docs/steering.md")
+        most = {"hooks": 1.03, "per row": 1.05, "merged": 1.015}.get(name, 1.15)
+        assert all(cell["ratio"] <= most for cell in cells)
+    ratio = found["import"]["ratio"]
+    assert f"takes {ratio:.2f} of the time of `import torch, transformers`." in " ".join(lines("docs/steering.md"))
+    assert ratio <= 1.05
