@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dso.baselines.baseline import Baseline, Candidate, Task
+from dso.baselines.fitted import facts
 from dso.baselines.learning import Loss, Setting, learn, seconds_each
 from dso.decisions.decision import ABSTAIN, DecisionSet
 from dso.steering.model import Steering
@@ -77,16 +78,8 @@ def propose(task: Task) -> Iterator[Candidate]:
     """A steering for each setting, all trained for the same time."""
     loss = following(equalised(task.base, task.decisions, task.target))
     for operator, rate in SETTINGS:
-        steering = Steering.for_model(
-            task.backbone.model,
-            operator=operator,
-            base_model=task.backbone.name,
-            revision=task.backbone.revision,
-            groups=task.decisions.groups,
-            target=task.target,
-            scale_range=(0.0, SCALES[-1]),
-            scoring=task.backbone.scoring,
-        )
+        stated = facts(task) | {"scale_range": (0.0, SCALES[-1])}
+        steering = Steering.for_model(task.backbone.model, operator=operator, **stated)
         setting = Setting(rate=rate, seconds=seconds_each(task, len(SETTINGS)))
         with steering.on(task.backbone.model) as handle:
             learn(task, handle, list(steering.parameters()), loss, setting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,11 +21,10 @@ SCALES = (-1000.0, 1000.0)  # whoever compares methods finds out how far each ca
 DIRECTIONS = ((1.0, ""), (-1.0, ", reversed"))
 
 
-def facts(task: Task, sites: Mapping[str, int]) -> dict:
-    """What a steering of these sites states about itself (:class:`~dso.steering.config.SteeringConfig`)."""
+def facts(task: Task) -> dict[str, Any]:
+    """What a steering states of what it was made for (:class:`~dso.steering.config.SteeringConfig`)."""
     backbone = task.backbone
     return {
-        "fingerprint": fingerprint(backbone.model, sites),
         "base_model": backbone.name,
         "revision": backbone.revision,
         "groups": task.decisions.groups,
@@ -42,7 +42,9 @@ def fitted(task: Task, operator: str, tensors: Mapping[str, Mapping[str, Tensor]
         tensors: site -> the operator's coefficients by name, all of width d.
     """
     sites = {site: next(iter(own.values())).shape[0] for site, own in tensors.items()}
-    steering = Steering(SteeringConfig(operator=operator, rank=rank, sites=sites, **facts(task, sites)))
+    known = fingerprint(task.backbone.model, sites)
+    config = SteeringConfig(operator=operator, rank=rank, sites=sites, fingerprint=known, **facts(task))
+    steering = Steering(config)
     steering.load_tensors({f"{site}.{name}": value for site, own in tensors.items() for name, value in own.items()})
     return steering.requires_grad_(False).to(task.backbone.device)
 
@@ -59,7 +61,8 @@ class OwnOperators:
         self.operators = {s: op.requires_grad_(False).to(task.backbone.device) for s, op in operators.items()}
         sites = {site: operator.width for site, operator in self.operators.items()}
         kind = next(iter(self.operators.values())).kind
-        self.config = SteeringConfig(operator=kind, sites=sites, **facts(task, sites))
+        known = fingerprint(task.backbone.model, sites)
+        self.config = SteeringConfig(operator=kind, sites=sites, fingerprint=known, **facts(task))
         self.key = secrets.token_hex(8)
 
     def attach(self, model: nn.Module, scale: float = 1.0) -> Handle:

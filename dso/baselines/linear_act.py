@@ -61,10 +61,7 @@ def _one_after_another(task: Task, answers: Answered, sites: tuple[str, ...]) ->
 
 
 def _steering(task: Task, maps: Maps):
-    sites = {site: len(w) for site, (w, _) in maps.items()}
-    made = from_linear_act(
-        task.backbone.model, {s: (w.cpu(), b.cpu()) for s, (w, b) in maps.items()}, **facts(task, sites)
-    )
+    made = from_linear_act(task.backbone.model, {s: (w.cpu(), b.cpu()) for s, (w, b) in maps.items()}, **facts(task))
     return made.requires_grad_(False).to(task.backbone.device)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from dso.errors import UserError
@@ -66,6 +66,12 @@ class SteeringConfig:
                 raise SteeringError(f"scoring: {error}") from error
         for fault in _faults(self):
             raise SteeringError(fault)
+
+    def target_for(self, groups: Collection[str]) -> dict[str, float] | None:
+        """The fair shares that were trained towards, if a decision set of these groups has the same; else None."""
+        if {*self.groups} != {*groups}:
+            return None
+        return dict(zip(self.groups, self.target, strict=True))
 
     @property
     def base_id(self) -> str:

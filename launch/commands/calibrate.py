@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,7 +109,7 @@ class Measures:
         self._evaluator = Evaluator(backbone, kept, handle, keep_reference=True)
         self._handle, self._limits = handle, limits
         self._bootstrap, self._quiet = arguments.bootstrap, arguments.quiet
-        self._target = _target(handle.steering.config, decisions)
+        self._target = handle.steering.config.target_for(decisions.groups)
         self._texts = NeutralTexts(backbone, neutral_texts())
         self._base = self._evaluator.measure(0.0)
 
@@ -136,13 +135,6 @@ class Measures:
             return self._texts.perplexity()
         finally:
             self._handle.scale = 0.0
-
-
-def _target(config, decisions: DecisionSet) -> Mapping[str, float] | None:
-    """What the steering was trained towards, where the groups are its own."""
-    if {*config.groups} != {*decisions.groups}:
-        return None
-    return dict(zip(config.groups, config.target, strict=True))
 
 
 def _cells(reading: Reading, limits: Limits) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ def _study(source: str, overrides: list[str], arguments: argparse.Namespace) -> 
     place = arguments.out or Path(config.run.output_dir) / f"{config.run.run_name or run_name(source)}-compare"
     quieten()
     folder = StudyFolder.claim(place, config)
-    running = Running(source, overrides, options, folder, seconds, arguments.quiet)
+    running = Running(source, overrides, config, folder, seconds, arguments.quiet)
     running.run(arms, seeds)
     if arguments.data:
         running.look_elsewhere(as_path(arguments.data), arguments.limit)
@@ -84,8 +84,8 @@ def _pair(one: str, two: str, arguments: argparse.Namespace) -> int:
     if arguments.model is None and len({*stated.values()}) > 1:
         raise UserError(f"{first} states the base model {stated[first]}, {second} {stated[second]}; name one: --model")
     steering = next(iter(loaded.values()), None)
-    if shares is None and steering is not None and {*steering.config.groups} == {*data.groups}:
-        shares = dict(zip(steering.config.groups, steering.config.target, strict=True))  # what it was trained towards
+    if shares is None and steering is not None:
+        shares = steering.config.target_for(data.groups)
     if len({str(each.config.scoring) for each in loaded.values()}) > 1:
         raise UserError(f"{first} and {second} score answers by different rules, so their figures do not compare")
     backbone = load_backbone(arguments, steering)

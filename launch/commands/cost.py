@@ -18,9 +18,7 @@ def cost_table(
     backbone: Backbone, decisions: DecisionSet, steering: Steering, part: Steering, scales: Sequence[float], name: str
 ) -> str:
     """The base model, the steering with hooks and a part of it, called ``name``, on the same decisions."""
-    target = None
-    if {*steering.config.groups} == {*decisions.groups}:
-        target = dict(zip(steering.config.groups, steering.config.target, strict=True))
+    target = steering.config.target_for(decisions.groups)
     model = backbone.model
     with steering.on(model, 0.0, check=False) as whole, part.on(model, 0.0, check=False) as rest:
         settings = [(None, 0.0), *((handle, scale) for scale in scales for handle in (whole, rest))]

@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     if steering is not None and not given:
         given = [steering.config.default_scale]
     scales = sorted({0.0, *given})
-    if shares is None and steering is not None and {*steering.config.groups} == {*data.groups}:
-        shares = dict(zip(steering.config.groups, steering.config.target, strict=True))  # what it was trained towards
+    if shares is None and steering is not None:
+        shares = steering.config.target_for(data.groups)
     target = dict(zip(data.groups, check_target(shares, data.groups), strict=True))
     backbone = load_backbone(arguments, steering)
     handle = steering.attach(backbone.model) if steering else None

@@ -130,11 +130,11 @@ class Materials:
         """(N, K) log-probabilities of the base model on the training split, and without its association."""
         from safetensors.torch import load_file, save
 
-        training = self.decisions.select(split="train")
-        task = DecisionTask(self.backbone, training, self.config.data.target, reward_config(self.config))
         if self._cache.exists():
             kept = load_file(self._cache)
             return kept["base"], kept["fair"]
+        training = self.decisions.select(split="train")
+        task = DecisionTask(self.backbone, training, self.config.data.target, reward_config(self.config))
         every = list(range(len(training)))
         base = task.base_policy(every)
         base = base.clamp(min=torch.finfo(base.dtype).tiny).log().masked_fill(task.groups == ABSENT, -torch.inf)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dso.baselines.baseline import Attachable, BaselineError, Candidate
+from dso.baselines.baseline import BaselineError, Candidate
 from dso.baselines.random_directions import random_like
 from dso.errors import UserError
 from dso.evaluation.study import Trial
@@ -31,7 +31,7 @@ from launch.study.elsewhere import elsewhere
 from launch.study.folder import StudyFolder
 from launch.study.gathering import ELSEWHERE, gather, sampled
 from launch.study.materials import Materials
-from launch.study.tuning import Choice, at_kl, study_limits, tune
+from launch.study.tuning import Choice, at_kl, study_limits, tune, within
 from trainers.state.saved import read_state
 
 DRAWS = 10  # of the null
@@ -58,7 +58,7 @@ class Running:
 
     Args:
         source: the config's name or path. overrides: of it.
-        options: of the decision set where the study measures, beside the config's; runs have the config's alone.
+        config: what they say, with the study's own options of the decisions (:func:`measured_config`).
         folder: of the study.
         seconds: of wall clock that each baseline has to be made and tuned with each seed.
         quiet: show no progress.
@@ -68,16 +68,17 @@ class Running:
         self,
         source: str,
         overrides: Sequence[str],
-        options: dict[str, Any],
+        config: TrainConfig,
         folder: StudyFolder,
         seconds: float,
         quiet: bool = False,
     ):
         self.source, self.overrides = source, tuple(overrides)
-        self.config = measured_config(source, overrides, options)
+        self.config = config
         self.folder, self.seconds, self.quiet = folder, seconds, quiet
         self._bar: tqdm | None = None
         self._materials: Materials | None = None
+        self._matched: tuple[Steering, float] | None = None  # ours with its KL on validation, which the null is put at
 
     @property
     def materials(self) -> Materials:
@@ -193,8 +194,11 @@ class Running:
                 "random directions are measured at the KL of ours, which is not there; add ours to --methods"
             )
         started = time.monotonic()
-        ours = self._ours(seeds[0])
-        drawn, wanted = random_like(ours, seed), self.materials.row(ours, 1.0).kl
+        if self._matched is None:
+            ours = self._ours(seeds[0])
+            self._matched = ours, self.materials.row(ours, 1.0).kl
+        ours, wanted = self._matched
+        drawn = random_like(ours, seed)
         if not wanted > 0:
             raise BaselineError("ours is the base model, so there is no KL to have random directions at")
         scale = at_kl(lambda scale: self.materials.row(_turned(drawn, scale), 1.0).kl, wanted)
@@ -206,9 +210,7 @@ class Running:
     ) -> tuple[Trial, np.ndarray | None]:
         """The trial of a choice on the test, and the policy at the scale that was chosen."""
         steering, points, policy = choice.candidate.steering, [], None
-        for scale in sorted({round(s, 6) for s in scales}):
-            if not _allows(steering, scale):
-                continue
+        for scale in within(steering, sorted({round(s, 6) for s in scales})):
             point, measured = self.materials.point(steering, scale)
             points.append(point)
             if math.isclose(scale, choice.scale, rel_tol=1e-5):
@@ -241,11 +243,6 @@ def _turned(steering: Steering, scale: float) -> Steering:
     turned = Steering(steering.config)
     turned.load_tensors(steering.scaled_tensors(scale))
     return turned.requires_grad_(False)
-
-
-def _allows(steering: Attachable, scale: float) -> bool:
-    stated = getattr(getattr(steering, "config", None), "scale_range", None)
-    return stated is None or stated[0] <= scale <= stated[1]
 
 
 def _short(policy: np.ndarray | None) -> list[list[float]]:

@@ -99,7 +99,7 @@ def tune(
     """
     search, end = _Search(measure, limits, base), clock() + seconds
     for candidate in candidates:
-        for scale in _within(candidate.steering, scales):
+        for scale in within(candidate.steering, scales):
             row = search.look(candidate, scale)
             if search.hopeless(row) or clock() >= end:
                 break
@@ -119,7 +119,7 @@ def _refine(search: _Search, over: Callable[[], bool]) -> None:
     while search.best is not None and not over():
         _, candidate, scale, _ = search.best
         beside = [near for near in (scale * step, scale / step) if round(near, 4) not in tried]
-        for near in _within(candidate.steering, tuple(beside)):
+        for near in within(candidate.steering, tuple(beside)):
             tried.add(round(near, 4))
             search.look(candidate, near)
             if over():
@@ -128,7 +128,7 @@ def _refine(search: _Search, over: Callable[[], bool]) -> None:
             return
 
 
-def _within(steering: Attachable, scales: tuple[float, ...]) -> Iterator[float]:
+def within(steering: Attachable, scales: Iterable[float]) -> Iterator[float]:
     """The scales that a steering allows."""
     stated = getattr(getattr(steering, "config", None), "scale_range", None)
     return (scale for scale in scales if stated is None or stated[0] <= scale <= stated[1])

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import random
 
 import pytest
 import torch
-from accidents import edited
+from accidents import edited, sign
 from steered import logits, moved
 from tiny import byte_tokenizer, small_set, tiny_llama
 
@@ -243,16 +241,6 @@ def test_what_is_read_is_what_was_written(patch, folder):
     assert 1600 < (folder / TENSORS).stat().st_size < 1600 + 4096
 
 
-def sign(folder, **changes):
-    """Let the digests fit what is there, as a writer would who means harm."""
-    record = json.loads((folder / CONFIG).read_text("utf-8"))
-    del record["config_sha256"]
-    record |= {"tensors_sha256": hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()} | changes
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-    text = json.dumps(record | {"config_sha256": digest}, indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG).write_text(text, "utf-8")
-
-
 def test_accidents_are_refused_or_change_nothing(patch, folder):
     drawn, refused = random.Random(5), 0
     whole = {name: (folder / name).read_bytes() for name in (CONFIG, TENSORS)}
@@ -285,7 +273,7 @@ def test_accidents_are_refused_or_change_nothing(patch, folder):
 )
 def test_nothing_is_allocated_that_the_files_do_not_hold(folder, weights, reason):
     names = {name.removesuffix(".weight"): 32 for name in weights} if isinstance(weights, dict) and weights else {UP: 1}
-    sign(folder, weights=weights, sites=names, fingerprint={})
+    sign(folder / CONFIG, folder / TENSORS, weights=weights, sites=names, fingerprint={})
     with pytest.raises(SteeringError, match=reason):
         Patch.from_pretrained(folder)
 
@@ -306,7 +294,13 @@ def test_places_that_no_weight_has_are_refused(folder, indices, values, reason):
     tensors = {f"{UP}.indices": torch.tensor(indices, dtype=torch.int32), f"{UP}.values": torch.tensor(values)}
     (folder / TENSORS).write_bytes(save(tensors))
     name = UP.removesuffix(".weight")
-    sign(folder, weights={UP: {"shape": [32, 16], "number": 2}}, sites={name: 32}, fingerprint={})
+    sign(
+        folder / CONFIG,
+        folder / TENSORS,
+        weights={UP: {"shape": [32, 16], "number": 2}},
+        sites={name: 32},
+        fingerprint={},
+    )
     with pytest.raises(SteeringError, match=reason):
         Patch.from_pretrained(folder)
 

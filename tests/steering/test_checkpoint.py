@@ -512,3 +512,9 @@ def test_a_default_scale_is_stated_only_where_it_is_not_1(tmp_path: Path) -> Non
 def test_a_default_scale_lies_within_the_range(scale: object) -> None:
     with pytest.raises(SteeringError, match="default_scale"):
         SteeringConfig(sites={"norm": 2}, scale_range=(0.0, 2.0), default_scale=scale)
+
+
+def test_what_was_trained_towards_is_asked_of_the_same_groups_only():
+    config = SteeringConfig(sites={"norm": 4}, groups=("a", "b"), target=(0.25, 0.75))
+    assert config.target_for(("b", "a")) == {"a": 0.25, "b": 0.75}
+    assert config.target_for(("a", "b", "c")) is None
