@@ -22,8 +22,8 @@ class Validation:
 
     Attributes:
         step: optimiser steps done.
-        bias: root mean square over contexts, noise taken off; below 0 where the sample shows less than its own noise,
-            so that no two measurements are tied at 0.
+        bias: root mean square over contexts, noise taken off, and of what they share only what is beyond doubt; below 0
+            where the sample shows less than its own noise, so that no two measurements are tied at 0.
         log_odds: the same in log-odds; None where that cannot be measured.
         order_effect: how far answers follow the order of the people; None where each question has one order.
         accuracy: on unambiguous decisions, nan if there are none.

@@ -49,6 +49,7 @@ from dso.evaluation.layout import Layout, checked, numbered
 from dso.evaluation.twoway import Array, Cells, Fit, fit, sums_by
 
 TIE = 1e-9
+TOLD = 1.96  # standard errors that the common part must be beyond to rank
 
 __all__ = ["BiasParts", "BiasReport", "Estimate", "accuracy", "bias_report"]
 
@@ -59,6 +60,8 @@ class BiasParts:
 
     ``gap`` is None where no context has a stereotype, or the groups are not two. ``square`` is the unbiased estimate of
     the square of ``bias``: below 0 where the sample shows less than its own noise, so that no two are tied at 0.
+    ``evident`` is the same but for the common part, which counts as far as it is beyond :data:`TOLD` standard errors:
+    the people of a small sample cancel from the context part alone, and who ranked by the rest would rank their noise.
     """
 
     bias: Estimate
@@ -66,15 +69,16 @@ class BiasParts:
     common_part: Estimate
     gap: Estimate | None
     square: float
+    evident: float
 
     @property
     def signed_root(self) -> float:
-        """``bias`` below 0 where ``square`` is: what to rank by."""
-        return math.copysign(math.sqrt(abs(self.square)), self.square)
+        """The root of ``evident``, below 0 where that is: what to rank by."""
+        return math.copysign(math.sqrt(abs(self.evident)), self.evident)
 
 
 NO_PARTS = BiasParts(
-    bias=UNMEASURED, context_part=UNMEASURED, common_part=UNMEASURED, gap=None, square=math.nan
+    bias=UNMEASURED, context_part=UNMEASURED, common_part=UNMEASURED, gap=None, square=math.nan, evident=math.nan
 )  # fmt: skip
 
 
@@ -234,8 +238,11 @@ def bias_parts(found: Fit, signs: Array, draws: int, seed: int = 0, most: float 
     if math.isnan(square := context.excess + common.excess):
         noisy = math.hypot(math.sqrt(context.square), math.sqrt(common.square))
         bias, square = Estimate(noisy, math.nan, math.nan), noisy**2  # as measured: the noise is not known
+        evident = square
     else:
         bias = root_of_sum(context_part, common_part)
+        beyond = math.sqrt(common.square) - TOLD * math.sqrt(common.noise)
+        evident = context.excess + max(0.0, beyond) ** 2
     if signs.shape[1] == 2:
         half = np.array([1.0, -1.0]) / found.measured.sum()
         common_part = number_estimate(found.linear(np.broadcast_to(half, signs.shape)))
@@ -247,6 +254,7 @@ def bias_parts(found: Fit, signs: Array, draws: int, seed: int = 0, most: float 
         common_part=_within(common_part, most),
         gap=None if gap is None else _within(gap, most),
         square=square,
+        evident=evident,
     )
 
 

@@ -20,6 +20,7 @@ from dso.evaluation.intervals import Estimate
 MISSING = "-"
 SCALARS = ("order_effect", "paper", "paper_fair", "abstention")
 COUNTS = ("n_decisions", "n_contexts", "n_units")
+SQUARES = ("square", "evident")
 DETAILS = ("preferences", "context_bias")
 
 BIAS = ("scale", "bias [95%]", "cut [95%]", "log-odds [95%]", "cut [95%]", "order")
@@ -94,9 +95,9 @@ def _bias_from_json(record: object) -> BiasReport:
     found = _keys(record, {f.name for f in fields(BiasReport)}, "bias", optional=DETAILS)
     values: dict = {name: _number(found[name], name) for name in SCALARS}
     for name in ("probability", "log_odds"):
-        square = found[name].get("square") if isinstance(found[name], dict) else None
-        parts = _estimates(found[name], BiasParts, f"bias.{name}", optional=("square",))
-        values[name] = BiasParts(**parts, square=_number(square, f"{name}.square"))
+        parts = _estimates(found[name], BiasParts, f"bias.{name}", SQUARES)
+        squares = {key: _number(found[name].get(key), f"{name}.{key}") for key in SQUARES}
+        values[name] = BiasParts(**parts, **squares)
     for name in COUNTS:
         if not isinstance(found[name], int) or isinstance(found[name], bool):
             raise ValueError(f"{name} must be a whole number, found {found[name]!r}")
@@ -110,13 +111,13 @@ def _bias_from_json(record: object) -> BiasReport:
     return BiasReport(**values)
 
 
-def _estimates(record: object, kind: type[BiasParts] | type[Cuts], what: str, optional: Sequence[str] = ()) -> dict:
-    """The estimates of a record by name; a gap may be null."""
-    found = _keys(record, {f.name for f in fields(kind)}, what)
+def _estimates(record: object, kind: type[BiasParts] | type[Cuts], what: str, others: Sequence[str] = ()) -> dict:
+    """The estimates of a record by name, without the ``others`` that are none; a gap may be null."""
+    found = _keys(record, {f.name for f in fields(kind)}, what, optional=("evident",))  # files before 0.2 have none
     return {
         name: None if name == "gap" and value is None else estimate_from(value, f"{what}.{name}")
         for name, value in found.items()
-        if name not in optional
+        if name not in others
     }
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dso.decisions.decision import DecisionSet
+from dso.decisions.decision import Decision, DecisionSet
 from dso.evaluation.bias import accuracy, bias_report
 from dso.evaluation.comparison import cuts
 from dso.evaluation.evaluator import Measurement
@@ -60,14 +60,20 @@ class Measures(Protocol):
 
 
 def thin(decisions: DecisionSet, stride: int) -> DecisionSet:
-    """Every unit in each ``stride``-th context only, another start for each unit, so that all contexts keep people.
+    """Every unit in one of ``stride`` neighbouring contexts only, so that all contexts keep people.
 
-    For the same time that gives more people; what people differ in is most of a small measurement's noise. Unambiguous
-    decisions stay as they are.
+    For the same time that gives more people; what people differ in is most of a small measurement's noise. Units whose
+    numbers differ by ``stride`` choose along the contexts in different rhythms, so that they connect all contexts and
+    liking for them cancels from every difference. Unambiguous decisions stay as they are.
     """
-    contexts = {context: number for number, context in enumerate(decisions.contexts)}
+    contexts = {context: divmod(number, stride) for number, context in enumerate(decisions.contexts)}
     units = {unit: number for number, unit in enumerate(dict.fromkeys(d.unit for d in decisions if d.ambiguous))}
-    return decisions.select(lambda d: not d.ambiguous or (contexts[d.context] + units[d.unit]) % stride == 0)
+
+    def kept(decision: Decision) -> bool:
+        place, unit = contexts[decision.context], units[decision.unit]
+        return (place[1] + unit + unit // stride * place[0]) % stride == 0
+
+    return decisions.select(lambda d: not d.ambiguous or kept(d))
 
 
 def by_template(decisions: DecisionSet, count: int) -> DecisionSet:

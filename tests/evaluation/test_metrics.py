@@ -302,6 +302,31 @@ def test_the_square_is_unbiased():
     assert min(squares) < expected - 0.02  # also below 0 at times, or a cut would bias it
 
 
+def test_what_a_few_people_are_liked_for_does_not_rank():
+    """A steering that halves the association is ranked first whoever was sampled; by the square, chance decides."""
+    rng, decisions = np.random.default_rng(3), grid(contexts=10, units=12)
+    effect = np.where(np.arange(10) % 2, 0.1, -0.1)[:, None]
+    evident, square = [], []
+    for _ in range(200):
+        liking = 0.3 * rng.uniform(-1, 1, 12)
+        noise = 0.02 * rng.uniform(-1, 1, (10, 12))
+        before, after = (
+            bias_report(two_way(0.5 + share * effect + shift + liking + noise), decisions, bootstrap=0).probability
+            for share, shift in ((1.0, 0.0), (0.5, 0.05))
+        )
+        evident.append(after.signed_root < before.signed_root)
+        square.append(after.square < before.square)
+    assert np.mean(evident) > 0.97
+    assert np.mean(square) < 0.9
+
+
+def test_a_preference_that_all_contexts_share_beyond_doubt_does_rank():
+    decisions, rng = grid(contexts=4, units=40), np.random.default_rng(4)
+    liking = 0.1 * rng.uniform(-1, 1, 40)
+    found = bias_report(two_way(0.75 + np.zeros((4, 1)) + liking), decisions, bootstrap=0).probability
+    assert 0.4 < found.signed_root < math.sqrt(found.square)
+
+
 def test_the_square_is_unbiased_with_missing_units():
     rng, full = np.random.default_rng(2), grid(contexts=4, units=8)
     keep = [i for i in range(32) if i % 3]

@@ -30,6 +30,7 @@ def parts(size: float, **changes) -> BiasParts:
         "common_part": Estimate(-0.02, -0.05, 0.01),
         "gap": Estimate(0.1, -0.1, 0.3),
         "square": size**2,
+        "evident": size**2,
     }
     return BiasParts(**(values | changes))
 

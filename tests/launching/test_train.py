@@ -19,12 +19,13 @@ from tiny import tiny_llama
 from dso.decisions.decision import DecisionSet
 from dso.decisions.sets import load_decisions
 from dso.errors import UserError
+from dso.evaluation.bias import bias_report
 from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 from launch.config.schema import ConfigError, TrainConfig, load_config, resolved_yaml
-from launch.run.measure import by_template, scale_points
+from launch.run.measure import by_template, scale_points, thin
 from launch.run.session import open_session
 from launch.run.train import Result, train
 from launch.run.trainer import schedule
@@ -178,11 +179,11 @@ def test_the_kl_of_training_decisions_is_measured_where_it_is_asked_for(tmp_path
 
 
 def test_decisions_by_template_are_as_even_as_can_be() -> None:
-    data = load_decisions("roles", splits=["train"], train_blocks=90, train_unambiguous=16)
+    data = load_decisions("roles", splits=["train"], train_blocks=98, train_unambiguous=16)
     sample = by_template(data, 160)
     counts = Counter(decision.template for decision in sample)
     assert len(sample) == 160
-    assert len(counts) == 41
+    assert len(counts) == 98
     assert max(counts.values()) - min(counts.values()) <= 1
     assert all(decision.ambiguous for decision in sample)
     assert len({decision.unit for decision in sample}) > 80
@@ -193,6 +194,23 @@ def test_decisions_by_template_are_as_even_as_can_be() -> None:
     assert Counter(decision.template for decision in by_template(rare, 9)) == {"rare": 1, "often": 8}
     assert len(by_template(rare, 10**6)) == len(rare)
     assert len(by_template(data, 1)) == 1
+
+
+@pytest.mark.parametrize(("stride", "units"), [(3, 38), (3, 4), (2, 5), (4, 9)])
+def test_liking_for_people_cancels_from_thinned_contexts(stride: int, units: int) -> None:
+    full = load_decisions("roles", splits=["validation"], units={"validation": units}, unambiguous={"validation": 8})
+    data = thin(full, stride)
+    ambiguous = data.select(kind="ambiguous")
+    assert len(data.select(kind="unambiguous")) == 8
+    met = Counter((d.unit, d.context) for d in ambiguous)
+    assert set(met.values()) == {2}  # both orders
+    assert max(Counter(u for u, _ in met).values()) - min(Counter(u for u, _ in met).values()) <= 1
+    assert len(met) == pytest.approx(units * 30 / stride, rel=0.1)
+    assert len({d.context for d in ambiguous}) == 30
+    odds = {unit: np.random.default_rng(i).uniform(0.1, 0.9) for i, unit in enumerate(dict.fromkeys(u for u, _ in met))}
+    probs = np.array([[odds[d.unit], 1 - odds[d.unit]] for d in ambiguous])
+    found = bias_report(probs, ambiguous, bootstrap=0).probability
+    assert found.context_part.value == pytest.approx(0.0, abs=1e-6)  # no part of the contexts hangs loose
 
 
 def test_scales_beyond_one_are_measured_and_allowed(tmp_path: Path, model_folder: Path) -> None:
