@@ -124,10 +124,10 @@ class Selection(TrainingCallback):
     same bias the one with the smaller KL is better, of two alike the earlier one.
 
     In the end the last operators are turned up, by a factor of :attr:`FACTOR` at a time, as long as that is inside and
-    better, and then half a factor less: gentle training turned up costs less than hard training. Where no trained
-    steering was inside, they are turned down instead, until they keep the KL budget and the answer mass. Operators
-    turned to a scale are those with coefficients as much larger or smaller: at scale 1 they say what the trained ones
-    say at that scale.
+    better; then the distance of the best to the next is halved :attr:`HALVINGS` times: gentle training turned up costs
+    less than hard training. Where no trained steering was inside, they are turned down instead, until they keep the KL
+    budget and the answer mass. Operators turned to a scale are those with coefficients as much larger or smaller: at
+    scale 1 they say what the trained ones say at that scale.
 
     Args:
         measure: (step, scale) -> :class:`Validation`; the scale is left out where it is 1.
@@ -139,7 +139,8 @@ class Selection(TrainingCallback):
 
     TRIES = 3  # smaller scales that are measured
     CLOSE = 0.97  # share of what a limit allows that a smaller scale aims at
-    FACTOR = 1.4
+    FACTOR = 2.0
+    HALVINGS = 2
     HIGHEST = 8.0  # scale that operators are turned up to
 
     def __init__(
@@ -182,18 +183,20 @@ class Selection(TrainingCallback):
             self._measure(self.steps, scale)
 
     def _turn_up(self) -> None:
-        """Measure the last operators at higher scales while the last measurement is the best, then once in between."""
+        """Measure the last operators at higher scales."""
         while (scale := self._higher()) is not None:
             self._measure(self.steps, scale)
 
     def _higher(self) -> float | None:
         """The next scale to try; it depends on what was measured alone, so a resumed run tries the same ones."""
-        *before, row = (row for row in self.history if row.step == self.steps and row.scale >= 1)
-        if row is self.best and all(other.scale < row.scale for other in before):
-            return scale if (scale := row.scale * self.FACTOR) <= self.HIGHEST else None
-        if row is not self.best and before and before[-1] is self.best:
-            return row.scale / math.sqrt(self.FACTOR)
-        return None
+        tried = [row.scale for row in self.history if row.step == self.steps and row.scale >= 1]
+        if self.best is None or self.best.step != self.steps or self.best.scale < 1:
+            return None
+        above = [scale for scale in tried if scale > self.best.scale]
+        if not above:
+            return scale if (scale := self.best.scale * self.FACTOR) <= self.HIGHEST else None
+        halved = len(tried) - 1 - tried.index(max(tried))  # what was tried after the doubling that went too far
+        return math.sqrt(self.best.scale * min(above)) if halved < self.HALVINGS else None
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`restore` needs: the best operators, and all measurements."""

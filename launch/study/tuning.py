@@ -15,12 +15,13 @@ from dso.baselines.baseline import Attachable, Candidate
 from dso.errors import UserError
 from launch.config.schema import TrainConfig
 from launch.run.constants import kept_limits
-from trainers.callbacks import Limits, Selection, Validation
+from trainers.callbacks import Limits, Validation
 
 # Of accuracy, below the base's. Training's own limit of a point is one answer of 64 or 128: of two methods that are as
 # accurate as the base model it would let one pass by luck.
 ACCURACY_LOSS = 0.05
 HOPELESS = 8.0  # times a KL limit at which higher scales are not tried
+STEP = 1.4  # between the scales beside the best
 TRIES, CLOSE = 4, 0.05  # scales that are tried for a KL, and how close to it is close enough
 
 Measure = Callable[[Attachable, float], Validation]
@@ -115,10 +116,10 @@ def tune(
 
 def _refine(search: _Search, over: Callable[[], bool]) -> None:
     """Try the scales on either side of the best, as long as that makes it better."""
-    step, tried = Selection.FACTOR, set()
+    tried = set()
     while search.best is not None and not over():
         _, candidate, scale, _ = search.best
-        beside = [near for near in (scale * step, scale / step) if round(near, 4) not in tried]
+        beside = [near for near in (scale * STEP, scale / STEP) if round(near, 4) not in tried]
         for near in within(candidate.steering, tuple(beside)):
             tried.add(round(near, 4))
             search.look(candidate, near)

