@@ -35,7 +35,7 @@ from launch.config.sections import EMBEDDED, SteeringSection
 ROOT = Path(__file__).parents[2]
 DEFAULT = "smollm2-roles"
 FREEFORM = "smollm2-roles-freeform"
-SPARE = "smollm2-gender-race"  # says little beside the defaults
+SPARE = "vlm-scenes"  # says little beside the defaults
 
 
 def write(folder: Path, text: str) -> str:
