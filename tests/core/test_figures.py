@@ -36,6 +36,14 @@ def cut(row: Mapping, name: str) -> str:
     return f"{value:.0%} [{low:.0%}, {high:.0%}]"
 
 
+def share(row: Mapping, name: str) -> str:
+    """As :func:`cut`; small sets cannot exclude that all of a bias is gone."""
+    if row.get("cut") is None:
+        return ""
+    value, low, high = row["cut"][name]
+    return f"{value:.0%} [{'-' if low is None else f'{low:.0%}'}, {high:.0%}]"
+
+
 def line(row: Mapping, *cells: str) -> str:
     name = "base" if row["seed"] is None else f"seed {row['seed']}"
     return f"| {' | '.join([name, *cells])} |"
@@ -70,9 +78,22 @@ def test_the_parts_of_its_bias_are_shown() -> None:
 def test_sets_that_were_not_trained_on_are_shown(name: str) -> None:
     for row in kept(f"transfer-{name}.json"):
         order = row["bias"]["order_effect"]
-        cells = [interval(row["bias"]["probability"]["context_part"]), cut(row, "context_part")]
-        cells += [cut(row, "context_part_log_odds"), cut(row, "bias"), "" if order is None else f"{order:.2f}"]
+        cells = [interval(row["bias"]["probability"]["context_part"]), share(row, "context_part")]
+        cells += [share(row, "context_part_log_odds"), share(row, "bias"), "" if order is None else f"{order:.2f}"]
         assert line(row, *cells) in lines("docs/results.md")
+
+
+def test_other_groups_and_sets_are_shown() -> None:
+    base: Mapping = {}
+    for row in json.loads((ROOT / "docs/results/sets.json").read_text("utf-8"))["rows"]:
+        base = row if row["seed"] is None else base
+        name = "base" if row is base else f"{row['estimator']}, seed {row['seed']}"
+        order = row["bias"]["order_effect"]
+        cells = [name, interval(row["bias"]["probability"]["context_part"])]
+        cells += [share(row, each) for each in ("context_part", "context_part_log_odds", "bias")]
+        mass = row["answer_mass"] / base["answer_mass"]
+        cells += ["" if order is None else f"{order:.2f}", f"{mass:.2f}", f"{row['kl']:.3f}"]
+        assert f"| {' | '.join(cells)} |" in lines("docs/results.md")
 
 
 def test_what_it_costs_elsewhere_is_shown() -> None:
