@@ -96,8 +96,8 @@ def _bias_from_json(record: object) -> BiasReport:
     values: dict = {name: _number(found[name], name) for name in SCALARS}
     for name in ("probability", "log_odds"):
         parts = _estimates(found[name], BiasParts, f"bias.{name}", SQUARES)
-        squares = {key: _number(found[name].get(key), f"{name}.{key}") for key in SQUARES}
-        values[name] = BiasParts(**parts, **squares)
+        square, evident = (_number(found[name].get(key), f"{name}.{key}") for key in SQUARES)
+        values[name] = BiasParts(**parts, square=square, evident=evident)
     for name in COUNTS:
         if not isinstance(found[name], int) or isinstance(found[name], bool):
             raise ValueError(f"{name} must be a whole number, found {found[name]!r}")
