@@ -69,7 +69,7 @@ class BiasParts:
     common_part: Estimate
     gap: Estimate | None
     square: float
-    evident: float
+    evident: float = math.nan
 
     @property
     def signed_root(self) -> float:

@@ -33,7 +33,6 @@ from dso.files import write_text
 from dso.models.backbone import Backbone
 from dso.models.loading import load_parts
 from launch.commands.common import quieten
-from launch.run.measure import thin
 from tools.bench.finetuning import VARIANTS, tuned
 
 GROUP = {"he": "male", "she": "female"}
@@ -161,7 +160,10 @@ def gaps(backbone: Backbone, decisions: DecisionSet, label: str) -> dict[str, An
 def couples(number: int, stride: int) -> DecisionSet:
     """Ambiguous decisions of ``roles``' validation split; an odd stride leaves each couple both stereotypes."""
     options = {"splits": ["validation"], "units": {"validation": number}, "unambiguous": {"validation": 0}}
-    return thin(load_decisions("roles", **options), stride)
+    data = load_decisions("roles", **options)
+    places = {context: place for place, context in enumerate(data.contexts)}
+    units = {unit: place for place, unit in enumerate(dict.fromkeys(d.unit for d in data))}
+    return data.select(lambda d: (places[d.context] + units[d.unit]) % stride == 0)
 
 
 def he_or_she() -> DecisionSet:
