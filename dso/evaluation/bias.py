@@ -69,7 +69,7 @@ class BiasParts:
     common_part: Estimate
     gap: Estimate | None
     square: float
-    evident: float = math.nan
+    evident: float = math.nan  # in records that were written before it was there
 
     @property
     def signed_root(self) -> float:
@@ -78,7 +78,7 @@ class BiasParts:
 
 
 NO_PARTS = BiasParts(
-    bias=UNMEASURED, context_part=UNMEASURED, common_part=UNMEASURED, gap=None, square=math.nan, evident=math.nan
+    bias=UNMEASURED, context_part=UNMEASURED, common_part=UNMEASURED, gap=None, square=math.nan
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields
 
 from dso.evaluation.bias import BiasParts, BiasReport
@@ -113,7 +114,8 @@ def _bias_from_json(record: object) -> BiasReport:
 
 def _estimates(record: object, kind: type[BiasParts] | type[Cuts], what: str, others: Sequence[str] = ()) -> dict:
     """The estimates of a record by name, without the ``others`` that are none; a gap may be null."""
-    found = _keys(record, {f.name for f in fields(kind)}, what, optional=("evident",))  # files before 0.2 have none
+    optional = [f.name for f in fields(kind) if f.default is not NO_DEFAULT]
+    found = _keys(record, {f.name for f in fields(kind)}, what, optional)
     return {
         name: None if name == "gap" and value is None else estimate_from(value, f"{what}.{name}")
         for name, value in found.items()

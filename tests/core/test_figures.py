@@ -29,19 +29,20 @@ def interval(found: Sequence[float]) -> str:
 
 def cut(row: Mapping, name: str) -> str:
     """Never all of a bias: the interval stands beside it, and its ends are known."""
-    if row.get("cut") is None:
-        return ""
-    value, low, high = row["cut"][name]
-    assert high < 0.995
-    return f"{value:.0%} [{low:.0%}, {high:.0%}]"
+    if row.get("cut") is not None:
+        _, low, high = row["cut"][name]
+        assert low is not None and high < 0.995
+    return share(row, name)
 
 
 def share(row: Mapping, name: str) -> str:
-    """As :func:`cut`; small sets cannot exclude that all of a bias is gone."""
-    if row.get("cut") is None:
-        return ""
-    value, low, high = row["cut"][name]
-    return f"{value:.0%} [{'-' if low is None else f'{low:.0%}'}, {high:.0%}]"
+    """A cut whose interval may reach to all of the bias; empty where none was measured."""
+    return "" if row.get("cut") is None else percent(row["cut"][name])
+
+
+def percent(found: Sequence[float | None]) -> str:
+    value, low, high = ("-" if x is None else f"{x:.0%}" for x in found)
+    return f"{value} [{low}, {high}]"
 
 
 def line(row: Mapping, *cells: str) -> str:
@@ -168,11 +169,6 @@ def test_what_edits_of_weights_do_is_shown() -> None:
         shares += [places["kinds"].get(kind, 0) for kind in KINDS]
         shown = [f"{share / total:.0%}" for share in shares]
         assert f"| {' | '.join([name, *shown])} |" in lines("docs/editing.md")
-
-
-def percent(found: Sequence[float | None]) -> str:
-    value, low, high = ("-" if x is None else f"{x:.0%}" for x in found)
-    return f"{value} [{low}, {high}]"
 
 
 def test_every_rival_is_shown_at_the_scale_that_validation_chose() -> None:

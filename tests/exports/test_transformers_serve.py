@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from exporting import moved
 from openai import OpenAI
+from serving import stop
 from tiny import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM
 from transformers.utils.import_utils import is_serve_available
@@ -45,12 +46,7 @@ def transformers_serve(folder: Path) -> Iterator[str]:
             time.sleep(0.05)
         yield found[1]
     finally:
-        server.terminate()
-        try:
-            server.wait(20)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        stop(server, 20)
 
 
 def greedy(model, prompt: str) -> str:

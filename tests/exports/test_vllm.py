@@ -22,6 +22,7 @@ import pytest
 import torch
 from exporting import moved
 from openai import OpenAI
+from serving import stop
 from tiny import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -77,12 +78,7 @@ def serving(folder: Path, log: Path, *options: object) -> Iterator[str]:
                 time.sleep(1)
         yield url
     finally:
-        server.terminate()
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        stop(server, 60)
 
 
 def log_probs(url: str, name: str) -> dict[int, float]:

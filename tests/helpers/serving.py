@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -52,6 +53,16 @@ def served(engine: Engine, key: str | None = None, max_body: int = 100_000) -> I
     finally:
         server.should_exit = True
         thread.join()
+
+
+def stop(server: subprocess.Popen, seconds: float) -> None:
+    """End a server's process: asked to, and killed where it takes longer."""
+    server.terminate()
+    try:
+        server.wait(seconds)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 def wait_until(done, seconds: float = 120.0) -> None:
