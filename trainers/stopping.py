@@ -57,12 +57,19 @@ class OrderlyStop:
 
     @contextmanager
     def training(self, model: Stoppable) -> Iterator[None]:
-        """Within the block signals wait for the step to end; one that came too late for that acts as it ends."""
+        """Within the block signals wait for the step to end; one that came too late for that acts as it ends.
+
+        One that was heard before acts at once: Python swallows what is raised while it runs a finaliser.
+        """
+        self._act()
         self._model = model
         try:
             yield
         finally:
             self._model = None
+        self._act()
+
+    def _act(self) -> None:
         if self.heard is not None:
             raise Preempted if self.preempted else KeyboardInterrupt
 

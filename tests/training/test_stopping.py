@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -74,6 +75,21 @@ def test_a_second_sigterm_does_not_disturb_what_the_first_one_began() -> None:
             hear(signal.SIGTERM)
         hear(signal.SIGTERM)  # as the run tidies up
     assert stop.preempted
+
+
+def test_a_signal_that_a_finaliser_swallowed_stops_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            hear(signal.SIGTERM)
+
+    trainer, trained, swallowed = make_trainer(ambiguous=4), False, []
+    monkeypatch.setattr(sys, "unraisablehook", lambda raised: swallowed.append(raised.exc_type))
+    with OrderlyStop() as stop:
+        Finalised()
+        assert swallowed == [Preempted]
+        with pytest.raises(Preempted), stop.training(trainer):
+            trained = True
+    assert not trained
 
 
 @pytest.mark.parametrize("number", OrderlyStop.SIGNALS)
