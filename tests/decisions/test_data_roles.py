@@ -119,6 +119,17 @@ def _says(decision: Decision, occupation: str) -> bool:
     return re.search(rf"\b{occupation}\b", text(decision), re.IGNORECASE) is not None
 
 
+def test_the_people_that_were_added_are_in_no_other_split(gender: DecisionSet) -> None:
+    people = roles.build("gender", splits=["test-people"])
+    assert len({d.unit for d in people if d.ambiguous}) == 441
+    known = {name for split in NAME_SPLITS if split != "people" for by_group in names_of("gender", split)
+             for part in by_group for name in part}  # fmt: skip
+    assert len(names(people)) == 882 and not names(people) & known
+    assert {d.template for d in people} == {d.template for d in gender.select(split="test")}
+    with pytest.raises(DecisionError, match="test-people has no names of gender x race; there are some of gender"):
+        roles.build("gender x race", splits=["test-people"])
+
+
 def test_training_blocks(whole: DecisionSet) -> None:
     groups = len(whole.groups)
     blocks = defaultdict(list)

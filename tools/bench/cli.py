@@ -73,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     transfer = names.add_parser("transfer", help="sets that were never trained on")
     transfer.add_argument("steerings", nargs="+", help="folders of steerings")
     transfer.add_argument("--winobias", help="folder with the published WinoBias files")
-    transfer.add_argument("--splits", default="test-names,test-templates,test-contexts")
+    transfer.add_argument("--splits", default="test-people,test-names,test-templates,test-contexts")
 
     serve = names.add_parser("serve", help="tokens a second of dso serve's engine")
     serve.add_argument("steering", help="folder of a steering")

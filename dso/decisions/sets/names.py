@@ -5,8 +5,9 @@ English words (Grace, Hope, Mark, Will, Rose) are left out. The names of the lis
 leading blank in SmolLM2's vocabulary of 49k entries; women's run short of these, so further lists hold names of two and
 three tokens. Units are formed within a list, so that both candidates of a decision have the same number of tokens
 there. What training does about a preference for women or men in general carries over to other names only as far as the
-training names stand for them, so there are about as many of them as for the test; the lists ``more`` and
-``three-tokens`` serve training and validation alone.
+training names stand for them, so there are about as many of them as for the test; the list ``more`` serves training
+and validation alone. The split ``people`` has 441 couples of two and three tokens that were added when everything else
+stood, to be measured once.
 
 ``gender x race``: all names of Bertrand and Mullainathan, "Are Emily and Greg More Employable than Lakisha and
 Jamal?", AER 94 (2004); names of Greenwald, McGhee and Schwartz (1998) as listed by Caliskan, Bryson and Narayanan,
@@ -25,7 +26,7 @@ from itertools import permutations
 
 from dso.decisions.sets.shipped import read_table
 
-NAME_SPLITS = ("train", "validation", "test")
+NAME_SPLITS = ("train", "validation", "test", "people")
 
 
 def _read() -> dict[str, dict[str, dict[str, dict[str, list[str]]]]]:

@@ -14,6 +14,7 @@ split               names                  templates   occupations
 ``test-names``      test                   training    seen
 ``test-templates``  training               test        seen
 ``test-contexts``   test                   test        held out (10)
+``test-people``     441 more couples       test        seen
 ==================  =====================  ==========  =================
 
 ``train`` is a pool of blocks: one template, one unit, all orders, a few contexts; the ids of block 17 begin with
@@ -52,15 +53,19 @@ _EVALUATION = {
     "test-names": ("test", "train", True),
     "test-templates": ("train", "test", True),
     "test-contexts": ("test", "test", False),
+    "test-people": ("people", "test", True),
 }
 SPLITS = ("train", *_EVALUATION)
+USUAL = tuple(split for split in SPLITS if split != "test-people")  # that one is as large as all others together
 TEXTS = {
     "prompts": (*AMBIGUOUS, *UNAMBIGUOUS),
     "continuations": tuple(t for t in (*AMBIGUOUS, *UNAMBIGUOUS) if isinstance(t.text, str)),
     "questions": (*QUESTIONS, *FACTS),
 }
-_UNITS = {"validation": 38, "test": 106, "test-names": 64, "test-templates": 96, "test-contexts": 96}
-_UNAMBIGUOUS = {"validation": 128, "test": 320, "test-names": 320, "test-templates": 320, "test-contexts": 320}
+_UNITS = {
+    "validation": 38, "test": 106, "test-names": 64, "test-templates": 96, "test-contexts": 96, "test-people": 441
+}  # fmt: skip
+_UNAMBIGUOUS = {split: 128 if split == "validation" else 320 for split in _UNITS}
 
 Unit = tuple[str, ...]
 
@@ -76,7 +81,7 @@ def build(
     attribute: str = "gender",
     *,
     texts: str = "prompts",
-    splits: Sequence[str] = SPLITS,
+    splits: Sequence[str] = USUAL,
     units: Mapping[str, int] | None = None,
     unambiguous: Mapping[str, int] | None = None,
     train_blocks: int = 150,
@@ -92,9 +97,9 @@ def build(
         texts: ``prompts``, whose next word is a name; ``continuations``, those of them that are no chats, for models
             without a chat template; or ``questions``, which are answered freely (:mod:`dso.decisions.sets.questions`):
             the candidates are then what to look for in the answer.
-        splits: the splits to build.
+        splits: the splits to build; ``test-people`` only where it is named.
         units: evaluation split -> number of units; the default is 38 for ``validation``, 106 for ``test``, 64 for
-            ``test-names`` and 96 for the others, or as many as there are names.
+            ``test-names``, 441 for ``test-people`` and 96 for the others, or as many as there are names.
         unambiguous: evaluation split -> number of unambiguous decisions; the default is 128 for ``validation`` and 320
             for the others. Rounded down to whole factorials (8 for two groups, 64 for four).
         train_blocks: number of blocks in ``train``; each has ``block_contexts`` x (number of groups) decisions.
@@ -213,6 +218,8 @@ class _Maker:
     def evaluation(self, split: str, count: int | None, unambiguous: int) -> Iterator[Decision]:
         names, templates, seen = _EVALUATION[split]
         units = self.units(names)
+        if not units:
+            raise DecisionError(f"roles: {split} has no names of {self.attribute}; there are some of gender")
         if count is not None and count > len(units):
             raise DecisionError(f"roles: units[{split!r}] is {count}, but there are names for only {len(units)}")
         chosen = self.choose(templates, True)
