@@ -37,7 +37,9 @@ from trainers.state.saved import read_state
 DRAWS = 10  # of the null
 OWN_SCALES = (0.25, 0.5, 0.75, 1.0)  # of a steering that was trained, whose range ends at 1
 LADDER, WIDEST = (0.25, 0.5, 1.0, 2.0, 4.0), 8.0  # scales of what others trained
-UNREAD = ("evaluation.validation_stride=12",)  # a run's own selection, where the study takes the last step: done sparely
+UNREAD = (
+    "evaluation.validation_stride=12",
+)  # a run's own selection, where the study takes the last step: done sparely
 AROUND = (0.5, 1.0, 1.5)  # times the chosen scale
 
 

@@ -245,7 +245,7 @@ def test_no_name_stands_for_two_groups_or_two_splits() -> None:
 
 def test_the_lists_of_names_are_long_enough() -> None:
     sizes = {a: [sum(len(li[0]) for li in names_of(a, s)) for s in NAME_SPLITS] for a in ATTRIBUTES}
-    assert sizes == {"gender": [103, 38, 106], "gender x race": [18, 8, 26]}
+    assert sizes == {"gender": [103, 38, 106, 441], "gender x race": [18, 8, 26, 0]}
 
 
 def test_names_of_one_unit_do_not_begin_with_one_another(whole: DecisionSet) -> None:
@@ -310,8 +310,8 @@ def test_names_of_a_pair_are_equally_long_in_the_embedded_vocabulary(gender: Dec
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     lists = [group for split in NAME_SPLITS for each in names_of("gender", split) for group in each]
     lengths = {n: len(tokenizer(" " + n, add_special_tokens=False).input_ids) for names in lists for n in names}
-    assert Counter(lengths.values()) == {1: 2 * 140, 2: 2 * 91, 3: 2 * 16}
-    for d in gender:
+    assert Counter(lengths.values()) == {1: 2 * 140, 2: 2 * (91 + 316), 3: 2 * (16 + 125)}
+    for d in (*gender, *roles.build("gender", splits=["test-people"])):
         assert len({lengths[c.text.strip()] for c in d.candidates}) == 1, d.id
 
 
