@@ -74,7 +74,7 @@ def test_the_parts_of_its_bias_are_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["test-names", "test-templates", "test-contexts", "pronouns", "type1-test", "type2-test"]
+    "name", ["test-names", "test-templates", "test-people", "test-contexts", "pronouns", "type1-test", "type2-test"]
 )
 def test_sets_that_were_not_trained_on_are_shown(name: str) -> None:
     for row in kept(f"transfer-{name}.json"):
