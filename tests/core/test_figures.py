@@ -97,6 +97,18 @@ def test_other_groups_and_sets_are_shown() -> None:
         assert f"| {' | '.join(cells)} |" in lines("docs/results.md")
 
 
+def test_sampled_answers_are_shown() -> None:
+    rows = json.loads((ROOT / "docs/results/freeform.json").read_text("utf-8"))
+    for name, row in zip(("base", "seed 0", "seed 1", "seed 2"), rows, strict=True):
+        part, shown = (row.get("cut") or {}).get("context_part"), ""
+        if part is not None:  # never all of it
+            shown = percent(part) if part[0] < 0.995 else f"at least {part[1]:.0%}"
+        bias = row["bias"]
+        cells = [interval(bias["probability"]["gap"]), interval(bias["probability"]["context_part"]), shown]
+        cells += [f"{bias['abstention']:.2f}", f"{row['accuracy'][0]:.3f}", f"{row['kl']:.3f}"]
+        assert f"| {' | '.join([name, *cells])} |" in lines("docs/results.md")
+
+
 def test_what_it_costs_elsewhere_is_shown() -> None:
     measured = json.loads((ROOT / "docs/results/harm.json").read_text("utf-8"))
     for row, name in zip(measured["rows"], ("base", "seed 0", "seed 1", "seed 2"), strict=True):
