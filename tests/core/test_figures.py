@@ -105,7 +105,8 @@ def test_sampled_answers_are_shown() -> None:
             shown = percent(part) if part[0] < 0.995 else f"at least {part[1]:.0%}"
         bias = row["bias"]
         cells = [interval(bias["probability"]["gap"]), interval(bias["probability"]["context_part"]), shown]
-        cells += [f"{bias['abstention']:.2f}", f"{row['accuracy'][0]:.3f}", f"{row['kl']:.3f}"]
+        cells += [f"{bias['order_effect']:.2f}", f"{bias['abstention']:.2f}"]
+        cells += [f"{row['accuracy'][0]:.3f}", f"{row['kl']:.3f}"]
         assert f"| {' | '.join([name, *cells])} |" in lines("docs/results.md")
 
 
