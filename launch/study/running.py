@@ -37,10 +37,8 @@ from trainers.state.saved import read_state
 DRAWS = 10  # of the null
 OWN_SCALES = (0.25, 0.5, 0.75, 1.0)  # of a steering that was trained, whose range ends at 1
 LADDER, WIDEST = (0.25, 0.5, 1.0, 2.0, 4.0), 8.0  # scales of what others trained
-UNREAD = (
-    "evaluation.validation_stride=12",
-)  # a run's own selection, where the study takes the last step: done sparely
 AROUND = (0.5, 1.0, 1.5)  # times the chosen scale
+SPARELY = ("evaluation.validation_stride=12",)  # how a run selects whose last step is taken, whatever it selects
 
 
 def measured_config(source: str, overrides: Sequence[str], options: dict[str, Any]) -> TrainConfig:
@@ -150,7 +148,7 @@ class Running:
             f"run.run_name={arm.name}-s{seed}",
             f"train.seed={seed}",
         )
-        selection = () if arm.kind == "ours" else UNREAD
+        selection = () if arm.kind == "ours" else SPARELY
         return load_config(self.source, [*self.overrides, *(arm.overrides or ()), *selection, *places])
 
     def _run(self, arm: Arm, seed: int) -> Path:

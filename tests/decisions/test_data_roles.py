@@ -47,6 +47,11 @@ def names(decisions: Iterable[Decision]) -> set[str]:
     return {c.text.strip() for d in decisions for c in d.candidates}
 
 
+def listed(attribute: str, *splits: str) -> list[str]:
+    """All names of an attribute's splits, as often as the lists have them."""
+    return [name for split in splits for li in names_of(attribute, split) for group in li for name in group]
+
+
 def test_sizes_of_the_gender_set(gender: DecisionSet) -> None:
     counts = Counter((d.split, d.kind) for d in gender)
     assert counts == {
@@ -122,9 +127,8 @@ def _says(decision: Decision, occupation: str) -> bool:
 def test_the_people_that_were_added_are_in_no_other_split(gender: DecisionSet) -> None:
     people = roles.build("gender", splits=["test-people"])
     assert len({d.unit for d in people if d.ambiguous}) == 441
-    known = {name for split in NAME_SPLITS if split != "people" for by_group in names_of("gender", split)
-             for part in by_group for name in part}  # fmt: skip
-    assert len(names(people)) == 882 and not names(people) & known
+    assert len(names(people)) == 882
+    assert not names(people) & set(listed("gender", *(split for split in NAME_SPLITS if split != "people")))
     assert {d.template for d in people} == {d.template for d in gender.select(split="test")}
     with pytest.raises(DecisionError, match="test-people has no names of gender x race; there are some of gender"):
         roles.build("gender x race", splits=["test-people"])
@@ -238,7 +242,7 @@ def test_fewer_units_are_the_first_of_more() -> None:
 
 def test_no_name_stands_for_two_groups_or_two_splits() -> None:
     for attribute in ATTRIBUTES:
-        everything = [n for s in NAME_SPLITS for li in names_of(attribute, s) for group in li for n in group]
+        everything = listed(attribute, *NAME_SPLITS)
         assert len(everything) == len(set(everything))
     assert len(groups_of("gender")) == 2 and len(groups_of("gender x race")) == 4
 

@@ -197,8 +197,9 @@ def test_decisions_by_template_are_as_even_as_can_be() -> None:
     assert len(by_template(data, 1)) == 1
 
 
-@pytest.mark.parametrize(("stride", "units"), [(3, 38), (3, 4), (2, 5), (4, 9)])
-def test_liking_for_people_cancels_from_thinned_contexts(stride: int, units: int) -> None:
+@pytest.mark.parametrize(("stride", "units", "left"), [(3, 38, 0.002), (3, 4, 1e-6), (2, 5, 1e-6), (4, 9, 1e-6)])
+def test_liking_for_people_cancels_from_thinned_contexts(stride: int, units: int, left: float) -> None:
+    """All of it, but for a trace with many people: the least squares take them for random ones."""
     full = load_decisions("roles", splits=["validation"], units={"validation": units}, unambiguous={"validation": 8})
     data = thin(full, stride)
     ambiguous = data.select(kind="ambiguous")
@@ -211,7 +212,7 @@ def test_liking_for_people_cancels_from_thinned_contexts(stride: int, units: int
     odds = {unit: np.random.default_rng(i).uniform(0.1, 0.9) for i, unit in enumerate(dict.fromkeys(u for u, _ in met))}
     probs = np.array([[odds[d.unit], 1 - odds[d.unit]] for d in ambiguous])
     found = bias_report(probs, ambiguous, bootstrap=0).probability
-    assert found.context_part.value == pytest.approx(0.0, abs=0.005)  # no part of the contexts hangs loose
+    assert found.context_part.value == pytest.approx(0.0, abs=left)  # no part of the contexts hangs loose
 
 
 def test_scales_beyond_one_are_measured_and_allowed(tmp_path: Path, model_folder: Path) -> None:
