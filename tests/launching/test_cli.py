@@ -98,10 +98,12 @@ def test_train_prints_its_progress_and_ends_with_a_table(trained: Trained) -> No
     validations = [line.split(":")[0] for line in said if line.startswith("validation")]
     turned = [line for line in validations if ", turned to " in line]  # in the end, as far as the limits allow
     assert validations == [*(f"validation at step {step}" for step in range(0, 13, 2)), *turned]
-    assert said[0].endswith("kept")  # the base model is the first candidate
+    start = "measuring the base model on 20 decisions of validation, then 12 steps of 20 decisions"
+    assert said[0] == f"{trained.run}: {start}"  # minutes pass before there is a figure
+    assert said[1].endswith("kept")  # the base model is the first candidate
     assert any(line.startswith("step 10/12  running_bias 0.") for line in said)
     assert said[-1] == "measuring 3 scales on 20 decisions of test"
-    assert len(said) == 9 + len(turned), err  # and nothing from any library
+    assert len(said) == 10 + len(turned), err  # and nothing from any library
 
 
 def test_quiet_prints_only_the_result(trained: Trained, call: Any) -> None:
