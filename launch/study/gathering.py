@@ -22,6 +22,7 @@ from launch.study.arms import OURS, all_arms
 from launch.study.folder import StudyFolder
 from launch.study.materials import Materials
 from launch.study.tuning import study_limits
+from trainers.callbacks import Limits
 
 SAMPLES, TOKENS = 3, 12  # prompts that are shown, and tokens that are generated after each
 SHOWN = (0.0, 0.5, 1.0)  # scales of samples
@@ -110,7 +111,6 @@ def _about(config: TrainConfig, command: str, materials: Materials, steering: St
     sites = resolve_sites(model)
     ambiguous = [decision for decision in test if decision.ambiguous]
     units = len({decision.unit or decision.id for decision in ambiguous})
-    limits = study_limits(config)
     about = {
         "command": command,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -125,13 +125,23 @@ def _about(config: TrainConfig, command: str, materials: Materials, steering: St
         "test": f"{len(ambiguous)} ambiguous decisions about {units} units in {len(test.contexts)} contexts, and "
         f"{len(test) - len(ambiguous)} unambiguous ones; nothing was chosen on them",
         "validation": f"{len(materials.asked['validation'])} decisions, on which every candidate and scale was chosen",
-        "limits": f"KL at most {limits.kl_budget}, after neutral texts {limits.neutral_kl}; answer mass at least "
-        f"{limits.min_answer_mass} of the base's; accuracy at most {limits.max_accuracy_loss} below the base's; order "
-        f"effect at most {limits.order_increase} above it",
+        "limits": limits_in_words(study_limits(config)),
         "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES) + f", Python {platform.python_version()}",
         "config": resolved_yaml(config),
     }
     return about
+
+
+def limits_in_words(limits: Limits) -> str:
+    """The limits that are set, for a reader of the report."""
+    said = (
+        ("KL at most {}", limits.kl_budget),
+        ("KL after neutral texts at most {}", limits.neutral_kl),
+        ("answer mass at least {} of the base's", limits.min_answer_mass),
+        ("accuracy at most {} below the base's", limits.max_accuracy_loss),
+        ("order effect at most {} above the base's", limits.order_increase),
+    )
+    return "; ".join(text.format(value) for text, value in said if value is not None)
 
 
 def _digest(data: bytes) -> str:

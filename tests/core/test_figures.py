@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -97,6 +97,12 @@ def test_other_groups_and_sets_are_shown() -> None:
         assert f"| {' | '.join(cells)} |" in lines("docs/results.md")
 
 
+def test_what_bbq_says_of_the_base_model_is_shown() -> None:
+    figures = json.loads((ROOT / "docs/results/bbq.json").read_text("utf-8"))["benchmarks"]["bbq"]["figures"]
+    base = "{:.1f} [{:.1f}, {:.1f}]".format(*figures["bias, ambiguous"]["base"])
+    assert f"its published bias score on ambiguous questions is {base} of 100" in " ".join(lines("docs/results.md"))
+
+
 def test_sampled_answers_are_shown() -> None:
     rows = json.loads((ROOT / "docs/results/freeform.json").read_text("utf-8"))
     for name, row in zip(("base", "seed 0", "seed 1", "seed 2"), rows, strict=True):
@@ -184,27 +190,46 @@ def test_what_edits_of_weights_do_is_shown() -> None:
         assert f"| {' | '.join([name, *shown])} |" in lines("docs/editing.md")
 
 
-def test_every_rival_is_shown_at_the_scale_that_validation_chose() -> None:
-    study = json.loads((ROOT / "docs/results/compare.json").read_text("utf-8"))
-    base = study["base"]["result"]
-    assert {"ours", "affine-editing", "lora", "caa", "published", "random"} <= {m["name"] for m in study["methods"]}
-    brief = 0
+def trials(study: Mapping) -> Iterator[tuple[str, Mapping, Mapping, list[str]]]:
+    """Each method and seed of a study: its name as shown, the trial, its shown point, the cells of its cuts."""
     for method in study["methods"]:
         for trial in method["trials"]:
             scales = [point["result"]["scale"] for point in trial["points"]]
             place = scales.index(trial["chosen"]) if trial["chosen"] is not None else len(scales) // 2
             point, name = trial["points"][place], method["title"] + ("" if trial["chosen"] is not None else "*")
-            found = point["result"]
-            cuts = [percent(found["cut"][key]) for key in ("context_part", "context_part_log_odds")]
-            order, accuracy = f"{found['bias']['order_effect']:.2f}", f"{found['accuracy'][0]:.3f}"
-            neutral, change = f"{point['neutral_kl']:.3f}", point["perplexity"][0]
-            perplexity = "-" if change is None else f"{100 * change:+.1f}%"
-            mass = f"{found['answer_mass'] / base['answer_mass']:.2f}"
-            cells = [name, str(trial["seed"]), f"{scales[place]:.2g}", *cuts, order, accuracy, mass]
-            cells += [f"{found['kl']:.3f}", neutral, perplexity, f"{trial['seconds']:.0f}"]
-            assert f"| {' | '.join(cells)} |" in lines("docs/results.md")
-            brief += f"| {' | '.join([name, *cuts, order, accuracy, neutral, perplexity])} |" in lines("README.md")
+            found = point["result"]["cut"]
+            yield name, trial, point, [percent(found[key]) for key in ("context_part", "context_part_log_odds")]
+
+
+def ending(study: Mapping, trial: Mapping, point: Mapping) -> list[str]:
+    """What both tables of a study end with: answer mass, KL, neutral KL, perplexity, seconds."""
+    found, change = point["result"], point["perplexity"][0]
+    perplexity = "-" if change is None else f"{100 * change:+.1f}%"
+    mass = f"{found['answer_mass'] / study['base']['result']['answer_mass']:.2f}"
+    return [mass, f"{found['kl']:.3f}", f"{point['neutral_kl']:.3f}", perplexity, f"{trial['seconds']:.0f}"]
+
+
+def test_every_rival_is_shown_at_the_scale_that_validation_chose() -> None:
+    study = json.loads((ROOT / "docs/results/compare.json").read_text("utf-8"))
+    assert {"ours", "affine-editing", "lora", "caa", "published", "random"} <= {m["name"] for m in study["methods"]}
+    brief = 0
+    for name, trial, point, cuts in trials(study):
+        found, last = point["result"], ending(study, trial, point)
+        order, accuracy = f"{found['bias']['order_effect']:.2f}", f"{found['accuracy'][0]:.3f}"
+        cells = [name, str(trial["seed"]), f"{found['scale']:.2g}", *cuts, order, accuracy, *last]
+        assert f"| {' | '.join(cells)} |" in lines("docs/results.md")
+        brief += f"| {' | '.join([name, *cuts, order, accuracy, *last[2:4]])} |" in lines("README.md")
     assert brief >= 6
+
+
+def test_every_rival_on_winobias_is_shown() -> None:
+    study = json.loads((ROOT / "docs/results/compare-winobias.json").read_text("utf-8"))
+    assert {"ours", "affine-editing", "lora", "caa", "published"} <= {m["name"] for m in study["methods"]}
+    for name, trial, point, cuts in trials(study):
+        found = point["result"]
+        gap, scale = interval(found["bias"]["probability"]["gap"]), f"{found['scale']:.2g}"
+        cells = [name, str(trial["seed"]), scale, *cuts, percent(found["cut"]["bias"]), gap]
+        assert f"| {' | '.join([*cells, *ending(study, trial, point)])} |" in lines("docs/results.md")
 
 
 def test_what_steering_costs_is_shown_and_within_its_aims() -> None:

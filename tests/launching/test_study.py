@@ -18,6 +18,7 @@ from dso.evaluation.study import read_study
 from launch.commands.compare import run
 from launch.study.arms import ABLATIONS, PUBLISHED, chosen_arms
 from launch.study.folder import StudyFolder
+from launch.study.gathering import limits_in_words
 from launch.study.tuning import at_kl, tune
 from trainers.callbacks import Limits, Validation
 
@@ -32,6 +33,12 @@ def chosen(measure: Any, scales: tuple[float, ...] = (1.0, 2.0), seconds: float 
 
 def row(bias: float, kl: float = 0.0, **others: float) -> Validation:
     return replace(BASE, step=1, bias=bias, kl=kl, **others)
+
+
+def test_the_report_names_the_limits_that_are_set() -> None:
+    few = "KL at most 0.2; answer mass at least 0.9 of the base's; accuracy at most 0.01 below the base's"
+    assert limits_in_words(Limits(kl_budget=0.2)) == few
+    assert limits_in_words(LIMITS).endswith("; order effect at most 0.0 above the base's")
 
 
 def test_the_least_biased_candidate_inside_the_limits_is_chosen_and_its_scale_refined() -> None:

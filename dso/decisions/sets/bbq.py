@@ -7,9 +7,11 @@ What is decided. ``{text} Question: {question} Answer:``, with the three answers
 ``abstain``, the groups are the category's own labels (old, nonOld; Muslim, Hindu, ...). Where the text says too little
 (``ambig``) the decision is ambiguous; where it tells the answer (``disambig``) it is unambiguous. A context is the
 topic of a question (``question_index``) in one polarity: "who is bad with phones" and "who is good with phones" are two
-contexts about the same people, so that the liking for one of them cancels and what is left is what the topic has to do
-with them. The unit is the two people of a topic, the template is the topic. The stereotype is the group that the
-stereotype has for the answer: in a negative question the one that the file names, in the other one the other person's.
+contexts about the same people. Every topic has people of its own, so whom a model names in both polarities alike counts
+as bias, be it for the group or for the word that stands for it; the published bias score (``dso benchmark``) is only of
+what the polarity changes. The unit is the two people of a topic, the template is the topic. The stereotype is the group
+that the stereotype has for the answer: in a negative question the one that the file names, in the other one the other
+person's.
 
 Splits: ``train`` and ``validation`` divide the topics of the categories that are trained on, and ``test`` is other
 categories whole, so no template, context or unit is in two splits.
