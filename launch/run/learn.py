@@ -110,8 +110,8 @@ def learn(session: Session, plan: Plan, stop: OrderlyStop, tracker: Tracker, *, 
     stop.say = progress.say
     keeper.open(plan.saved, progress.say)
     if plan.saved is None:
-        measured_on = f"the base model on {len(session.split('validation'))} decisions of validation"
-        progress.say(f"{plan.folder}: measuring {measured_on}, then {steps} steps of {batch} decisions")
+        first = f"measuring the base model on {len(validator.decisions)} decisions of validation"
+        progress.say(f"{plan.folder}: {first}, then {steps} steps of {batch} decisions")
         validator.begin()
         if config.train.optimizer.fisher_batches:
             trainer.whiten(config.train.optimizer.fisher_batches, FISHER_DAMPING)

@@ -28,13 +28,15 @@ class Validator:
         session: of the run.
 
     Attributes:
+        decisions: what is measured.
         base_mass: the base model's answer mass, which :meth:`begin` measures.
     """
 
     def __init__(self, session: Session):
         config = session.config
         self._session = session
-        self._measures = session.measures(session.split("validation"), self._look_up, keep_reference=True)
+        self.decisions = session.split("validation")
+        self._measures = session.measures(self.decisions, self._look_up, keep_reference=True)
         self._known = None
         if config.evaluation.training_decisions and config.constraints.kl_budget is not None:
             sample = by_template(session.split("train"), config.evaluation.training_decisions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,9 +17,14 @@ def lines(page: str) -> list[str]:
     return (ROOT / page).read_text("utf-8").splitlines()
 
 
+def result(name: str) -> Any:
+    """What a file of docs/results holds."""
+    return json.loads((ROOT / "docs/results" / name).read_text("utf-8"))
+
+
 def kept(name: str) -> list[Mapping]:
     """What a benchmark wrote, the base model first."""
-    base, *steered = json.loads((ROOT / "docs/results" / name).read_text("utf-8"))["rows"]
+    base, *steered = result(name)["rows"]
     assert base["kl"] == 0 and [row["seed"] for row in steered] == [0, 1, 2]
     return [base, *steered]
 
@@ -86,7 +92,7 @@ def test_sets_that_were_not_trained_on_are_shown(name: str) -> None:
 
 def test_other_groups_and_sets_are_shown() -> None:
     base: Mapping = {}
-    for row in json.loads((ROOT / "docs/results/sets.json").read_text("utf-8"))["rows"]:
+    for row in result("sets.json")["rows"]:
         base = row if row["seed"] is None else base
         name = "base" if row is base else f"{row['estimator']}, seed {row['seed']}"
         order = row["bias"]["order_effect"]
@@ -98,13 +104,13 @@ def test_other_groups_and_sets_are_shown() -> None:
 
 
 def test_what_bbq_says_of_the_base_model_is_shown() -> None:
-    figures = json.loads((ROOT / "docs/results/bbq.json").read_text("utf-8"))["benchmarks"]["bbq"]["figures"]
+    figures = result("bbq.json")["benchmarks"]["bbq"]["figures"]
     base = "{:.1f} [{:.1f}, {:.1f}]".format(*figures["bias, ambiguous"]["base"])
     assert f"its published bias score on ambiguous questions is {base} of 100" in " ".join(lines("docs/results.md"))
 
 
 def test_sampled_answers_are_shown() -> None:
-    rows = json.loads((ROOT / "docs/results/freeform.json").read_text("utf-8"))
+    rows = result("freeform.json")
     for name, row in zip(("base", "seed 0", "seed 1", "seed 2"), rows, strict=True):
         part, shown = (row.get("cut") or {}).get("context_part"), ""
         if part is not None:  # never all of it
@@ -117,7 +123,7 @@ def test_sampled_answers_are_shown() -> None:
 
 
 def test_what_it_costs_elsewhere_is_shown() -> None:
-    measured = json.loads((ROOT / "docs/results/harm.json").read_text("utf-8"))
+    measured = result("harm.json")
     for row, name in zip(measured["rows"], ("base", "seed 0", "seed 1", "seed 2"), strict=True):
         points, change = row["points"], [100 * x for x in row["perplexity_change"]]
         cells = [f"{row['accuracy']:.3f}", "{:+.2f} [{:+.2f}, {:+.2f}]".format(*points)]
@@ -126,7 +132,7 @@ def test_what_it_costs_elsewhere_is_shown() -> None:
 
 
 def test_what_a_cut_to_the_strongest_slopes_costs_is_shown() -> None:
-    rows = json.loads((ROOT / "docs/results/adapters.json").read_text("utf-8"))["rows"]
+    rows = result("adapters.json")["rows"]
     for row in rows:
         parts = [row["bias"][scale]["context_part"] for scale in ("probability", "log_odds")]
         mass = row["answer_mass"] / rows[0]["answer_mass"]
@@ -157,13 +163,13 @@ def cells_of(row: Mapping) -> list[str]:
 
 @pytest.mark.parametrize(("name", "figure"), [(name, each) for name, shown in BENCHMARKS.items() for each in shown])
 def test_published_benchmarks_are_shown(name: str, figure: str) -> None:
-    measured = json.loads((ROOT / "docs/results/benchmarks.json").read_text("utf-8"))
+    measured = result("benchmarks.json")
     cells = cells_of(measured["benchmarks"][name]["figures"][figure])
     assert f"| {' | '.join([f'{name}: {figure}', *cells])} |" in lines("docs/benchmarks.md")
 
 
 def test_what_spilled_over_is_shown() -> None:
-    measured = json.loads((ROOT / "docs/results/benchmarks.json").read_text("utf-8"))
+    measured = result("benchmarks.json")
     for row in measured["spillover"]["rows"]:
         name = f"{row['attribute']} ({row['benchmark']})"
         assert f"| {' | '.join([name, *cells_of(row)])} |" in lines("docs/benchmarks.md")
@@ -171,7 +177,7 @@ def test_what_spilled_over_is_shown() -> None:
 
 
 def test_what_edits_of_weights_do_is_shown() -> None:
-    found = json.loads((ROOT / "docs/results/editing.json").read_text("utf-8"))
+    found = result("editing.json")
     assert {row["places"] for row in found["rows"]} >= {"", "value", "mask", "random", "shuffled"}
     for row in found["rows"]:
         edit = (
@@ -210,7 +216,7 @@ def ending(study: Mapping, trial: Mapping, point: Mapping) -> list[str]:
 
 
 def test_every_rival_is_shown_at_the_scale_that_validation_chose() -> None:
-    study = json.loads((ROOT / "docs/results/compare.json").read_text("utf-8"))
+    study = result("compare.json")
     assert {"ours", "affine-editing", "lora", "caa", "published", "random"} <= {m["name"] for m in study["methods"]}
     brief = 0
     for name, trial, point, cuts in trials(study):
@@ -223,7 +229,7 @@ def test_every_rival_is_shown_at_the_scale_that_validation_chose() -> None:
 
 
 def test_every_rival_on_winobias_is_shown() -> None:
-    study = json.loads((ROOT / "docs/results/compare-winobias.json").read_text("utf-8"))
+    study = result("compare-winobias.json")
     assert {"ours", "affine-editing", "lora", "caa", "published"} <= {m["name"] for m in study["methods"]}
     for name, trial, point, cuts in trials(study):
         found = point["result"]
@@ -233,7 +239,7 @@ def test_every_rival_on_winobias_is_shown() -> None:
 
 
 def test_what_steering_costs_is_shown_and_within_its_aims() -> None:
-    found = json.loads((ROOT / "docs/results/overhead.json").read_text("utf-8"))
+    found = result("overhead.json")
     names = {"hooks": "hooks", "per row": "a scale a row", "merged": "merged", "lora": "as LoRA of PEFT, rank 16"}
     for name, shown in (names | {"base again": "the base model again"}).items():
         cells = [found[mode][phase][name] for mode in ("eager", "compiled") for phase in ("prefill", "decode")]
