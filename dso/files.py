@@ -6,6 +6,7 @@ What a killed process leaves has names that begin with a dot and end in ``.part`
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -110,6 +111,22 @@ def sweep(folder: str | Path) -> None:
         else:
             with suppress(OSError):
                 left.unlink()
+
+
+def lock(path: str | Path, *, wait: bool = False) -> int | None:
+    """Lock a file or folder that is there; a descriptor that holds it until it is closed, None if another process does.
+
+    On a network file system that has no locks nothing can be known, and it counts as locked.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass
+    return descriptor
 
 
 def sync_folder(folder: str | Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from dso.errors import UserError
-from dso.files import as_path, free_bytes, sweep, write_text
+from dso.files import as_path, free_bytes, lock, sweep, write_text
 from launch.config.schema import ConfigError, TrainConfig, changes, load_config, resolved_yaml
 from trainers.parallel.ranks import RankLost, World
 from trainers.state.saved import SavedState, has_state, read_state
@@ -208,16 +207,10 @@ class Claim:
         if self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), os.stat(folder)):
             return
         self.release()
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
+        self._descriptor = lock(folder)
+        if self._descriptor is None:
             reason = "another process writes into it; wait for it or stop it, then give the same command"
-            raise RunError(f"{folder}: {reason}") from error
-        except OSError:
-            pass  # a network file system that has no locks: nothing can be known
-        self._descriptor = descriptor
+            raise RunError(f"{folder}: {reason}")
 
     def release(self) -> None:
         """Let others in."""

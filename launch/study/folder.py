@@ -1,7 +1,8 @@
 """The folder of a study: what it was asked, its parts, and what is done already.
 
-study.yaml    the resolved config and the wall clock of each method: what a folder is gone on with for
-parts/        a JSON file a method and seed, written when it is done, so a study may be stopped at any moment
+study.yaml    the resolved config: what a folder is gone on with for
+parts/        a JSON file a method and seed, written when it is done, so a study may be stopped at any moment; a process
+              locks the one that it is at, so several share a study
 runs/         the runs of dso train
 study.json    all parts as one record (:mod:`dso.evaluation.study`); report.html and pictures are drawn from it
 """
@@ -9,13 +10,16 @@ study.json    all parts as one record (:mod:`dso.evaluation.study`); report.html
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dso.errors import UserError
 from dso.evaluation.study import Trial
-from dso.files import as_path, sweep, write_text
+from dso.files import as_path, lock, sweep, write_text
 from launch.config.reading import dump_yaml, parse_yaml
 from launch.config.schema import TrainConfig, to_dict
 
@@ -39,22 +43,27 @@ class StudyFolder:
         """
         folder, stated = as_path(path), to_dict(config)
         place = folder / "study.yaml"
+        held = None
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held = lock(folder, wait=True)  # of two that begin at once, one is the first
             if place.exists():
                 if (found := parse_yaml(place.read_text(encoding="utf-8"))) != stated:
                     raise UserError(
                         f"{folder}: holds a study of other settings: {_difference(found, stated)}; "
                         "name another folder with --out, or remove this one"
                     )
-            elif folder.exists() and any(folder.iterdir()):
+            elif any(folder.iterdir()):
                 raise UserError(f"{folder}: is not empty and holds no study; name another folder with --out")
             else:
-                folder.mkdir(parents=True, exist_ok=True)
                 write_text(place, dump_yaml(stated))
             sweep(folder)
             (folder / "parts").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: a study cannot be written here: {error.strerror or error}") from error
+        finally:
+            if held is not None:
+                os.close(held)
         return cls(folder)
 
     def part(self, name: str, seed: int) -> Path:
@@ -64,6 +73,20 @@ class StudyFolder:
     def done(self, name: str, seed: int) -> bool:
         """Whether it is there."""
         return self.part(name, seed).exists()
+
+    @contextmanager
+    def taking(self, name: str, seed: int) -> Iterator[bool]:
+        """Whether the part is this process's to do within the block: it is not there, and no other process is at it."""
+        place = self.part(name, seed).with_suffix(".lock")
+        place.touch()
+        held = lock(place)
+        try:
+            yield held is not None and not self.done(name, seed)
+        finally:
+            if held is not None:
+                if self.done(name, seed):
+                    place.unlink(missing_ok=True)
+                os.close(held)
 
     def keep(self, name: str, seed: int, record: dict[str, Any]) -> None:
         """Write a part."""

@@ -38,6 +38,7 @@ DRAWS = 10  # of the null
 OWN_SCALES = (0.25, 0.5, 0.75, 1.0)  # of a steering that was trained, whose range ends at 1
 LADDER, WIDEST = (0.25, 0.5, 1.0, 2.0, 4.0), 8.0  # scales of what others trained
 AROUND = (0.5, 1.0, 1.5)  # times the chosen scale
+WAIT = 2.0  # seconds between looks at what other processes have done
 SPARELY = ("evaluation.validation_stride=12",)  # how a run selects whose last step is taken, whatever it selects
 
 
@@ -89,21 +90,41 @@ class Running:
         return self._materials
 
     def run(self, arms: Sequence[Arm], seeds: Sequence[int]) -> None:
-        """Do every part that is not there yet, all methods of one seed before the next one's."""
+        """Do every part that is not there yet, all methods of one seed before the next one's.
+
+        What another process is at is left to it; when nothing else is left, it is waited for.
+        """
         parts = [(arm, seed) for seed in seeds for arm in arms if arm.kind != "null"]
         parts += [(arm, seed) for arm in arms if arm.kind == "null" for seed in range(DRAWS)]
-        for number, (arm, seed) in enumerate(parts, 1):
-            if self.folder.done(arm.name, seed):
-                continue
-            self._say(f"{number} of {len(parts)}: {arm.title}, seed {seed}")
-            with tqdm(
-                desc=f"{arm.name} s{seed}", unit="decision", disable=self.quiet or not sys.stderr.isatty()
-            ) as bar:
-                self._bar = bar
-                self._part(arm, seed, first=seed == seeds[0])
-            self._bar = None
-        if not self.folder.done("base", 0):
-            self.folder.keep("base", 0, self._base())
+        said = False
+        while left := [part for part in parts if not self.folder.done(part[0].name, part[1])]:
+            taken = [self._take(arm, seed, parts, first=seed == seeds[0]) for arm, seed in left]
+            if not any(taken):
+                if not said:
+                    self._say(f"waiting for {len(left)} parts that other processes are at")
+                said = True
+                time.sleep(WAIT)
+        while not self.folder.done("base", 0):
+            with self.folder.taking("base", 0) as mine:
+                if mine:
+                    self.folder.keep("base", 0, self._base())
+            if not mine:
+                time.sleep(WAIT)
+
+    def _take(self, arm: Arm, seed: int, parts: Sequence[tuple[Arm, int]], first: bool) -> bool:
+        """Do a part, unless another process is at it or at what it needs; whether it was done."""
+        ours = [part for part in parts if part[0].kind == "ours"]
+        if arm.kind == "null" and not all(self.folder.done(arm.name, seed) for arm, seed in ours):
+            return False
+        with self.folder.taking(arm.name, seed) as mine:
+            if mine:
+                self._say(f"{parts.index((arm, seed)) + 1} of {len(parts)}: {arm.title}, seed {seed}")
+                hidden = self.quiet or not sys.stderr.isatty()
+                with tqdm(desc=f"{arm.name} s{seed}", unit="decision", disable=hidden) as bar:
+                    self._bar = bar
+                    self._part(arm, seed, first)
+                self._bar = None
+            return mine
 
     def look_elsewhere(self, data: Path, limit: int | None) -> None:
         """Measure what ours, with its first seed, does where it was not meant to act, if that is not there yet."""

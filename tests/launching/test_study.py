@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,6 +178,33 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     folder.part("caa", 1).write_text("{")
     with pytest.raises(UserError, match="caa-s1.json: cannot be read .* remove it, and it is made again"):
         folder.trials("caa")
+
+
+def test_a_part_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path)
+    (tmp_path / "parts").mkdir()
+    with folder.taking("caa", 0) as mine, folder.taking("caa", 0) as same, folder.taking("caa", 1) as other:
+        assert (mine, same, other) == (True, False, True)
+    with folder.taking("caa", 0) as again:  # it was not done, so whoever comes next may
+        assert again
+        folder.keep("caa", 0, {"failed": "no place"})
+    with folder.taking("caa", 0) as done:
+        assert not done
+    assert not list(tmp_path.glob("parts/caa-s0.lock"))
+
+
+def test_two_processes_share_a_study(tmp_path: Path, model_folder: Path) -> None:
+    config, out = study_config(tmp_path, model_folder), tmp_path / "study"
+    asked = ("--methods", "ours,caa,iti,random", "--seeds", "0,1", "--seconds", "1", "--out", str(out))
+    command = [sys.executable, "-m", "launch.cli", "compare", str(config), "train.ambiguous=16", *asked]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    done = [line.split(": ", 2)[2] for _, stderr in told for line in stderr.splitlines() if " of 16: " in line]
+    assert len(done) == len(set(done)) == 16  # each part in one of them
+    assert all(" of 16: " in stderr for _, stderr in told)  # and neither did all
+    kinds = {method.name: len(method.trials) for method in read_study(out / "study.json").methods}
+    assert kinds == {"ours": 2, "caa": 2, "iti": 2, "random": 10}
 
 
 def test_published_is_what_the_paper_says(tmp_path: Path, model_folder: Path) -> None:
