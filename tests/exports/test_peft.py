@@ -31,7 +31,7 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 )  # fmt: skip
 @torch.no_grad()
 def test_a_lora_does_in_peft_what_the_hooks_do(name: str, operator: str, tmp_path: Path) -> None:
-    model = tiny(name)
+    model = tiny(name).double()  # so that what differs is not how this machine's layers round
     base = model(IDS).logits
     plan = lora_plan(moved(model, operator, slopes=3), model, allow_partial=True)
     assert plan.rank == 3 and bool(plan.left_out) == (name in ("Gemma2", "Gemma3", "GPT-2"))
