@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,10 +104,14 @@ class Running:
                     self._say(f"waiting for {len(left)} parts that other processes are at")
                 said = True
                 time.sleep(WAIT)
-        while not self.folder.done("base", 0):
-            with self.folder.taking("base", 0) as mine:
+        self._once("base", 0, self._base)
+
+    def _once(self, name: str, seed: int, make: Callable[[], dict[str, Any]]) -> None:
+        """Make a part that is needed now, or wait for the process that is at it."""
+        while not self.folder.done(name, seed):
+            with self.folder.taking(name, seed) as mine:
                 if mine:
-                    self.folder.keep("base", 0, self._base())
+                    self.folder.keep(name, seed, make())
             if not mine:
                 time.sleep(WAIT)
 
@@ -131,10 +135,12 @@ class Running:
         seeds = [trial.seed for trial in self.folder.trials(OURS.name)[0]]
         if not seeds:
             raise UserError("--data: benchmarks are asked of ours, which is not there; add ours to --methods")
-        if not self.folder.done(ELSEWHERE, seeds[0]):
+
+        def found() -> dict[str, Any]:
             self._say("other attributes and a capability task")
-            found = elsewhere(self.materials, self._ours(seeds[0]), data, limit)
-            self.folder.keep(ELSEWHERE, seeds[0], found)
+            return elsewhere(self.materials, self._ours(seeds[0]), data, limit)
+
+        self._once(ELSEWHERE, seeds[0], found)
 
     def write(self, command: str) -> Path:
         """Gather all parts, and write the report; its path."""
