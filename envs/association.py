@@ -178,6 +178,39 @@ def without_association(
     return _moved(log_policy, shift + offset, groups)
 
 
+def forgive_blocks(
+    wanted: Tensor, log_policy: Tensor, index: Tensor, layout: Layout, n_groups: int, weight: float
+) -> Tensor:
+    """(N, K) the wanted log-probabilities, nearer to the policy by 1 - weight of each block's mean error.
+
+    Which of the contexts a block is in is chance, so what it misses in all of them alike is mostly noise in a step's
+    gradient. With e the error of a decision's log-odds and m its block's mean, the gradient of
+    ``(e - m)^2 + weight m^2``, summed over a block, is that of ``(e - (1 - weight) m)^2`` with m held fixed: least
+    squares with people as random effects, as in :func:`fit_association`. Its minimum stays where it was. A block that
+    is there in one context only tells nothing apart, and stays as it is.
+
+    Args:
+        wanted: (N, K) of :func:`without_association`.
+        log_policy: (N, K) as the policy is now.
+        index: (N,) which decisions of the layout they are, ambiguous ones.
+        layout: the decision set.
+        n_groups: G.
+        weight: of a block's mean error, from 0 to 1.
+    """
+    if weight == 1 or not len(index):
+        return wanted
+    groups = layout.groups[index][:, : log_policy.shape[1]]
+    blocks = layout.blocks[index].unique(return_inverse=True)[1]
+    now, present = group_log_shares(log_policy, groups, n_groups)
+    missed = (now - group_log_shares(wanted, groups, n_groups)[0]).masked_fill(~present, 0.0)
+    missed = _centred(missed, present, torch.zeros_like(missed)) * present
+    nothing = missed.new_zeros(int(blocks.max()) + 1, n_groups)
+    count = nothing.index_add(0, blocks, present.to(missed.dtype))
+    mean = nothing.index_add(0, blocks, missed) / count.clamp(min=1)
+    contexts = torch.bincount(torch.stack([blocks, layout.contexts[index]]).unique(dim=1)[0])
+    return _moved(wanted, (1 - weight) * (mean * (contexts > 1)[:, None])[blocks], groups)
+
+
 def _order(log_policy: Tensor, groups: Tensor, questions: Tensor, n_groups: int) -> Tensor:
     """(N, G) log-odds of each decision less their mean over the orders of its question."""
     shares, present = group_log_shares(log_policy, groups, n_groups)

@@ -29,6 +29,8 @@ class RewardConfig:
             not at the context's. It evens out which names the model likes, and new names inherit that.
         common_weight: with ``controlled``, share of what the base model prefers in all contexts alike that counts as
             bias. Most of it is which names the model likes; 0 leaves it where it is.
+        block_weight: in the squared error of ``regression``, weight of what a block misses in all its contexts alike
+            (:func:`envs.association.forgive_blocks`).
         pooling: how the orders of one question are combined: ``linear`` (their mean, so answering by the order alone
             is fair) or ``logarithmic`` (:func:`dso.rewards.logarithmic_pool`, in which the order cancels).
 
@@ -47,6 +49,7 @@ class RewardConfig:
     local_weight: float = 0.5
     unit_weight: float = 0.1
     common_weight: float = 1.0
+    block_weight: float = 1.0
     pooling: str = "linear"
 
     def __post_init__(self) -> None:
@@ -65,6 +68,8 @@ class RewardConfig:
             raise ValueError(
                 f"common_weight {self.common_weight} must be in [0, 1], and 1 unless the estimate is controlled"
             )
+        if not 0 <= self.block_weight <= 1:
+            raise ValueError(f"block_weight {self.block_weight} must be in [0, 1]")
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling is {self.pooling!r}, expected one of {', '.join(POOLINGS)}")
         if not 0 <= self.decay < 1 or not 0 <= self.batch_weight <= 1:

@@ -14,7 +14,7 @@ from dso.models.backbone import Backbone
 from dso.models.encoded import Positions, join_positions
 from dso.rewards import ABSENT, candidate_rewards
 from dso.steering.handle import Handle, unsteered
-from envs.association import ORDER, without_association
+from envs.association import ORDER, forgive_blocks, without_association
 from envs.estimate import PreferenceEstimate
 from envs.layout import Indices, Layout
 from envs.reward import RewardConfig
@@ -229,11 +229,21 @@ class DecisionTask:
         self._wanted[index] = without_association(base, index, self.layout, self.target.to(base), weight, ORDER)
         return self._wanted
 
-    def wanted(self, indices: Indices) -> Tensor:
-        """(N, K) log-probabilities of the base model without its association (:mod:`envs.association`); 0 for
-        unambiguous decisions, -inf where there is no candidate.
+    def wanted(self, indices: Indices, log_policy: Tensor) -> Tensor:
+        """(N, K) what a step on these decisions learns towards: log-probabilities of the base model without its
+        association (:mod:`envs.association`), nearer to the policy by most of what a block misses in all its contexts
+        alike; 0 for unambiguous decisions, -inf where there is no candidate.
+
+        Args:
+            indices: N decisions.
+            log_policy: (N, K) as the policy is now.
         """
-        return self.start_wanted()[self.layout.index(indices)]
+        index = self.layout.index(indices)
+        wanted = self.start_wanted()[index][:, : log_policy.shape[1]]
+        free = self.answers[index] < 0
+        known = index[free], self.layout, len(self.target)
+        wanted[free] = forgive_blocks(wanted[free], log_policy[free], *known, self.reward.block_weight)
+        return wanted
 
     def state_dict(self) -> dict[str, Tensor]:
         """The running preferences, and the policy that is wanted if it was asked for, for checkpoints."""

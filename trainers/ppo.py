@@ -222,7 +222,7 @@ class SteeringPPO(PPO):
         returns = expected if self.estimator in EXACT else table.gather(1, chosen[:, None])[:, 0]
         ambiguous = self._ambiguous(indices)
         pooled = None if self.task.reward.pooling == "linear" else stated
-        wanted = self.task.wanted(indices) if self.estimator == "regression" else None
+        wanted = self.task.wanted(indices, log_policy) if self.estimator == "regression" else None
         told = returns, returns - values, log_probs, anchors, table, pooled, wanted
         self._lesson = Lesson(indices, ambiguous, chosen, *told)
         callback.update_locals(locals())

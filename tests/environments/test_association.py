@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dso.decisions.decision import ABSTAIN, Candidate, Decision, DecisionSet
-from envs.association import fit_association, without_association
+from envs.association import fit_association, forgive_blocks, without_association
 from envs.layout import Layout
 
 CONTEXTS, TEMPLATES, UNITS = 6, 4, 30
@@ -186,3 +186,36 @@ def test_questions_without_units_or_templates_are_shrunk_by_hand() -> None:
     found = fit_association(table, torch.arange(2), Layout.of(decisions), 2)
     torch.testing.assert_close(found.context[:, 0], torch.tensor([0.5 / 8, -0.5 / 8]), atol=1e-5, rtol=0)
     assert math.isclose(float(found.sensitivity[0]), 1.0, abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [("f", "m"), ("a", "b", "c")])
+def test_what_a_block_misses_in_all_contexts_counts_for_its_weight(groups: tuple[str, ...]) -> None:
+    decisions, table, _ = simulated(groups)
+    layout, index = Layout.of(decisions), torch.arange(len(decisions))
+    wanted = without_association(table, index, layout, torch.full((len(groups),), 1 / len(groups)))
+    free = (table + 0.2 * torch.randn(table.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
+
+    def errors(target: torch.Tensor) -> torch.Tensor:  # by group, in log-odds against the mean of all
+        moved = (free - target).gather(1, layout.groups.argsort(1))
+        return moved - moved.mean(1, keepdim=True)
+
+    error = errors(wanted)
+    mean = error.view(UNITS, -1, len(groups)).mean(1, keepdim=True).expand(-1, CONTEXTS * 2, -1).reshape(error.shape)
+    (stated,) = torch.autograd.grad(((error - mean) ** 2).sum() + 0.3 * (mean**2).sum(), free)
+    shifted = forgive_blocks(wanted, free.detach(), index, layout, len(groups), 0.3)
+    (found,) = torch.autograd.grad((errors(shifted) ** 2).sum(), free)
+    torch.testing.assert_close(found, stated, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(shifted.logsumexp(1), torch.zeros(len(decisions)), atol=1e-5, rtol=0)
+    # Whoever is there already is asked for nothing, and with a weight of 1 nothing is forgiven.
+    torch.testing.assert_close(forgive_blocks(wanted, wanted, index, layout, len(groups), 0.3), wanted)
+    torch.testing.assert_close(forgive_blocks(wanted, free.detach(), index, layout, len(groups), 1.0), wanted)
+
+
+def test_a_block_in_one_context_is_forgiven_nothing() -> None:
+    decisions, table, _ = simulated(("f", "m"))
+    one = decisions.select(lambda decision: decision.context == "c0")
+    index = torch.tensor([place for place, decision in enumerate(decisions) if decision.context == "c0"])
+    wanted = without_association(table, torch.arange(len(table)), Layout.of(decisions), torch.tensor([0.5, 0.5]))
+    kept = forgive_blocks(wanted[index], table[index], torch.arange(len(one)), Layout.of(one), 2, 0.3)
+    assert (wanted - table)[index].abs().max() > 0.3
+    torch.testing.assert_close(kept, wanted[index])

@@ -517,6 +517,19 @@ def test_what_the_base_prefers_everywhere_is_held_where_it_counts_nothing(
     assert float(paid[2].mean()) == pytest.approx(0.0, abs=1e-5)
 
 
+def test_what_is_wanted_forgives_a_block_what_it_misses_everywhere(backbone: Backbone, train: DecisionSet) -> None:
+    tasks = [DecisionTask(backbone, train, reward=RewardConfig(block_weight=w, estimate="controlled")) for w in (1, 0)]
+    free = [h for h in range(len(train)) if train[h].ambiguous]
+    told = [h for h in range(len(train)) if not train[h].ambiguous][:2]
+    whole = tasks[0].wanted([*free, *told], torch.zeros(len(free) + 2, 2))  # as they are whatever the policy is
+    # A policy whose log-odds are 0.6 away by group, the same in all decisions of every block: nothing is left.
+    away = torch.where(tasks[0].groups[[*free, *told]] == 0, 0.3, -0.3) + whole
+    kept = tasks[1].wanted([*free, *told], away.log_softmax(-1))
+    torch.testing.assert_close(kept[: len(free)], away.log_softmax(-1)[: len(free)], atol=1e-5, rtol=0)
+    assert torch.equal(kept[len(free) :], torch.zeros(2, 2)) and torch.equal(whole[len(free) :], torch.zeros(2, 2))
+    torch.testing.assert_close(tasks[0].wanted(free, away[: len(free)]), whole[: len(free)])
+
+
 def test_unambiguous_decisions_and_abstention_move_no_preference(backbone: Backbone) -> None:
     task = three_groups(backbone)
     task.observe([3], torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
@@ -577,6 +590,7 @@ def test_columns_that_no_decision_of_the_batch_has_may_be_left_out(backbone: Bac
         ({"batch_weight": 1.5}, "batch_weight 1.5"),
         ({"estimate": "controlled", "common_weight": 1.5}, "common_weight 1.5 must be in"),
         ({"estimate": "blocked", "common_weight": 0.5}, "1 unless the estimate is controlled"),
+        ({"block_weight": -0.1}, "block_weight -0.1 must be in"),
         ({"pooling": "harmonic"}, "pooling is 'harmonic', expected one of linear, logarithmic"),
     ],
 )
