@@ -103,9 +103,9 @@ def seeds(name: str) -> Iterator[list[str]]:
         yield [named(row), *cells, f"{row['answer_mass'] / rows[0]['answer_mass']:.2f}", f"{row['kl']:.3f}"]
 
 
-def parts() -> Iterator[list[str]]:
-    """The parts of the default run's bias."""
-    for row in result("budgets.json")["rows"]:
+def parts(name: str) -> Iterator[list[str]]:
+    """The parts of every seed's bias."""
+    for row in result(name)["rows"]:
         probability, log_odds = row["bias"]["probability"], row["bias"]["log_odds"]
         cells = [three(probability["context_part"]), share(row, "context_part")]
         cells += [three(probability["common_part"]), three(probability["gap"]), three(log_odds["context_part"])]
@@ -282,7 +282,8 @@ TABLES = (
     Table("README.md", "## Results", lambda: seeds("budgets.json")),
     Table("README.md", "### Against its rivals", rivals_in_brief),
     Table("docs/results.md", "## The default run", lambda: seeds("budgets.json")),
-    Table("docs/results.md", "## The default run", parts, 1),
+    Table("docs/results.md", "## The default run", lambda: parts("budgets.json"), 1),
+    Table("docs/results.md", "### Blocks weighted", lambda: parts("blocks.json"), 1),
     Table("docs/results.md", "## Against its rivals", rivals),
     Table("docs/results.md", "### On WinoBias", rivals_on_winobias),
     Table("docs/results.md", "## Against the expected reward", lambda: seeds("expected.json")),

@@ -29,8 +29,8 @@ class Constants:
     Attributes:
         smooth_width: the deviation at which the smooth reward reaches +-1.
         decay, context_decay, local_weight, unit_weight: of the estimated preference (:mod:`envs.preference`).
-        block_weight: of what a block misses in all contexts alike (:class:`envs.reward.RewardConfig`). On validation
-            0.16 is better (docs/results.md); the figures there are those of 1.
+        block_weight: of what a block misses in all contexts alike (:class:`envs.reward.RewardConfig`). 0.16 leaves less
+            of the association and moves what all contexts share too far (docs/results.md, "Blocks weighted").
         kl_margin: share of the KL budget to aim at: unseen prompts cost more, and sampled KL varies between steps.
         dual_learning_rate, initial_beta: of the price of a nat.
         adam_epsilon: near the gradients' own size, so that coordinates without a clear gradient stay put.
