@@ -201,9 +201,8 @@ def forgive_blocks(
         return wanted
     groups = layout.groups[index][:, : log_policy.shape[1]]
     blocks = layout.blocks[index].unique(return_inverse=True)[1]
-    now, present = group_log_shares(log_policy, groups, n_groups)
-    missed = (now - group_log_shares(wanted, groups, n_groups)[0]).masked_fill(~present, 0.0)
-    missed = _centred(missed, present, torch.zeros_like(missed)) * present
+    now, present = _log_odds(log_policy, groups, n_groups)
+    missed = (now - _log_odds(wanted, groups, n_groups)[0]) * present
     nothing = missed.new_zeros(int(blocks.max()) + 1, n_groups)
     count = nothing.index_add(0, blocks, present.to(missed.dtype))
     mean = nothing.index_add(0, blocks, missed) / count.clamp(min=1)
@@ -213,10 +212,15 @@ def forgive_blocks(
 
 def _order(log_policy: Tensor, groups: Tensor, questions: Tensor, n_groups: int) -> Tensor:
     """(N, G) log-odds of each decision less their mean over the orders of its question."""
-    shares, present = group_log_shares(log_policy, groups, n_groups)
-    values = _centred(shares.masked_fill(~present, 0.0), present, torch.zeros_like(shares))
+    values, _ = _log_odds(log_policy, groups, n_groups)
     question = questions.unique(return_inverse=True)[1]
     return values - _means(values, question)[question]
+
+
+def _log_odds(log_policy: Tensor, groups: Tensor, n_groups: int) -> tuple[Tensor, Tensor]:
+    """(N, G) each group's log-share less the mean of those that are offered, and (N, G) which are."""
+    shares, present = group_log_shares(log_policy, groups, n_groups)
+    return _centred(shares.masked_fill(~present, 0.0), present, torch.zeros_like(shares)), present
 
 
 def _means(values: Tensor, question: Tensor) -> Tensor:

@@ -231,8 +231,8 @@ class DecisionTask:
 
     def wanted(self, indices: Indices, log_policy: Tensor) -> Tensor:
         """(N, K) what a step on these decisions learns towards: log-probabilities of the base model without its
-        association (:mod:`envs.association`), nearer to the policy by most of what a block misses in all its contexts
-        alike; 0 for unambiguous decisions, -inf where there is no candidate.
+        association (:mod:`envs.association`), nearer to the policy by 1 - ``block_weight`` of each block's mean error;
+        0 for unambiguous decisions, -inf where there is no candidate.
 
         Args:
             indices: N decisions.
@@ -241,8 +241,8 @@ class DecisionTask:
         index = self.layout.index(indices)
         wanted = self.start_wanted()[index][:, : log_policy.shape[1]]
         free = self.answers[index] < 0
-        known = index[free], self.layout, len(self.target)
-        wanted[free] = forgive_blocks(wanted[free], log_policy[free], *known, self.reward.block_weight)
+        groups, weight = len(self.target), self.reward.block_weight
+        wanted[free] = forgive_blocks(wanted[free], log_policy[free], index[free], self.layout, groups, weight)
         return wanted
 
     def state_dict(self) -> dict[str, Tensor]:

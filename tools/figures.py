@@ -7,7 +7,7 @@ replaced. What pages say in words is theirs: read it again after a measurement.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,12 +213,10 @@ def edited() -> Iterator[list[str]]:
         yield [name, *(f"{each / total:.0%}" for each in found)]
 
 
-def shown_trials(study: Row, only: Sequence[str] = ()) -> Iterator[tuple[str, Row, Row, list[str]]]:
-    """Each method and seed of a study: its name as shown, the trial, its shown point, the cells of its cuts."""
-    for method in study["methods"]:
+def shown_trials(methods: Iterable[Row]) -> Iterator[tuple[str, Row, Row, list[str]]]:
+    """Each method and seed: its name as shown, the trial, its shown point, the cells of its cuts."""
+    for method in methods:
         for trial in method["trials"]:
-            if only and (method["name"] not in only or trial["seed"] != 0):
-                continue
             scales = [point["result"]["scale"] for point in trial["points"]]
             place = scales.index(trial["chosen"]) if trial["chosen"] is not None else len(scales) // 2
             name = method["title"] + ("" if trial["chosen"] is not None else "*")
@@ -237,21 +235,20 @@ def ending(study: Row, trial: Row, point: Row) -> list[str]:
 def rivals() -> Iterator[list[str]]:
     """Every method and seed on ``roles``, at the scale that validation chose."""
     study = result("compare.json")
-    order, accuracy = _order_and_accuracy(study["base"]["result"])
-    yield ["base", "", "0", "", "", order, accuracy, "1.00", "0.000", "0.000", "", ""]
-    for name, trial, point, cuts in shown_trials(study):
+    yield ["base", "", "0", "", "", *_order_and_accuracy(study["base"]["result"]), "1.00", "0.000", "0.000", "", ""]
+    for name, trial, point, cuts in shown_trials(study["methods"]):
         found = point["result"]
-        last = ending(study, trial, point)
-        yield [name, str(trial["seed"]), f"{found['scale']:.2g}", *cuts, *_order_and_accuracy(found), *last]
+        cells = [name, str(trial["seed"]), f"{found['scale']:.2g}", *cuts, *_order_and_accuracy(found)]
+        yield [*cells, *ending(study, trial, point)]
 
 
 def rivals_in_brief() -> Iterator[list[str]]:
     """Seed 0 of some, the least biased first but for the published and the null."""
     study = result("compare.json")
     yield ["base", "", "", *_order_and_accuracy(study["base"]["result"]), "0.000", ""]
-    by_name = {each["name"]: each for each in study["methods"]}
-    for wanted in RIVALS:
-        for name, trial, point, cuts in shown_trials({**study, "methods": [by_name[wanted]]}, RIVALS):
+    by_name = {method["name"]: method for method in study["methods"]}
+    for name, trial, point, cuts in shown_trials(by_name[rival] for rival in RIVALS):
+        if trial["seed"] == 0:
             yield [name, *cuts, *_order_and_accuracy(point["result"]), *ending(study, trial, point)[2:4]]
 
 
@@ -264,7 +261,7 @@ def rivals_on_winobias() -> Iterator[list[str]]:
     study = result("compare-winobias.json")
     gap = three(study["base"]["result"]["bias"]["probability"]["gap"])
     yield ["base", "", "0", "", "", "", gap, "1.00", "0.000", "0.000", "", ""]
-    for name, trial, point, cuts in shown_trials(study):
+    for name, trial, point, cuts in shown_trials(study["methods"]):
         found = point["result"]
         cells = [name, str(trial["seed"]), f"{found['scale']:.2g}", *cuts, percent(found["cut"]["bias"])]
         yield [*cells, three(found["bias"]["probability"]["gap"]), *ending(study, trial, point)]

@@ -78,7 +78,7 @@ def three_seeds(name: str) -> Sequence[Mapping[str, Any]]:
     return steered
 
 
-@pytest.mark.parametrize("name", ["budgets.json", "expected.json"])
+@pytest.mark.parametrize("name", ["budgets.json", "expected.json", "blocks.json"])
 def test_three_seeds_and_never_all_of_a_bias(name: str) -> None:
     for row in three_seeds(name):
         for cut in ("bias", "log_odds", "context_part"):
