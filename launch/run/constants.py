@@ -29,8 +29,8 @@ class Constants:
     Attributes:
         smooth_width: the deviation at which the smooth reward reaches +-1.
         decay, context_decay, local_weight, unit_weight: of the estimated preference (:mod:`envs.preference`).
-        block_weight: of what a block misses in all contexts alike (:class:`envs.reward.RewardConfig`). 0.16 leaves less
-            of the association and moves what all contexts share too far (docs/results.md, "Blocks weighted").
+        block_weight: where nothing of what all contexts share is taken off (``common_weight`` 0), of what a block
+            misses in all of its contexts alike (:class:`envs.reward.RewardConfig`).
         kl_margin: share of the KL budget to aim at: unseen prompts cost more, and sampled KL varies between steps.
         dual_learning_rate, initial_beta: of the price of a nat.
         adam_epsilon: near the gradients' own size, so that coordinates without a clear gradient stay put.
@@ -49,7 +49,13 @@ class Constants:
 
 
 DECISIONS = Constants(
-    smooth_width=0.05, local_weight=0.7, unit_weight=0.3, kl_margin=0.7, dual_learning_rate=0.1, adam_epsilon=0.03
+    smooth_width=0.05,
+    local_weight=0.7,
+    unit_weight=0.3,
+    block_weight=0.16,
+    kl_margin=0.7,
+    dual_learning_rate=0.1,
+    adam_epsilon=0.03,
 )
 FREEFORM = Constants(
     smooth_width=0.1, local_weight=0.5, unit_weight=0.1, kl_margin=0.45, dual_learning_rate=0.2, adam_epsilon=1e-3

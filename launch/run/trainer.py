@@ -147,7 +147,7 @@ def reward_config(config: TrainConfig) -> RewardConfig:
         local_weight=fixed.local_weight,
         unit_weight=fixed.unit_weight,
         common_weight=preference.common_weight,
-        block_weight=fixed.block_weight,
+        block_weight=1.0 if preference.common_weight else fixed.block_weight,
         pooling=preference.pooling,
     )
 

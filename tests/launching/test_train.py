@@ -28,7 +28,7 @@ from launch.config.schema import ConfigError, TrainConfig, load_config, resolved
 from launch.run.measure import by_template, scale_points, thin
 from launch.run.session import open_session
 from launch.run.train import Result, train
-from launch.run.trainer import schedule
+from launch.run.trainer import reward_config, schedule
 from trainers.callbacks import Limits
 from trainers.constraints import FixedKL, KLBudget
 
@@ -332,6 +332,13 @@ def test_a_session_is_what_the_config_says(tmp_path: Path, model_folder: Path) -
     assert (trainer.kl.budget, trainer.kl.coefficient) == (0.2, pytest.approx(0.5))
     assert trainer.env.num_envs == 20
     assert {d.split for d in trainer.task.decisions} == {"train"}
+
+
+def test_blocks_are_forgiven_where_nothing_of_what_all_contexts_share_counts() -> None:
+    shares = (0.0, 0.01, 1.0)
+    configs = [load_config("smollm2-roles", [f"train.preference.common_weight={share}"]) for share in shares]
+    assert [reward_config(config).block_weight for config in configs] == [0.16, 1.0, 1.0]
+    assert reward_config(load_config("smollm2-roles")).block_weight == 0.16
 
 
 def test_a_fixed_price_instead_of_a_budget(tmp_path: Path, model_folder: Path) -> None:
