@@ -139,7 +139,7 @@ class PreferenceSection(Section):
     )
     common_weight: float = key(
         1.0,
-        "of what the base model prefers in all contexts alike; 0 leaves it alone, and most of what a block of people shares",
+        "of what the base model prefers in all contexts alike; 0 leaves it alone, and most of what a block shares",
         ON_DECISIONS,
         one_of("train.preference.estimate", "controlled"),
         ge=0,
