@@ -93,6 +93,10 @@ def named(row: Row) -> str:
     return "base" if row["seed"] is None else f"seed {row['seed']}"
 
 
+def named_with_variant(row: Row) -> str:
+    return "base" if row["seed"] is None else f"{row['variant']}, seed {row['seed']}"
+
+
 def seeds(name: str) -> Iterator[list[str]]:
     """Every seed on both scales, and what it costs."""
     rows = result(name)["rows"]
@@ -103,7 +107,7 @@ def seeds(name: str) -> Iterator[list[str]]:
         yield [named(row), *cells, f"{row['answer_mass'] / rows[0]['answer_mass']:.2f}", f"{row['kl']:.3f}"]
 
 
-def parts(name: str) -> Iterator[list[str]]:
+def parts(name: str, named: Callable[[Row], str] = named) -> Iterator[list[str]]:
     """The parts of every seed's bias."""
     for row in result(name)["rows"]:
         probability, log_odds = row["bias"]["probability"], row["bias"]["log_odds"]
@@ -280,7 +284,7 @@ TABLES = (
     Table("README.md", "### Against its rivals", rivals_in_brief),
     Table("docs/results.md", "## The default run", lambda: seeds("budgets.json")),
     Table("docs/results.md", "## The default run", lambda: parts("budgets.json"), 1),
-    Table("docs/results.md", "### Blocks weighted", lambda: parts("blocks.json"), 1),
+    Table("docs/results.md", "### Blocks weighted", lambda: parts("blocks.json", named_with_variant), 1),
     Table("docs/results.md", "## Against its rivals", rivals),
     Table("docs/results.md", "### On WinoBias", rivals_on_winobias),
     Table("docs/results.md", "## Against the expected reward", lambda: seeds("expected.json")),
