@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +15,9 @@ from studies import study
 
 from dso.errors import UserError
 from dso.evaluation.study import Study, read_study
+from dso.reports.digest import digests
 from dso.reports.drawing import labelled
+from dso.reports.figures import pareto
 from dso.reports.page import render, write_report
 from launch.cli import main
 
@@ -135,6 +138,19 @@ def test_the_folder_has_the_study_and_its_pictures(folder: Path) -> None:
     }  # fmt: skip
     assert read_study(folder / "study.json").to_json() == study().to_json()
     assert (folder / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("count", [1, 24])
+def test_a_legend_of_many_methods_takes_nothing_from_the_plot(count: int) -> None:
+    made = study()
+    many = [
+        replace(made.methods[0], name=f"m{n}", title=f"method {n}, whose name is so long that it takes two lines")
+        for n in range(count)
+    ]
+    crowded = replace(made, methods=tuple(many))
+    figure = pareto(crowded, digests(crowded), "bias")
+    figure.savefig(io.BytesIO())  # what lays it out
+    assert all(2.4 < axes.get_position().height * figure.get_figheight() < 3.4 for axes in figure.axes)
 
 
 def bare() -> Study:
