@@ -112,6 +112,15 @@ def test_what_bbq_says_of_the_base_model_is_shown() -> None:
     assert f"its published bias score on ambiguous questions is {base} of 100" in words("docs/results.md")
 
 
+def test_what_gemma_loses_is_shown() -> None:
+    base, *seeds = result("gemma/harm.json")["rows"]
+    assert base["neutral_kl"] == 0
+    points = [f"{row['points'][0]:+.2f}" for row in seeds]
+    changes = [f"{row['perplexity_change'][0]:+.1%}" for row in seeds]
+    assert f"by {points[0]}, {points[1]} and {points[2]} points" in words("docs/results.md")
+    assert f"texts changes by {changes[0]}, {changes[1]} and {changes[2]}" in words("docs/results.md")
+
+
 def test_what_steering_costs_is_within_its_aims() -> None:
     found = result("overhead.json")
     for name in figures.OVERHEAD:
