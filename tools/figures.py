@@ -107,13 +107,13 @@ def seeds(name: str) -> Iterator[list[str]]:
         yield [named(row), *cells, f"{row['answer_mass'] / rows[0]['answer_mass']:.2f}", f"{row['kl']:.3f}"]
 
 
-def parts(name: str, named: Callable[[Row], str] = named) -> Iterator[list[str]]:
+def parts(name: str, label: Callable[[Row], str] = named) -> Iterator[list[str]]:
     """The parts of every seed's bias."""
     for row in result(name)["rows"]:
         probability, log_odds = row["bias"]["probability"], row["bias"]["log_odds"]
         cells = [three(probability["context_part"]), share(row, "context_part")]
         cells += [three(probability["common_part"]), three(probability["gap"]), three(log_odds["context_part"])]
-        yield [named(row), *cells, f"{row['kl_unambiguous']:.3f}"]
+        yield [label(row), *cells, f"{row['kl_unambiguous']:.3f}"]
 
 
 def transfer() -> Iterator[list[str]]:

@@ -145,6 +145,11 @@ def open_decisions(config: TrainConfig) -> DecisionSet:
     if config.train.unambiguous and all(decision.ambiguous for decision in training):
         reason = f"the split 'train' of {data.set} has no unambiguous decisions; set it to 0"
         raise ConfigError(reason, "train.unambiguous")
+    preference = config.train.preference
+    differences = not config.freeform and preference.estimate == "controlled" and preference.common_weight == 0
+    if differences and len({decision.context for decision in training if decision.ambiguous}) == 1:
+        reason = f"at 0 only differences between contexts count, and {data.set} trains in one context; set it to 1"
+        raise ConfigError(reason, "train.preference.common_weight")
     if config.freeform:
         matcher = open_matcher(config)
         for split in SPLITS:

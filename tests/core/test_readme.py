@@ -49,6 +49,7 @@ def test_the_commands_run_in_their_order(
     config = json.loads(write_config(tmp_path, Path("model")).read_text("utf-8"))  # JSON is YAML
     config["run"] = {"output_dir": "runs"}
     config["steering"] = {"operator": "scale"}  # as the config that stands there
+    config["train"]["preference"] = {}
     os.rename(tmp_path / "letters.jsonl", tmp_path / "decisions.jsonl")
     config["data"]["set"] = "decisions.jsonl"
     (tmp_path / "smollm2-roles.yaml").write_text(json.dumps(config), encoding="utf-8")

@@ -397,6 +397,20 @@ def test_a_split_without_facts_to_mix_in_is_refused(tmp_path: Path, model_folder
     assert np.isnan(result.points[0].accuracy.value)
 
 
+def test_one_context_has_nothing_to_learn_where_only_differences_between_contexts_count(
+    tmp_path: Path, model_folder: Path
+) -> None:
+    controlled = {"train__preference__estimate": "controlled"}
+    whole = config_of(tmp_path, model_folder, **controlled, train__preference__common_weight=1.0)
+    config = config_of(tmp_path, model_folder, **controlled, train__preference__common_weight=0.0)
+    open_session(config)  # of several contexts
+    letters = load_decisions(config.data.set)
+    letters.select(lambda decision: decision.context == letters[0].context).write_jsonl(config.data.set)
+    with pytest.raises(ConfigError, match="common_weight: at 0 only differences .* in one context; set it to 1"):
+        open_session(config)
+    open_session(whole)
+
+
 def test_resolved_configs_are_written_whole(run: tuple[TrainConfig, Result]) -> None:
     config, result = run
     assert (result.folder / "config.yaml").read_text() == resolved_yaml(config)
