@@ -154,11 +154,8 @@ def sampled() -> Iterator[list[str]]:
 
 def elsewhere() -> Iterator[list[str]]:
     """ARC-Easy and neutral texts, with the steerings as they are and turned to half."""
-    base, *whole = result("harm.json")["rows"]
-    again, *half = result("half/harm.json")["rows"]
-    assert again["accuracy"] == base["accuracy"]
-    names = ("base", *(f"seed {seed}{turned}" for turned in ("", ", scale 0.5") for seed in range(3)))
-    for name, row in zip(names, (base, *whole, *half), strict=True):
+    names = ("base", *(f"seed {seed}{turned}" for seed in range(3) for turned in ("", ", scale 0.5")))
+    for name, row in zip(names, result("harm.json")["rows"], strict=True):
         cells = [f"{row['accuracy']:.3f}", "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["points"])]
         cells.append("{:+.2f}% [{:+.2f}, {:+.2f}]".format(*(100 * x for x in row["perplexity_change"])))
         yield [name, *cells, f"{row['neutral_kl']:.3f}"]

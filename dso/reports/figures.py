@@ -26,6 +26,7 @@ COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A5C00", "#0
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*", "d", "8")
 MOST_CONTEXTS = 40
 PANEL = 3.6  # inches, of a plot without its legend
+TALLEST = 20.0  # inches, while it is not known what a legend needs
 LEGEND = 34  # characters of a line of it
 SMALL = 3  # plots beside each other
 
@@ -84,7 +85,7 @@ def curve(study: Study, method: Method) -> list[dict[str, Estimate]]:
 def pareto(study: Study, digests: Sequence[Digest], bias: str) -> Figure:
     """Bias against what it costs, a curve a method along its scale; the null as a band."""
     costs = [cost for cost in ("neutral_kl", "accuracy") if _measured(study, cost)] or ["kl"]
-    figure = new_figure(PANEL)
+    figure = new_figure(TALLEST)
     panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
     styles = looks(study.methods)
     for axes, cost in zip(panels, costs, strict=True):
@@ -93,16 +94,10 @@ def pareto(study: Study, digests: Sequence[Digest], bias: str) -> Figure:
     panels[0].set_ylim(bottom=0)
     entries, names = panels[0].get_legend_handles_labels()
     labels = [textwrap.fill(name, LEGEND) for name in names]  # two columns of them have to fit the figure
-    figure.legend(entries, labels, loc="outside lower center", ncols=2, columnspacing=1.5, handlelength=2.2)
-    figure.set_figheight(PANEL + _legend_height(labels))
+    legend = figure.legend(entries, labels, loc="outside lower center", ncols=2, columnspacing=1.5, handlelength=2.2)
+    figure.draw_without_rendering()  # what the legend needs is known then, and is not taken from the panels
+    figure.set_figheight(PANEL + legend.get_window_extent().height / figure.dpi)
     return figure
-
-
-def _legend_height(labels: Sequence[str]) -> float:
-    """Inches that two columns of labels take, so that they take nothing from the panels."""
-    half = math.ceil(len(labels) / 2)
-    columns = (labels[:half], labels[half:])
-    return max(sum(0.04 + 0.18 * (1 + label.count("\n")) for label in column) for column in columns)
 
 
 def _measured(study: Study, name: str) -> bool:

@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     harm.add_argument("steerings", nargs="+", help="folders of steerings")
     harm.add_argument("--arc", required=True, metavar="CSV", help="ARC-Easy as published: question, options, letter")
     harm.add_argument("--limit", type=int, help="questions (default: all)")
-    harm.add_argument("--scale", type=float, default=1.0, help="of the steerings (default: 1)")
+    harm.add_argument("--scale", default="1", help="of the steerings, or several as in 1,0.5 (default: 1)")
 
     editing = names.add_parser("editing", help="local contrastive editing of fine-tuned copies")
     editing.add_argument("--model", default="smollm2-135m")

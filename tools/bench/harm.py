@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from dso.files import as_path, write_text
 from dso.models.backbone import Backbone
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
-from launch.commands.common import quieten
+from launch.commands.common import numbers, quieten
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +40,22 @@ class Cost:
 
 
 def harm(arguments: argparse.Namespace) -> None:
-    """ARC-Easy and neutral text under steerings, against the base model on the same questions."""
+    """ARC-Easy and neutral text under steerings at each scale, against the base model on the same questions."""
     quieten()
     questions = arc_questions(as_path(arguments.arc))[: arguments.limit]
     steerings = [Steering.from_pretrained(folder) for folder in arguments.steerings]
     backbone = Backbone.load(steerings[0].config.base_model)
     handles = [steering.to(backbone.device).attach(backbone.model, 0.0) for steering in steerings]
-    costs = _measure(backbone, Arc(questions), handles, arguments.scale)
+    scales = numbers(arguments.scale, "--scale")
+    names = [("base", 0.0), *product(arguments.steerings, scales)]
+    costs = _measure(backbone, Arc(questions), product(handles, scales))
     records = [
-        {"steering": name, **compared(costs[0], cost)}
-        for name, cost in zip(["base", *arguments.steerings], costs, strict=True)
+        {"steering": name, "scale": scale, **compared(costs[0], cost)}
+        for (name, scale), cost in zip(names, costs, strict=True)
     ]
-    result = {"questions": len(questions), "scale": arguments.scale, "rows": records}
+    result = {"questions": len(questions), "rows": records}
     write_text(Path(arguments.results) / "harm.json", json.dumps(result, indent=1) + "\n")
-    header = ("steering", "ARC-Easy", "change in points [95%]", "perplexity", "change [95%]", "neutral KL")
+    header = ("steering", "scale", "ARC-Easy", "change in points [95%]", "perplexity", "change [95%]", "neutral KL")
     print(fixed_rows([header, *(_cells(record) for record in records)]))
 
 
@@ -82,6 +85,7 @@ def _cells(record: dict) -> tuple[str, ...]:
     points, change = record["points"], [100 * x for x in record["perplexity_change"]]
     return (
         record["steering"],
+        f"{record['scale']:g}",
         f"{record['accuracy']:.3f}",
         "{:+.2f} [{:+.2f}, {:+.2f}]".format(*points),
         f"{record['perplexity']:.2f}",
@@ -90,11 +94,11 @@ def _cells(record: dict) -> tuple[str, ...]:
     )
 
 
-def _measure(backbone: Backbone, task: Arc, handles: Sequence[Handle], scale: float) -> list[Cost]:
-    """The base model's cost, then that of each steering, whose handle is at 0, at a scale."""
+def _measure(backbone: Backbone, task: Arc, settings: Iterable[tuple[Handle, float]]) -> list[Cost]:
+    """The base model's cost, then that of each steering, whose handle is at 0, at its scale."""
     probe, neutral = Probe(backbone), NeutralTexts(backbone, neutral_texts())
     costs = [Cost(*task.ask(probe), neutral.kl())]
-    for handle in handles:
+    for handle, scale in settings:
         handle.scale = scale
         costs.append(Cost(*task.ask(probe), neutral.kl()))
         handle.scale = 0.0
