@@ -12,6 +12,7 @@ from torch import Tensor
 from dso.decisions.decision import Decision, DecisionSet, check_target
 from dso.models.backbone import Backbone
 from dso.models.encoded import Positions, join_positions
+from dso.models.scores import Scores
 from dso.rewards import ABSENT, candidate_rewards
 from dso.steering.handle import Handle, unsteered
 from envs.association import ORDER, forgive_blocks, without_association
@@ -39,7 +40,7 @@ class DecisionTask:
         target: fair share of each group; uniform when None.
         reward: see :class:`envs.reward.RewardConfig`.
         handle: the steering on the backbone, so that the base model is one scale away; None if there is none.
-        anchors: neutral texts whose next-token distribution should stay as it is.
+        anchors: neutral texts in which every token should stay as likely as it is.
 
     Attributes:
         world: the processes that observe the same decisions together; None for this one by itself.
@@ -141,8 +142,15 @@ class DecisionTask:
         return scores.next_token_by_decision("cpu")
 
     def anchor_reference(self, texts: Sequence[str]) -> Tensor:
-        """(N, V) the same after anchor texts."""
-        return self._cached(list(texts), lambda own: list(self.backbone.next_token(own).cpu().split(1)))
+        """(M, V) the same behind every token of anchor texts."""
+        return self._cached(list(texts), lambda own: self._read(own).next_token_by_decision("cpu"))
+
+    def anchor_kl(self, texts: Sequence[str], reference: Tensor) -> Tensor:
+        """(N,) KL in nats to the :meth:`anchor_reference` (M, V) of the same texts, mean over their tokens."""
+        return self._read(texts).kl(reference)
+
+    def _read(self, texts: Sequence[str]) -> Scores:
+        return self.backbone.likelihood(texts, start=False, next_token=True)
 
     @torch.no_grad()
     def _cached(self, keys: list[Any], compute: Callable[[list[Any]], list[Tensor]]) -> Tensor:

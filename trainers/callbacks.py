@@ -32,7 +32,6 @@ class Validation:
             none that a float can hold.
         gap: signed mean over contexts of P(stereotype's group) - P(the other), which people's names cancel from; None
             where there are no stereotypes or more groups than two.
-        training_kl: mean KL in nats on decisions of the training; None if it was not measured.
         neutral_kl: mean KL in nats after neutral texts (:mod:`dso.evaluation.neutral`); None if it was not measured.
         scale: what the operators were turned to; 1 is as they are.
     """
@@ -45,15 +44,8 @@ class Validation:
     log_odds: float | None = None
     order_effect: float | None = None
     gap: float | None = None
-    training_kl: float | None = None
     neutral_kl: float | None = None
     scale: float = 1.0
-
-    @property
-    def spent(self) -> float:
-        """The KL that is held to the budget: the larger of what was measured, nan if one of them is."""
-        known = [kl for kl in (self.kl, self.training_kl) if kl is not None]
-        return math.nan if any(map(math.isnan, known)) else max(known)
 
     def to_json(self) -> dict[str, float | None]:
         """The row as a JSON object: null for what was not measured, as JSON has no nan."""
@@ -70,7 +62,7 @@ class Limits:
     """What a steering may cost on validation.
 
     Attributes:
-        kl_budget: KL on validation, and on decisions of the training where those were measured; None for no budget.
+        kl_budget: KL on validation; None for no budget.
         min_answer_mass: ratio to the base's.
         max_accuracy_loss: below the base's accuracy.
         neutral_kl: KL after neutral texts; None for no limit.
@@ -89,7 +81,7 @@ class Limits:
         if base.order_effect is not None and self.order_increase is not None:
             order = base.order_effect + self.order_increase
         limits = {
-            f"KL above {self.kl_budget}": _above(row.spent, self.kl_budget),
+            f"KL above {self.kl_budget}": _above(row.kl, self.kl_budget),
             f"answer mass below {self.min_answer_mass} of the base's": row.answer_mass < self.min_answer_mass,
             f"neutral KL above {self.neutral_kl}": _above(row.neutral_kl, self.neutral_kl),
             "order effect above the base's": _above(row.order_effect, order),
@@ -237,7 +229,7 @@ class Selection(TrainingCallback):
         """
         shares = [
             math.sqrt(self.CLOSE * limit / kl)
-            for kl, limit in ((row.spent, self.limits.kl_budget), (row.neutral_kl, self.limits.neutral_kl))
+            for kl, limit in ((row.kl, self.limits.kl_budget), (row.neutral_kl, self.limits.neutral_kl))
             if kl is not None and limit is not None and _above(kl, limit)
         ]
         if row.answer_mass < (least := self.limits.min_answer_mass):

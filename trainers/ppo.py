@@ -67,6 +67,7 @@ class SteeringPPO(PPO):
         unambiguous_weight: weight of the unambiguous decisions' mean reward beside the ambiguous ones'.
         sparsity: lambda of the L1 penalty on the operators, beside a reward of at most 1.
         anchors: anchor texts of the task whose KL counts in each step.
+        anchor_price: of one nat of their mean KL, which no budget counts.
         hard_preference: let the reward see sampled answers, not probabilities (as published; ``reinforce``, ``ppo``).
         accumulation: parts that each process learns its share of a step in, one after the other.
         max_skipped: steps in a row that may be skipped as their numbers are not finite.
@@ -94,6 +95,7 @@ class SteeringPPO(PPO):
         unambiguous_weight: float = 1.0,
         sparsity: float = 0.0,
         anchors: int = 0,
+        anchor_price: float = 1.0,
         hard_preference: bool = False,
         accumulation: int = 1,
         max_skipped: int = 5,
@@ -142,6 +144,7 @@ class SteeringPPO(PPO):
             unambiguous_weight=unambiguous_weight,
             value_weight=self.vf_coef,
             anchors=self.anchors,
+            anchor_price=anchor_price,
         )
 
     def _make_learner(self, parts: int, deepspeed: dict[str, Any] | None) -> Learner:

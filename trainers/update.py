@@ -34,7 +34,7 @@ class Passed:
         positions: the m answer positions of these decisions.
         reference: (m, V) log-probabilities of the base model there.
         base_mass: (n,) probability that the base model gives to all candidates together.
-        anchored: (a,) KL to the base model of those that were passed here.
+        anchored: (a,) KL to the base model in the anchor texts that were passed here.
     """
 
     rows: Tensor
@@ -54,6 +54,7 @@ class Updater:
         unambiguous_weight: weight of the unambiguous decisions' mean gain beside the ambiguous ones'.
         value_weight: weight of the value head's squared error.
         anchors: anchor texts of the task whose KL counts in each step.
+        anchor_price: of one nat of their mean KL.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Updater:
         unambiguous_weight: float,
         value_weight: float,
         anchors: int,
+        anchor_price: float,
     ):
         self.policy = policy
         self.learner = learner
@@ -73,6 +75,7 @@ class Updater:
         self.unambiguous_weight = unambiguous_weight
         self.value_weight = value_weight
         self.anchors = anchors
+        self.anchor_price = anchor_price
 
     def shares(self, indices: np.ndarray) -> list[Tensor]:
         """The positions (n,) of this process's decisions in a batch, by the parts that they are learned from in."""
@@ -100,13 +103,11 @@ class Updater:
 
         def work() -> tuple[Tensor, ...]:
             outcome = self.policy.decide(own, next_token=True)
-            steered = (self.task.backbone.next_token(texts),) if texts else ()
-            return (outcome.log_policy, outcome.next_token, outcome.values, outcome.answer_mass, *steered)
+            anchored = outcome.values.new_zeros(0) if base is None else self.task.anchor_kl(texts, base) * bool(mine)
+            return (outcome.log_policy, outcome.next_token, outcome.values, outcome.answer_mass, anchored)
 
-        *parts, last = self.learner.forward(work)
-        log_policy, next_token, values, mass = parts if texts else (*parts, last)
-        outcome = Outcome(log_policy, next_token, values, mass)
-        anchored = log_policy.new_zeros(0) if base is None else kl_divergence(last, base) * bool(mine)
+        *decided, anchored = self.learner.forward(work)
+        outcome = Outcome(*decided)
         positions = self.task.positions(own)
         return Passed(rows.to(reference.device), outcome, positions, reference, base_mass, anchored)
 
@@ -147,33 +148,36 @@ class Updater:
             the loss or the gradient is not finite.
         """
         shares = [kept.rows] if kept else self.shares(lesson.indices)
-        totals = torch.zeros(7, dtype=torch.float64)
+        totals = torch.zeros(8, dtype=torch.float64)
         for part, rows in enumerate(shares):
             passed = kept or self.pass_through(lesson.indices, rows, lesson.anchors, part)
             loss, seen = self._loss(lesson, passed, price, clip, mass_price)
             self.learner.backward(loss, first=part == 0, last=part == len(shares) - 1)
             totals += seen.cpu().double()  # MPS has no float64
-        loss, objective, kl, mass, base_mass, lost, clipped = self.learner.world.all_sum(totals).tolist()
+        loss, objective, kl, mass, base_mass, lost, clipped, anchor_kl = self.learner.world.all_sum(totals).tolist()
         norm, taken = self.learner.step(usable=bool(np.isfinite(loss)))
         measured = {"objective": objective, "loss": loss, "kl": kl, "gradient_norm": norm}
         measured |= {"answer_mass": mass, "base_answer_mass": base_mass, "lost_answer_mass": lost}
-        return measured | ({"clip_fraction": clipped} if self.estimator == "ppo" else {}), taken
+        measured |= {"clip_fraction": clipped} if self.estimator == "ppo" else {}
+        measured |= {"anchor_kl": anchor_kl} if self.anchors else {}
+        return measured, taken
 
     def _loss(
         self, lesson: Lesson, passed: Passed, price: float, clip: float, mass_price: float
     ) -> tuple[Tensor, Tensor]:
-        """A part's share of the batch's loss; and of loss, objective, KL, answer masses and clip fraction, (7,)."""
+        """A part's share of the batch's loss; and of loss, objective, KL, answer masses, clip fraction and anchors' KL,
+        (8,)."""
         outcome, rows, count = passed.outcome, passed.rows, len(lesson.indices)
         gain = lesson.gain(self.estimator, rows, outcome.log_policy, clip)
         objective = lesson.objective(gain, rows, self.unambiguous_weight)
-        own = passed.positions.mean(kl_divergence(_known(outcome.next_token), passed.reference))
-        divergence = torch.cat([own, passed.anchored])
-        kl = divergence.sum() / (count + len(lesson.anchors))
+        divergence = passed.positions.mean(kl_divergence(_known(outcome.next_token), passed.reference))
+        kl = divergence.sum() / count
+        anchor_kl = passed.anchored.sum() / max(len(lesson.anchors), 1)
         masses = torch.stack(
             [outcome.answer_mass, passed.base_mass, (passed.base_mass - outcome.answer_mass).clamp(min=0)]
         )
         masses = masses.sum(1) / count
-        loss = -objective + price * kl
+        loss = -objective + price * kl + self.anchor_price * anchor_kl
         if mass_price:
             loss = loss + mass_price * masses[2]
         loss = loss / step_unit(price)
@@ -181,7 +185,7 @@ class Updater:
             error = (outcome.values - lesson.returns[rows]).square().sum() / count
             loss = loss + self.value_weight * error
         clipped = lesson.clipped(rows, outcome.log_policy, clip).sum() / count
-        return loss, torch.stack([loss, objective, kl, *masses, clipped]).detach()
+        return loss, torch.stack([loss, objective, kl, *masses, clipped, anchor_kl]).detach()
 
 
 def _known(next_token: Tensor | None) -> Tensor:

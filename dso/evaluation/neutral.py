@@ -19,6 +19,7 @@ from dso.models.scores import kl_divergence
 from dso.steering.handle import Turnable, unsteered
 
 SHIPPED = Path(__file__).with_name("neutral.txt")
+ANCHORS = Path(__file__).with_name("anchors.txt")
 
 
 class NeutralTexts:
@@ -68,12 +69,28 @@ def neutral_texts(path: str | None = None) -> list[str]:
     Raises:
         UserError: if the file cannot be read, or has no text in it.
     """
-    place = SHIPPED if path is None else as_path(path)
+    return _lines(SHIPPED if path is None else as_path(path), "neutral texts")
+
+
+def anchor_texts(path: str) -> list[str]:
+    """Whole texts that training leaves as likely as they are: of a file, one a line, or ``shipped`` with the package.
+
+    ``\\n`` in a line stands for a line break. None of them is a neutral text, so that those measure what training was
+    not told of.
+
+    Raises:
+        UserError: if the file cannot be read, or has no text in it.
+    """
+    lines = _lines(ANCHORS if path == "shipped" else as_path(path), "anchor texts")
+    return [line.replace("\\n", "\n") for line in lines]
+
+
+def _lines(place: Path, what: str) -> list[str]:
     try:
         lines = place.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{place}: neutral texts cannot be read: {error}") from error
+        raise UserError(f"{place}: {what} cannot be read: {error}") from error
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
-        raise UserError(f"{place}: has no neutral texts; write one a line")
+        raise UserError(f"{place}: has no {what}; write one a line")
     return texts

@@ -282,16 +282,28 @@ class Backbone:
         assert table is not None  # it was asked for
         return table
 
-    def likelihood(self, texts: Sequence[str], start: bool = True) -> Scores:
+    def likelihood(self, texts: Sequence[str], start: bool = True, next_token: bool = False) -> Scores:
         """Score N whole texts with the model as it is now, as one "candidate" each: (N, 1).
 
         Args:
             start: count every token, the first one behind the token that begins a text (lm-evaluation-harness's rule);
                 otherwise those behind the first one.
+            next_token: keep the distributions of the tokens that count.
+
+        Raises:
+            UserError: of :meth:`check_texts`.
+        """
+        return self._score(self._whole(texts, start), next_token)
+
+    def check_texts(self, texts: Sequence[str], start: bool = True) -> None:
+        """Refuse texts that :meth:`likelihood` cannot score.
 
         Raises:
             UserError: if a text is empty or too long, or the tokenizer has no token that begins or ends a text.
         """
+        self._whole(texts, start)
+
+    def _whole(self, texts: Sequence[str], start: bool) -> list[Encoded]:
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if start and begin is None:
             raise UserError(f"the tokenizer of {self.name!r} has no token that begins a text, nor one that ends it")
@@ -302,7 +314,7 @@ class Backbone:
             if fault := self._fault(prompt, (rest,)):
                 raise UserError(f"text {text[:40]!r}: {fault}")
             encoded.append(Encoded(prompt, (rest,)))
-        return self._score(encoded, False)
+        return encoded
 
     @torch.no_grad()
     def generate(

@@ -38,7 +38,7 @@ GONE = {
     "data.train_split": "splits are called train, validation and test",
     "data.validation_split": "splits are called train, validation and test",
     "data.test_splits": "the split test is measured; others are by dso evaluate --split",
-    "constraints.anchors": "it was used by no run; trainers.ppo.SteeringPPO takes anchors",
+    "evaluation.training_decisions": "no run used it; selection holds validation's KL to the budget",
     "evaluation.bootstrap": "intervals are of 1000 resamples",
     **dict.fromkeys(
         (

@@ -249,6 +249,9 @@ class ConstraintsSection(Section):
         None, "mean nats of KL after neutral texts that validation allows; null for no limit", ON_DECISIONS, gt=0
     )
     neutral_texts: Text | None = key(None, "a file of them, one a line; null for those that ship", NEUTRAL)
+    anchors: Text | None = key(
+        None, "a file of texts that training leaves as they are, or shipped; null for none", ON_DECISIONS
+    )
     order_increase: float | None = key(
         None, "of the order effect over the base model's that validation allows; null for no limit", ON_DECISIONS, ge=0
     )
@@ -261,9 +264,6 @@ class EvaluationSection(Section):
 
     eval_steps: int = key(25, "steps between validations", ge=1, freeform=20)
     validation_stride: int = key(3, "a unit is asked about in each so many-th context: more people, same time", ge=1)
-    training_decisions: int = key(
-        0, "of the training whose KL is held to the budget too", ON_DECISIONS, WITH_BUDGET, ge=0
-    )
     test_stride: int = key(1, "as validation_stride, of the test", ON_ANSWERS, ge=1)
     samples: int = key(8, "answers a decision", ON_ANSWERS, ge=1)
     scales: Annotated[tuple[float, ...], Field(strict=False, min_length=1), AfterValidator(_rising)] = key(

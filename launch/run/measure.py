@@ -76,21 +76,6 @@ def thin(decisions: DecisionSet, stride: int) -> DecisionSet:
     return decisions.select(lambda d: not d.ambiguous or kept(d))
 
 
-def by_template(decisions: DecisionSet, count: int) -> DecisionSet:
-    """``count`` ambiguous decisions, or all if there are fewer, as many of each template as of another where possible.
-
-    A template's are taken at equal distances over the set, as neighbours are about the same people.
-    """
-    templates: dict[str | None, list[str]] = {}
-    for decision in decisions.select(kind="ambiguous"):
-        templates.setdefault(decision.template, []).append(decision.id)
-    chosen: set[str] = set()
-    for done, ids in enumerate(sorted(templates.values(), key=len)):
-        share = min(len(ids), (count - len(chosen)) // (len(templates) - done))
-        chosen.update(ids[place * len(ids) // share] for place in range(share))
-    return decisions.select(lambda d: d.id in chosen)
-
-
 def scale_points(
     evaluator: Evaluates, scales: Sequence[float], target: dict[str, float] | None = None, bootstrap: int = 1000
 ) -> list[ScalePoint]:

@@ -18,7 +18,7 @@ from dso.decisions.decision import DecisionSet, check_target
 from dso.decisions.sets import load_decisions
 from dso.errors import UserError
 from dso.evaluation.answers import check_answers
-from dso.evaluation.neutral import neutral_texts
+from dso.evaluation.neutral import anchor_texts, neutral_texts
 from dso.models.backbone import Backbone
 from dso.models.loading import find_model
 from dso.steering.config import TRAINED_AT, SteeringError
@@ -100,6 +100,7 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
     decisions = open_decisions(config)
     if config.constraints.neutral_kl is not None:
         neutral_texts(config.constraints.neutral_texts)
+    anchors = [] if config.constraints.anchors is None else anchor_texts(config.constraints.anchors)
     divided = deepspeed if deepspeed and deepspeed["zero_optimization"].get("stage") == 3 else None
     with nullcontext() if divided is None else _dividing(config, divided, world):
         backbone = load_backbone(config, world.device)
@@ -111,8 +112,12 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
         seed_everything(config.train.seed)
         steering = open_steering(config, backbone, decisions)
         handle = steering.attach(backbone.model, TRAINED_AT)
+        try:
+            backbone.check_texts(anchors, start=False)
+        except UserError as error:
+            raise ConfigError(str(error), "constraints.anchors") from error
     training = decisions.select(split="train")
-    task = DecisionTask(backbone, training, config.data.target, reward_config(config), handle)
+    task = DecisionTask(backbone, training, config.data.target, reward_config(config), handle, anchors)
     trainer = open_trainer(config, task, steering, world, deepspeed)
     return Session(config, backbone, decisions, steering, handle, trainer)
 

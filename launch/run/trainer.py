@@ -17,6 +17,8 @@ from launch.cluster.processes import LaunchError, micro_batch
 from launch.config.schema import TrainConfig
 from launch.run.constants import (
     ADAM_BETAS,
+    ANCHOR_PRICE,
+    ANCHORS,
     LOWEST_RATE,
     MAX_GRAD_NORM,
     MAX_SKIPPED,
@@ -62,6 +64,8 @@ def _of_candidates(
         mass_floor=None if limits.min_answer_mass is None else AnswerMassFloor(limits.min_answer_mass),
         unambiguous_weight=train.unambiguous_weight,
         sparsity=limits.sparsity,
+        anchors=ANCHORS,
+        anchor_price=ANCHOR_PRICE,
         hard_preference=train.preference.hard,
         learning_rate=schedule(train.optimizer.learning_rate),
         n_epochs=train.ppo.n_epochs,

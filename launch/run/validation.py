@@ -12,7 +12,6 @@ from dso.evaluation.report import ScalePoint
 from dso.steering.model import Steering
 from launch.run.folder import RunError
 from launch.run.freeform import FreeformAnswers
-from launch.run.measure import by_template
 from launch.run.session import Session
 from trainers.callbacks import Validation
 
@@ -22,7 +21,7 @@ class CutShort(Exception):
 
 
 class Validator:
-    """Measures the validation split, and some decisions of the training if the config asks for it.
+    """Measures the validation split.
 
     Args:
         session: of the run.
@@ -37,10 +36,6 @@ class Validator:
         self._session = session
         self.decisions = session.split("validation")
         self._measures = session.measures(self.decisions, self._look_up, keep_reference=True)
-        self._known = None
-        if config.evaluation.training_decisions and config.constraints.kl_budget is not None:
-            sample = by_template(session.split("train"), config.evaluation.training_decisions)
-            self._known = session.measures(sample, self._look_up, keep_reference=True)
         limits = config.constraints
         self._neutral = None
         if limits.neutral_kl is not None:
@@ -69,10 +64,9 @@ class Validator:
         turned = 1.0 if step else 0.0
         with _turned(self._session.steering, scale if step else 0.0):
             point = self._base if step == 0 and self._base is not None else self._measures.points([turned], 0)[0]
-            training_kl = None if self._known is None else self._known.points([turned], 0)[0].kl
             neutral_kl = None if self._neutral is None else self._session.pass_through(self._neutral.kl)
         row = validation_row(step, point, self.base_mass)
-        return replace(row, training_kl=training_kl, neutral_kl=neutral_kl, scale=scale)
+        return replace(row, neutral_kl=neutral_kl, scale=scale)
 
     def _look_up(self, _: int) -> None:
         # Several processes would have to leave at the same place: they finish the measurement.
@@ -116,9 +110,8 @@ def validation_line(row: Validation, better: bool) -> str:
     log_odds = "" if row.log_odds is None else f" (log-odds {row.log_odds:.3f})"
     order = "" if row.order_effect is None else f"  order {row.order_effect:.2f}"
     neutral = "" if row.neutral_kl is None else f"  neutral KL {row.neutral_kl:.3f}"
-    training = "" if row.training_kl is None else f" (training {row.training_kl:.3f})"
     return (
         f"validation at step {row.step}{at}: bias {row.bias:.3f}{log_odds}{order}  "
-        f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}{training}{neutral}  "
+        f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}{neutral}  "
         f"answer mass x{row.answer_mass:.2f}{'  kept' if better else ''}"
     )

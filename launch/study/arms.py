@@ -16,6 +16,7 @@ PAPER = "Monteiro Paes et al., DSO, CVPR 2026, arXiv 2512.15926"
 # unambiguous share, a fixed price of KL, and nothing that validation holds it to.
 AFFINE = ("steering.operator=affine", "train.optimizer.learning_rate=5e-4")
 FIXED_PRICE = ("constraints.kl_budget=null", "constraints.beta=0.1")
+UNANCHORED = ("constraints.anchors=null",)
 NO_LIMITS = ("constraints.neutral_kl=null", "constraints.order_increase=null", "constraints.min_answer_mass=null")
 SIGNS = ("train.reward=sign",)
 FROM_BATCH = ("train.preference.estimate=context", "train.preference.batch_weight=1.0")
@@ -46,7 +47,8 @@ class Arm:
 
 def _ablation(name: str, title: str, *overrides: str) -> Arm:
     source = f"{PAPER}, with one change"
-    return Arm(name=name, title=title, source=source, kind="ablation", overrides=(*overrides, *NO_LIMITS))
+    changed = overrides if any(o.startswith("constraints.anchors=") for o in overrides) else (*overrides, *UNANCHORED)
+    return Arm(name=name, title=title, source=source, kind="ablation", overrides=(*changed, *NO_LIMITS))
 
 
 OURS = Arm(name="ours", title="dso", source="this package", kind="ours", overrides=())
@@ -55,7 +57,7 @@ PUBLISHED = Arm(
     title="DSO as published",
     source=PAPER,
     kind="rival",
-    overrides=(*SAMPLED, *SIGNS, *FROM_BATCH, *ALONE, *PLAIN_ADAM, *AFFINE, *FIXED_PRICE, *NO_LIMITS),
+    overrides=(*SAMPLED, *SIGNS, *FROM_BATCH, *ALONE, *PLAIN_ADAM, *AFFINE, *FIXED_PRICE, *UNANCHORED, *NO_LIMITS),
 )
 NULL = Arm(
     name="random",
@@ -94,12 +96,17 @@ ABLATIONS = (
         "published + steps in KL",
         *SAMPLED, *SIGNS, *FROM_BATCH, *ALONE, *AFFINE, *FIXED_PRICE,
     ),
+    _ablation(
+        "published-anchors",
+        "published + anchor texts",
+        *SAMPLED, *SIGNS, *FROM_BATCH, *ALONE, *PLAIN_ADAM, *AFFINE, *FIXED_PRICE, "constraints.anchors=shipped",
+    ),
     Arm(
         name="published-limits",
         title="published + budget and limits",
         source=f"{PAPER}, with one change",
         kind="ablation",
-        overrides=(*SAMPLED, *SIGNS, *FROM_BATCH, *ALONE, *PLAIN_ADAM, *AFFINE),
+        overrides=(*SAMPLED, *SIGNS, *FROM_BATCH, *ALONE, *PLAIN_ADAM, *AFFINE, *UNANCHORED),
     ),
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import envs  # noqa: F401 - registers the environments
 from dso.decisions.decision import ABSTAIN, Candidate, Decision, DecisionSet
 from dso.models.backbone import Backbone
+from dso.models.encoded import join_positions
 from dso.rewards import group_preference
 from dso.steering.model import Steering
 from envs.decision import DecisionEnv
@@ -639,14 +640,18 @@ def test_the_reference_of_anchor_texts_likewise(
     backbone: Backbone, train: DecisionSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = ("The sky is", "Water boils at", "Two and two")
-    base = backbone.next_token(texts)
+    base = backbone.likelihood(texts, start=False, next_token=True).next_token_by_decision("cpu")
     with random_steering(backbone).on(backbone.model, 0.5) as handle:
         task = DecisionTask(backbone, train, handle=handle, anchors=texts)
-        monkeypatch.setattr(backbone, "next_token", counted := Count(backbone.next_token))
-        torch.testing.assert_close(task.anchor_reference([texts[2], texts[0]]), base[[2, 0]], rtol=0, atol=1e-5)
-        task.anchor_reference(texts)
+        monkeypatch.setattr(backbone, "likelihood", counted := Count(backbone.likelihood))
+        found = task.anchor_reference([texts[2], texts[0]])
+        torch.testing.assert_close(found, join_positions([base[2], base[0]]), rtol=0, atol=1e-5)
+        whole = task.anchor_reference(texts)
         assert sorted(counted.items) == sorted(texts)
         assert handle.scale == 0.5
+        assert (task.anchor_kl(texts, whole) > 1e-3).all()
+        with task.unsteered():
+            torch.testing.assert_close(task.anchor_kl(texts, whole), torch.zeros(3), rtol=0, atol=1e-5)
 
 
 def test_the_scale_is_restored_when_the_reference_fails(

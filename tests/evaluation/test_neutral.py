@@ -9,7 +9,7 @@ import torch
 from small_runs import make_trainer
 
 from dso.errors import UserError
-from dso.evaluation.neutral import SHIPPED, NeutralTexts, neutral_texts
+from dso.evaluation.neutral import SHIPPED, NeutralTexts, anchor_texts, neutral_texts
 
 
 def test_kl_is_that_of_the_next_token_against_the_base_model() -> None:
@@ -29,10 +29,10 @@ def test_kl_is_that_of_the_next_token_against_the_base_model() -> None:
 
 
 def test_texts_that_ship_are_many_and_about_no_one() -> None:
-    texts = neutral_texts()
-    assert len(texts) == len(set(texts)) > 100
-    words = {word.lower().strip(".,;") for text in texts for word in text.split()}
-    assert not words & {"he", "she", "his", "her", "him", "man", "woman", "boy", "girl", "mr", "mrs"}
+    for texts in (neutral_texts(), anchor_texts("shipped")):
+        assert len(texts) == len(set(texts)) > 100
+        words = {word.lower().strip(".,;?") for text in texts for word in text.split()}
+        assert not words & {"he", "she", "his", "her", "him", "man", "woman", "boy", "girl", "mr", "mrs"}
     assert SHIPPED.name in {path.name for path in SHIPPED.parent.iterdir()}
 
 
@@ -45,3 +45,14 @@ def test_a_file_of_ones_own_replaces_them(tmp_path: Path) -> None:
         neutral_texts(str(path))
     with pytest.raises(UserError, match="neutral texts cannot be read"):
         neutral_texts(str(tmp_path / "none.txt"))
+
+
+def test_anchors_are_whole_texts_that_no_figure_is_measured_on(tmp_path: Path) -> None:
+    shipped = anchor_texts("shipped")
+    assert all("\nAnswer: " in text for text in shipped)
+    assert not {text.split("\n")[0] for text in shipped} & set(neutral_texts())
+    path = tmp_path / "own.txt"
+    path.write_text("One text\\nof two lines\n\nanother\n", encoding="utf-8")
+    assert anchor_texts(str(path)) == ["One text\nof two lines", "another"]
+    with pytest.raises(UserError, match="anchor texts cannot be read"):
+        anchor_texts(str(tmp_path / "none.txt"))

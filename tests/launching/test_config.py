@@ -207,7 +207,7 @@ LOST = {
     "constraints.order_increase=0.1": "train.estimator=grpo",
     "train.reward=sign": "train.estimator=regression",
     "train.preference.estimate=blocked": "train.estimator=regression",
-    "evaluation.training_decisions=8": "constraints.kl_budget=null",
+    "constraints.anchors=shipped": "train.estimator=grpo",
 }
 
 

@@ -18,7 +18,7 @@ from dso.baselines.baseline import Candidate
 from dso.errors import UserError
 from dso.evaluation.study import read_study
 from launch.commands.compare import run
-from launch.study.arms import ABLATIONS, PUBLISHED, chosen_arms
+from launch.study.arms import ABLATIONS, PUBLISHED, all_arms, chosen_arms
 from launch.study.folder import StudyFolder
 from launch.study.gathering import limits_in_words
 from launch.study.tuning import at_kl, tune
@@ -92,6 +92,8 @@ def test_methods_are_asked_for_by_name_or_group() -> None:
     assert [arm.name for arm in chosen_arms(["published", "ours"])] == ["ours", "published"]
     assert {arm.name for arm in chosen_arms(["ablations"])} == {arm.name for arm in ABLATIONS}
     assert not {arm.kind for arm in chosen_arms(["rivals"])} & {"ablation"}
+    anchored = {name for name, arm in all_arms().items() if "constraints.anchors=null" not in (arm.overrides or ())}
+    assert anchored & {arm.name for arm in (PUBLISHED, *ABLATIONS)} == {"published-anchors"}
     with pytest.raises(UserError, match="no method is named 'cas'; did you mean caa"):
         chosen_arms(["cas"])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from running import FILES, config_of, rows_of
 from small_runs import contents, write_decisions
 from tiny import tiny_llama
 
-from dso.decisions.decision import DecisionSet
 from dso.decisions.sets import load_decisions
 from dso.errors import UserError
 from dso.evaluation.bias import bias_report
@@ -25,7 +23,7 @@ from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 from launch.config.schema import ConfigError, TrainConfig, load_config, resolved_yaml
-from launch.run.measure import by_template, scale_points, thin
+from launch.run.measure import scale_points, thin
 from launch.run.session import open_session
 from launch.run.train import Result, train
 from launch.run.trainer import reward_config, schedule
@@ -132,14 +130,13 @@ def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
         tmp_path / "held",
         model_folder,
         constraints__kl_budget=budget,
-        evaluation__training_decisions=8,
         train__max_steps=2,
     )
     result = train(config, name="x", quiet=True)
     history = json.loads((result.folder / "validation.json").read_text())
     kept = min((row for row in history if row["kl"] <= 0.7 * budget), key=lambda row: row["bias"])
     assert 0 < kept["scale"] < 1
-    assert max(kept["kl"], kept["training_kl"]) == pytest.approx(0.7 * budget, rel=0.15)
+    assert kept["kl"] == pytest.approx(0.7 * budget, rel=0.15)
     assert kept["bias"] < history[0]["bias"]
     backbone = Backbone.load(str(model_folder), device="cpu")
     steering = Steering.from_pretrained(result.folder / "steering")
@@ -163,38 +160,6 @@ def test_selection_holds_a_steering_to_the_answer_mass_that_a_config_asks_for(
     with pytest.raises(Made) as found:
         train(config_of(tmp_path, model_folder, constraints__min_answer_mass=asked), name="unused", quiet=True)
     assert found.value.args == (held,)
-
-
-def test_the_kl_of_training_decisions_is_measured_where_it_is_asked_for(tmp_path: Path, model_folder: Path) -> None:
-    asked = {"evaluation__training_decisions": 8}
-    for name, options, measured in (
-        ("none", {}, False),
-        ("budget", asked, True),
-        ("price", {"constraints__kl_budget": None, "constraints__beta": 0.1}, False),
-    ):
-        config = config_of(tmp_path / name, model_folder, train__max_steps=1, **options)
-        history = json.loads((train(config, name="x", quiet=True).folder / "validation.json").read_text())
-        assert [row["training_kl"] is not None for row in history] == [measured] * len(history)
-        if measured:
-            assert history[0]["training_kl"] == 0 < history[-1]["training_kl"] != history[-1]["kl"]
-
-
-def test_decisions_by_template_are_as_even_as_can_be() -> None:
-    data = load_decisions("roles", splits=["train"], train_blocks=90, train_unambiguous=16)
-    sample = by_template(data, 160)
-    counts = Counter(decision.template for decision in sample)
-    assert len(sample) == 160
-    assert len(counts) == 41
-    assert max(counts.values()) - min(counts.values()) <= 1
-    assert all(decision.ambiguous for decision in sample)
-    assert len({decision.unit for decision in sample}) > 80
-    rare = DecisionSet(
-        tuple(replace(d, template="rare" if i == 5 else "often") for i, d in enumerate(data.select(kind="ambiguous"))),
-        data.groups,
-    )
-    assert Counter(decision.template for decision in by_template(rare, 9)) == {"rare": 1, "often": 8}
-    assert len(by_template(rare, 10**6)) == len(rare)
-    assert len(by_template(data, 1)) == 1
 
 
 @pytest.mark.parametrize(("stride", "units", "left"), [(3, 38, 0.002), (3, 4, 1e-6), (2, 5, 1e-6), (4, 9, 1e-6)])
@@ -414,3 +379,23 @@ def test_one_context_has_nothing_to_learn_where_only_differences_between_context
 def test_resolved_configs_are_written_whole(run: tuple[TrainConfig, Result]) -> None:
     config, result = run
     assert (result.folder / "config.yaml").read_text() == resolved_yaml(config)
+
+
+def test_anchors_of_ones_own_are_priced_in_each_step(tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "own.txt").write_text("Water boils.\\nIt does.\nThe sea\n", encoding="utf-8")
+    anchors = {"constraints__anchors": str(tmp_path / "own.txt")}
+    config = config_of(tmp_path, model_folder, train__max_steps=2, **anchors)
+    rows = [row for row in rows_of(train(config, name="x", quiet=True).folder) if "train/kl" in row]
+    assert [row["train/anchor_kl"] for row in rows] == [pytest.approx(0, abs=1e-6), pytest.approx(0.01, abs=0.0099)]
+    plain = config_of(tmp_path / "plain", model_folder, train__max_steps=1)
+    assert not any("train/anchor_kl" in row for row in rows_of(train(plain, name="x", quiet=True).folder))
+
+
+def test_anchors_that_cannot_be_read_stop_a_run_before_it_begins(tmp_path: Path, model_folder: Path) -> None:
+    config = config_of(tmp_path, model_folder, constraints__anchors=str(tmp_path / "none.txt"))
+    with pytest.raises(UserError, match=r"none.txt: anchor texts cannot be read"):
+        train(config, name="x", quiet=True)
+    (tmp_path / "long.txt").write_text("short\n" + "It rains. " * 1000, encoding="utf-8")
+    config = config_of(tmp_path, model_folder, constraints__anchors=str(tmp_path / "long.txt"))
+    with pytest.raises(ConfigError, match=r"constraints.anchors: text 'It rains.*' has .*tokens|takes at most"):
+        train(config, name="x", quiet=True)

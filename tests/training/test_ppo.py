@@ -329,18 +329,36 @@ def test_ppo_takes_a_step_a_minibatch_and_epoch() -> None:
     assert (trainer.num_timesteps, trainer.steps_done, trainer._n_updates) == (32, 2, 2)
 
 
-def test_anchors_count_like_decisions() -> None:
+def test_every_token_of_the_anchors_has_a_price_of_its_own() -> None:
     texts = ("It rains.", "Two and two", "Once upon a time")
-    trainer = make_trainer(anchors=texts, anchors_a_step=5, estimator="expected", learning_rate=0.0)
+    options = {"anchors_a_step": 5, "anchor_price": 7.0, "estimator": "expected", "learning_rate": 0.0}
+    trainer = make_trainer(anchors=texts, **options)
     assert trainer.anchors == 3  # there are no more
     randomise(trainer)
     learn(trainer, 1)
-    with torch.no_grad():
-        steered = trainer.task.backbone.next_token(texts)
-        with trainer.task.unsteered():
-            base = trainer.task.backbone.next_token(texts)
-    anchored = (steered.exp() * (steered - base)).sum(1)
-    assert trainer.measured["kl"] == pytest.approx((16 * mean_kl(trainer) + float(anchored.sum())) / 19, rel=1e-4)
+    backbone = trainer.task.backbone
+    by_text = []
+    for text in texts:
+        starts = [text[:end] for end in range(1, len(text))]  # a token is a byte
+        with torch.no_grad():
+            steered = backbone.next_token(starts)
+            with trainer.task.unsteered():
+                base = backbone.next_token(starts)
+        by_text.append(float((steered.exp() * (steered - base)).sum(1).mean()))
+    measured = trainer.measured
+    assert measured["anchor_kl"] == pytest.approx(sum(by_text) / 3, rel=1e-4)
+    assert measured["kl"] == pytest.approx(mean_kl(trainer), rel=1e-4)  # of decisions alone
+    assert measured["loss"] == pytest.approx(7 * sum(by_text) / 3 - measured["objective"], rel=1e-4)
+
+
+def test_a_price_keeps_the_anchors_as_they_are() -> None:
+    texts = ("It rains.", "Two and two", "Once upon a time")
+    found = []
+    for price in (0.0, 100.0):
+        options = {"estimator": "expected", "learning_rate": 0.01, "anchor_price": price}
+        trainer = learn(make_trainer(anchors=texts, anchors_a_step=3, **options), 5)
+        found.append(trainer.measured["anchor_kl"])
+    assert 0 < found[1] < found[0] / 4
 
 
 # Baselines
