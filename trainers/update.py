@@ -104,7 +104,7 @@ class Updater:
         def work() -> tuple[Tensor, ...]:
             outcome = self.policy.decide(own, next_token=True)
             anchored = outcome.values.new_zeros(0) if base is None else self.task.anchor_kl(texts, base) * bool(mine)
-            return (outcome.log_policy, outcome.next_token, outcome.values, outcome.answer_mass, anchored)
+            return (outcome.log_policy, _known(outcome.next_token), outcome.values, outcome.answer_mass, anchored)
 
         *decided, anchored = self.learner.forward(work)
         outcome = Outcome(*decided)
