@@ -307,6 +307,7 @@ class Backbone:
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if start and begin is None:
             raise UserError(f"the tokenizer of {self.name!r} has no token that begins a text, nor one that ends it")
+        self._files(())
         encoded = []
         for text in texts:
             ids = tokenise(self.tokenizer, text, not start)

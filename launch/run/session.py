@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Callable
@@ -169,9 +170,13 @@ def split_of(config: TrainConfig, decisions: DecisionSet, name: str) -> Decision
 
 
 def fingerprints(config: TrainConfig, decisions: DecisionSet) -> dict[str, str]:
-    """What tells the decisions of a run from others, under the names that messages call them by."""
+    """What tells the decisions and anchors of a run from others, under the names that messages call them by."""
     names = {"decision set": "train", "validation decisions": "validation", "test decisions": "test"}
-    return {name: fingerprint(split_of(config, decisions, split)) for name, split in names.items()}
+    found = {name: fingerprint(split_of(config, decisions, split)) for name, split in names.items()}
+    if (place := config.constraints.anchors) is not None:
+        digest = hashlib.sha256("\n\n".join(anchor_texts(place)).encode()).hexdigest()
+        found["anchors"] = f"{place} ({digest[:12]})"
+    return found
 
 
 def load_backbone(config: TrainConfig, device: str | torch.device | None = None) -> Backbone:
