@@ -390,9 +390,7 @@ def test_anchors_of_ones_own_are_priced_in_each_step(tmp_path: Path, model_folde
     assert first == pytest.approx(0, abs=1e-6)
     assert second > 1e-4
     (tmp_path / "own.txt").write_text("The sea\n", encoding="utf-8")
-    with pytest.raises(
-        UserError, match=r"saved with anchors \S+own.txt \(2 texts, .*\), now it is \S+own.txt \(1 texts, "
-    ):
+    with pytest.raises(UserError, match=r"saved with anchors \S+own.txt \(.*\), now it is \S+own.txt \("):
         train(config, name="x", quiet=True, resume=True)
     plain = config_of(tmp_path / "plain", model_folder, train__max_steps=1)
     assert not any("train/anchor_kl" in row for row in rows_of(train(plain, name="x", quiet=True).folder))
