@@ -18,7 +18,8 @@ from dso.baselines.baseline import Candidate
 from dso.errors import UserError
 from dso.evaluation.study import read_study
 from launch.commands.compare import run
-from launch.study.arms import ABLATIONS, PUBLISHED, all_arms, chosen_arms
+from launch.config.schema import load_config
+from launch.study.arms import ABLATIONS, PUBLISHED, chosen_arms
 from launch.study.folder import StudyFolder
 from launch.study.gathering import limits_in_words
 from launch.study.tuning import at_kl, tune
@@ -92,8 +93,9 @@ def test_methods_are_asked_for_by_name_or_group() -> None:
     assert [arm.name for arm in chosen_arms(["published", "ours"])] == ["ours", "published"]
     assert {arm.name for arm in chosen_arms(["ablations"])} == {arm.name for arm in ABLATIONS}
     assert not {arm.kind for arm in chosen_arms(["rivals"])} & {"ablation"}
-    anchored = {name for name, arm in all_arms().items() if "constraints.anchors=null" not in (arm.overrides or ())}
-    assert anchored & {arm.name for arm in (PUBLISHED, *ABLATIONS)} == {"published-anchors"}
+    own = "constraints.anchors=shipped"
+    configs = {arm.name: load_config("smollm2-roles", [own, *arm.overrides]) for arm in (PUBLISHED, *ABLATIONS)}
+    assert {name for name, config in configs.items() if config.constraints.anchors} == {"published-anchors"}
     with pytest.raises(UserError, match="no method is named 'cas'; did you mean caa"):
         chosen_arms(["cas"])
 
@@ -210,8 +212,6 @@ def test_two_processes_share_a_study(tmp_path: Path, model_folder: Path) -> None
 
 
 def test_published_is_what_the_paper_says(tmp_path: Path, model_folder: Path) -> None:
-    from launch.config.schema import load_config
-
     config = load_config("smollm2-roles", PUBLISHED.overrides)
     assert (config.train.estimator, config.train.reward, config.steering.operator) == ("reinforce", "sign", "affine")
     assert (config.constraints.kl_budget, config.constraints.neutral_kl, config.train.unambiguous) == (None, None, 0)
