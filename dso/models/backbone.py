@@ -291,19 +291,16 @@ class Backbone:
             next_token: keep the distributions of the tokens that count.
 
         Raises:
-            UserError: of :meth:`check_texts`.
+            UserError: of :meth:`encode_texts`.
         """
-        return self._score(self._whole(texts, start), next_token)
+        return self._score(self.encode_texts(texts, start), next_token)
 
-    def check_texts(self, texts: Sequence[str], start: bool = True) -> None:
-        """Refuse texts that :meth:`likelihood` cannot score.
+    def encode_texts(self, texts: Sequence[str], start: bool = True) -> list[Encoded]:
+        """Tokenise N whole texts as :meth:`likelihood` scores them, one "candidate" each.
 
         Raises:
             UserError: if a text is empty or too long, or the tokenizer has no token that begins or ends a text.
         """
-        self._whole(texts, start)
-
-    def _whole(self, texts: Sequence[str], start: bool) -> list[Encoded]:
         begin = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
         if start and begin is None:
             raise UserError(f"the tokenizer of {self.name!r} has no token that begins a text, nor one that ends it")

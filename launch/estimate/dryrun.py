@@ -95,6 +95,7 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
     validated = counts.together("validation", config.evaluation.validation_stride)
     needed = memory(config, architecture, learned, part, launch, validated)
     tokens = f"{needed.step.tokens} tokens in {part.layout} rows ({part.source})"
+    texts = f" and {part.texts} anchor texts" if part.texts else ""
     rows = [
         ("run", str(Path(config.run.output_dir) / (config.run.run_name or name))),
         ("model", _model(architecture)),
@@ -102,7 +103,7 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
         ("files", f"steering {_size(learned.checkpoint)}; state to go on from, about {_size(5 * 4 * learned.count)}"),
         *data_rows(config, counts),
         *_training(config, counts, launch),
-        ("each process", f"{part.size} decisions at a time, {tokens}"),
+        ("each process", f"{part.size} decisions{texts} at a time, {tokens}"),
         ("exchanged", f"{_size(4 * learned.count)} of gradients a step" if launch.ranks > 1 else "nothing"),
         *_host(architecture, counts.trained, part, launch),
     ]
@@ -197,7 +198,8 @@ def _host(architecture: Architecture, trained: int | None, part: Batch, launch: 
     kept = ["references of the training prompts, whose number is not known"]
     if trained is not None:
         size = _size(host_references(architecture, part, trained))
-        kept = [f"up to {size} of references ({trained} training prompts)"]
+        texts = f", {len(part.anchors)} anchor texts" if part.anchors else ""
+        kept = [f"up to {size} of references ({trained} training prompts{texts})"]
     if part.sight.tower_bytes:
         kept.append(f"{_size(IMAGE_MEMORY)} of images")
     size = _size(architecture.weight_bytes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from dso.decisions.decision import Decision, DecisionSet
 from dso.decisions.images import open_image
 from dso.decisions.sampler import BlockSampler, divide
 from dso.evaluation.evaluator import CHUNK
+from dso.evaluation.neutral import anchor_texts
 from dso.models.backbone import Backbone
 from dso.models.encoded import Encoded
 from dso.models.scoring import Layout
@@ -29,6 +30,7 @@ from launch.estimate.architecture import Architecture
 from launch.estimate.layout import expected_layout
 from launch.estimate.memory import Activations, activations
 from launch.estimate.vision import Sight, sight
+from launch.run.constants import ANCHORS
 
 # Pictures of published sets, for when their files are not at hand: a person each (width, height in pixels).
 PICTURES = {"socialcounterfactuals": (512, 512), "genderbias-vl": (1024, 1024)}
@@ -65,6 +67,8 @@ class Batch:
         sight: what a decision's images add.
         source: where the lengths are from, for people.
         layout: how they share a forward pass.
+        anchors: the tokens of all anchor texts.
+        texts: of those, how many pass with it.
     """
 
     size: int
@@ -72,11 +76,13 @@ class Batch:
     sight: Sight
     source: str
     layout: Layout = "packed"
+    anchors: list[Encoded] = field(default_factory=list)
+    texts: int = 0
 
     @property
     def positions(self) -> float:
         """Answer positions a decision: 1 where answers have one token, more where they have several."""
-        return sum(len(e.answer_positions()) for e in self.encoded) / len(self.encoded)
+        return _positions(self.encoded) / len(self.encoded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +156,22 @@ def coefficients(config: TrainConfig, architecture: Architecture) -> Coefficient
 def batch(config: TrainConfig, architecture: Architecture, training: DecisionSet | None, launch: Launch) -> Batch:
     """What one process passes through the model at a time."""
     found = _lengths(config, architecture, training, launch)
+    anchors = _anchors(config, architecture)
+    found = replace(found, anchors=anchors, texts=math.ceil(min(ANCHORS, len(anchors)) / launch.ranks))
     if architecture.vision_config is not None:
         return replace(found, layout="padded")
     return replace(found, layout=expected_layout(architecture.model.config, config.model.attn_implementation))
+
+
+def _anchors(config: TrainConfig, architecture: Architecture) -> list[Encoded]:
+    if config.constraints.anchors is None:
+        return []
+    texts = anchor_texts(config.constraints.anchors)
+    tokenizer = _tokenizer(architecture)
+    if tokenizer is None:
+        return [_stand_in(n, 1, [math.ceil(len(text) / CHARACTERS)]) for n, text in enumerate(texts)]
+    backbone = Backbone(architecture.model, tokenizer, config.model.name, layout="packed")
+    return backbone.encode_texts(texts, start=False)
 
 
 def _lengths(config: TrainConfig, architecture: Architecture, training: DecisionSet | None, launch: Launch) -> Batch:
@@ -201,16 +220,22 @@ def memory(
         inputs=part.sight.inputs,
         apart=part.sight.tokens > 0,
     )
+    texts = part.anchors[: part.texts]
+    positions = part.size * part.positions + _positions(texts)
+    together = min(part.size, max(1, config.model.max_tokens * part.size // step.tokens))  # of one forward pass
+    if texts:
+        step += activations(
+            architecture.model, learned.operators, texts, max_tokens=config.model.max_tokens, layout=part.layout
+        )
     weights = architecture.weight_bytes
     sharded = launch.stage == 3
     width = architecture.model.dtype.itemsize
-    together = min(part.size, max(1, config.model.max_tokens * part.size // step.tokens))  # of one forward pass
     return Memory(
         weights=math.ceil(weights / launch.ranks) if sharded else weights,
         gathered=min(weights - weights // launch.ranks, launch.live * width) if sharded else 0,
         state=6 * 4 * learned.count,
         step=step,
-        backward=step.layer + round(3 * row * part.size),
+        backward=step.layer + round(3 * 4 * architecture.vocabulary * positions),
         tower=together * part.sight.tower_bytes,
         references=None if validation is None else round(validation * row),
         evaluation=round(5 * CHUNK * row),
@@ -224,8 +249,13 @@ def reference_bytes(architecture: Architecture, part: Batch) -> float:
 
 
 def host_references(architecture: Architecture, part: Batch, decisions: int) -> int:
-    """The base model's distributions of so many training decisions, which every process keeps in host memory."""
-    return round(decisions * reference_bytes(architecture, part))
+    """What every process keeps of the base model: its distributions of so many training decisions and all anchors."""
+    anchors = 4 * architecture.vocabulary * _positions(part.anchors)
+    return round(decisions * reference_bytes(architecture, part)) + anchors
+
+
+def _positions(encoded: Sequence[Encoded]) -> int:
+    return sum(len(e.answer_positions()) for e in encoded)
 
 
 def _published_images(config: TrainConfig) -> list[tuple[int, int]]:

@@ -52,6 +52,18 @@ class Activations:
     layer: int
     share: float
 
+    def __add__(self, other: Activations) -> Activations:
+        """Of two batches that pass one after the other before the backward pass; their layers are run again in turn."""
+        once = min(self.layer, other.layer)
+        together = self.tokens + other.tokens
+        return Activations(
+            tokens=together,
+            kept=self.kept + other.kept,
+            checkpointed=self.checkpointed + other.checkpointed - once,
+            layer=max(self.layer, other.layer),
+            share=(self.tokens * self.share + other.tokens * other.share) / together,
+        )
+
 
 class FusedAttention(TorchFunctionMode):
     """Within it attention saves what fused kernels save: queries, keys, values, mask, output and one number a row.

@@ -114,7 +114,7 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
         steering = open_steering(config, backbone, decisions)
         handle = steering.attach(backbone.model, TRAINED_AT)
         try:
-            backbone.check_texts(anchors, start=False)
+            backbone.encode_texts(anchors, start=False)
         except UserError as error:
             raise ConfigError(str(error), "constraints.anchors") from error
     training = decisions.select(split="train")

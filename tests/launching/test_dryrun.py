@@ -454,6 +454,34 @@ def test_memory_adds_up(tiny: str, model_folder: Path) -> None:
     assert memory(on_cpu, architecture, learned, part, Launch(), None).context == 0
 
 
+def test_anchor_texts_pass_with_the_decisions(tiny: str, tmp_path: Path, model_folder: Path, capsys: Any) -> None:
+    (tmp_path / "anchors.txt").write_text("abc\nde fgh\n", encoding="utf-8")
+    plain = load_config(tiny, ["model.device=cpu"])
+    config = load_config(tiny, ["model.device=cpu", f"constraints.anchors={tmp_path / 'anchors.txt'}"])
+    architecture = load_architecture(str(model_folder))
+    learned = coefficients(config, architecture)
+    training = small_set().select(split="train")
+    parts = [batch(each, architecture, training, Launch()) for each in (plain, config)]
+    found = [memory(config, architecture, learned, part, Launch(), None) for part in parts]
+    # A token a character; the first one is read only, the last one is predicted only.
+    ids = [byte_tokenizer()(text).input_ids for text in ("abc", "de fgh")]
+    texts = [Encoded((first,), (tuple(rest),)) for first, *rest in ids]
+    assert (parts[1].anchors, parts[1].texts, parts[0].texts) == (texts, 2, 0)
+    assert found[1].step.tokens - found[0].step.tokens == 2 + 5
+    theirs = activations(architecture.model, learned.operators, texts, max_tokens=512)
+    assert found[1].step.kept == found[0].step.kept + theirs.kept
+    assert found[1].step.checkpointed == found[0].step.checkpointed + theirs.checkpointed - theirs.layer
+    row = 4 * architecture.vocabulary
+    assert found[1].backward - found[0].backward == 3 * 7 * row
+    sizes = [host_references(architecture, part, 10) for part in parts]
+    assert sizes[1] - sizes[0] == 7 * row
+    assert batch(config, architecture, training, Launch(ranks=2)).texts == 1
+    assert main(["train", tiny, "--dry-run", f"constraints.anchors={tmp_path / 'anchors.txt'}"]) == 0
+    said = rows(capsys.readouterr().out)
+    assert said["each process"].startswith("18 decisions and 2 anchor texts at a time, ")
+    assert "training prompts, 2 anchor texts)" in said["host memory"]
+
+
 # Images
 
 
