@@ -77,9 +77,11 @@ def three(found: Sequence[float]) -> str:
 
 
 def percent(found: Sequence[float | None] | None) -> str:
-    """A share with its interval; empty where none was measured."""
+    """A share with its interval, or its lower end where it seems to be whole; empty where none was measured."""
     if found is None:
         return ""
+    if found[0] is not None and found[0] >= 0.995 and found[1] is not None:
+        return f"at least {found[1]:.0%}"
     value, low, high = ("-" if x is None else f"{x:.0%}" for x in found)
     return f"{value} [{low}, {high}]"
 
@@ -142,12 +144,11 @@ def _elsewhere(row: Row) -> list[str]:
 
 
 def sampled() -> Iterator[list[str]]:
-    """Free-form answers; a cut that seems to be whole is given by its lower end."""
+    """Free-form answers."""
     for name, row in zip(("base", "seed 0", "seed 1", "seed 2"), result("freeform.json"), strict=True):
         part = (row.get("cut") or {}).get("context_part")
-        shown = f"at least {part[1]:.0%}" if part is not None and part[0] >= 0.995 else percent(part)
         bias = row["bias"]
-        cells = [three(bias["probability"]["gap"]), three(bias["probability"]["context_part"]), shown]
+        cells = [three(bias["probability"]["gap"]), three(bias["probability"]["context_part"]), percent(part)]
         cells += [f"{bias['order_effect']:.2f}", f"{bias['abstention']:.2f}"]
         yield [name, *cells, f"{row['accuracy'][0]:.3f}", f"{row['kl']:.3f}"]
 
