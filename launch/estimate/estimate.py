@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -155,26 +154,31 @@ def coefficients(config: TrainConfig, architecture: Architecture) -> Coefficient
 
 def batch(config: TrainConfig, architecture: Architecture, training: DecisionSet | None, launch: Launch) -> Batch:
     """What one process passes through the model at a time."""
-    found = _lengths(config, architecture, training, launch)
-    anchors = _anchors(config, architecture)
+    backbone = _backbone(config, architecture)
+    found = _lengths(config, architecture, training, launch, backbone)
+    anchors = _anchors(config, backbone)
     found = replace(found, anchors=anchors, texts=math.ceil(min(ANCHORS, len(anchors)) / launch.ranks))
     if architecture.vision_config is not None:
         return replace(found, layout="padded")
     return replace(found, layout=expected_layout(architecture.model.config, config.model.attn_implementation))
 
 
-def _anchors(config: TrainConfig, architecture: Architecture) -> list[Encoded]:
+def _anchors(config: TrainConfig, backbone: Backbone | None) -> list[Encoded]:
     if config.constraints.anchors is None:
         return []
     texts = anchor_texts(config.constraints.anchors)
-    tokenizer = _tokenizer(architecture)
-    if tokenizer is None:
+    if backbone is None:
         return [_stand_in(n, 1, [math.ceil(len(text) / CHARACTERS)]) for n, text in enumerate(texts)]
-    backbone = Backbone(architecture.model, tokenizer, config.model.name, layout="packed")
     return backbone.encode_texts(texts, start=False)
 
 
-def _lengths(config: TrainConfig, architecture: Architecture, training: DecisionSet | None, launch: Launch) -> Batch:
+def _lengths(
+    config: TrainConfig,
+    architecture: Architecture,
+    training: DecisionSet | None,
+    launch: Launch,
+    backbone: Backbone | None,
+) -> Batch:
     whole, shares = config.decisions, launch.ranks * launch.parts
     if training is None:
         size = math.ceil(whole / shares)
@@ -189,11 +193,9 @@ def _lengths(config: TrainConfig, architecture: Architecture, training: Decision
     size = len(decisions)
     most = max(decisions, key=lambda decision: len(decision.images))
     seen = sight(architecture, [open_image(path).size for path in most.images])
-    tokenizer = _tokenizer(architecture) if not seen.tokens else None
-    if tokenizer is None:
+    if backbone is None or seen.tokens:
         encoded = [_by_length(number, decision, seen.tokens) for number, decision in enumerate(decisions)]
         return Batch(size, encoded, seen, f"a first batch, {CHARACTERS} characters a token: no tokenizer is at hand")
-    backbone = Backbone(architecture.model, tokenizer, config.model.name, layout="packed")
     return Batch(size, [backbone.encode(decision) for decision in decisions], seen, "a first batch, tokenised")
 
 
@@ -210,7 +212,7 @@ def memory(
     Args:
         validation: decisions that are validated on; None if not known.
     """
-    row = reference_bytes(architecture, part)
+    row = reference_bytes(architecture, part.positions)
     step = activations(
         architecture.model,
         learned.operators,
@@ -235,7 +237,7 @@ def memory(
         gathered=min(weights - weights // launch.ranks, launch.live * width) if sharded else 0,
         state=6 * 4 * learned.count,
         step=step,
-        backward=step.layer + round(3 * 4 * architecture.vocabulary * positions),
+        backward=step.layer + round(3 * reference_bytes(architecture, positions)),
         tower=together * part.sight.tower_bytes,
         references=None if validation is None else round(validation * row),
         evaluation=round(5 * CHUNK * row),
@@ -243,15 +245,14 @@ def memory(
     )
 
 
-def reference_bytes(architecture: Architecture, part: Batch) -> float:
-    """A decision's float32 log-probabilities: a row of the vocabulary an answer position, as many as in the batch."""
-    return 4 * architecture.vocabulary * part.positions
+def reference_bytes(architecture: Architecture, positions: float) -> float:
+    """Float32 log-probabilities: a row of the vocabulary an answer position."""
+    return 4 * architecture.vocabulary * positions
 
 
 def host_references(architecture: Architecture, part: Batch, decisions: int) -> int:
     """What every process keeps of the base model: its distributions of so many training decisions and all anchors."""
-    anchors = 4 * architecture.vocabulary * _positions(part.anchors)
-    return round(decisions * reference_bytes(architecture, part)) + anchors
+    return round(reference_bytes(architecture, decisions * part.positions + _positions(part.anchors)))
 
 
 def _positions(encoded: Sequence[Encoded]) -> int:
@@ -278,11 +279,12 @@ def _by_length(number: int, decision: Decision, images: int) -> Encoded:
     return _stand_in(number, images + max(1, math.ceil(len(decision.text) / CHARACTERS)), lengths)
 
 
-def _tokenizer(architecture: Architecture) -> Any | None:
-    """The tokenizer beside the shapes, if there is one."""
+def _backbone(config: TrainConfig, architecture: Architecture) -> Backbone | None:
+    """What tokenises as the run will; None if there is no tokenizer beside the shapes."""
     folder: Path | None = architecture.folder
     if folder is None or not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    return Backbone(architecture.model, tokenizer, config.model.name, layout="packed")

@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -116,6 +116,23 @@ def _update(target: dict[str, Any], items: Any) -> None:
 def offline_runs(folder: Path) -> list[Path]:
     """The ``.wandb`` files of a training run's folder, oldest first."""
     return sorted(path for path in folder.glob("wandb/*run-*/*.wandb") if not path.parent.is_symlink())
+
+
+def after_a_sample(call: Callable, root: Path) -> Callable:
+    """The call, once a run below a folder has a sample of W&B's system metrics, for a minute at most.
+
+    The sampler is a process of its own: on a busy machine six steps are over before it begins.
+    """
+
+    def waiting(*arguments: Any, **options: Any) -> Any:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            if any(b"memory_percent" in path.read_bytes() for path in root.rglob("*.wandb")):
+                break
+            time.sleep(0.1)
+        return call(*arguments, **options)
+
+    return waiting
 
 
 def table(path: Path, logged: Logged, key: str) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from small_runs import write_config
 from wandb_tools import (
     KEY,
     Logged,
+    after_a_sample,
     clean_environment,
     closed_port,
     gone,
@@ -105,23 +105,8 @@ def offline(
         said: list[str] = []
         patch.setattr(launch.run.train.tqdm, "write", lambda line, **_: said.append(line))
         config = config_of(folder, model_folder)
-        patch.setattr(launch.run.train, "measure", _after_a_sample(launch.run.train.measure, config))
+        patch.setattr(launch.run.train, "measure", after_a_sample(launch.run.train.measure, folder))
         return config, train(config, name="unused"), home, said
-
-
-def _after_a_sample(measure: Callable, config: TrainConfig) -> Callable:
-    """The test waits for W&B's sampler, a process of its own: on a busy machine six steps are over before it begins."""
-
-    def waiting(*arguments: Any, **options: Any) -> Any:
-        end = time.monotonic() + 60
-        while time.monotonic() < end:
-            files = Path(config.run.output_dir).rglob("*.wandb")
-            if any(b"memory_percent" in path.read_bytes() for path in files):
-                break
-            time.sleep(0.1)
-        return measure(*arguments, **options)
-
-    return waiting
 
 
 def test_an_offline_run_holds_what_was_logged(offline: Offline) -> None:
