@@ -1,5 +1,5 @@
-"""What steering may cost: a KL budget and a floor under the answer mass, held by dual ascent; an L1 penalty taken as a
-proximal step.
+"""What steering may cost, held by dual ascent: KL on decisions and in anchor texts, lost answer mass, and the order
+effect; and an L1 penalty, taken as a proximal step.
 
 Budget. The Lagrangian of  max reward  subject to  E KL(pi_s || pi_0) <= eps  is  reward - beta * (KL - eps); beta
 follows gradient ascent on its logarithm, ``log beta += lr * (KL / eps - 1)``, so that it stays positive and its step
@@ -20,7 +20,8 @@ with the learning rate alone, coordinates that hardly matter would not end at ze
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -133,40 +134,52 @@ class KLBudget:
         self._log_beta, self._running.value = state["log_beta"], state["running"]
 
 
-class NoMassFloor:
-    """The answer mass is left to itself."""
-
-    coefficient = 0.0
-    price = 0.0
-
-    def update(self, lost: float, base: float) -> None:
-        """Nothing to adapt."""
-
-    def state_dict(self) -> None:
-        return None
-
-    def load_state_dict(self, state: None) -> None:
-        """Nothing to restore."""
-
-
-class AnswerMassFloor:
-    """The dual variable of a floor under the answer mass.
+class ProjectedDual:
+    """A dual variable that is 0 as long as its limit is slack.
 
     Args:
-        share: of the base model's mean answer mass that is to be left where prompts lose some.
         learning_rate: of the ascent, an optimiser step each.
-        averaging: weight of the past in the running masses that the ascent sees.
+        averaging: weight of the past in the running means that the ascent sees.
+
+    Attributes:
+        coefficient: the variable.
     """
 
     CEILING = 10.0
 
-    def __init__(self, share: float, learning_rate: float = 0.1, averaging: float = 0.8):
-        if not 0 < share <= 1 or not 0 < learning_rate < math.inf:
-            raise ValueError(f"share {share} must be in (0, 1], learning rate {learning_rate} > 0")
-        self.share = share
+    def __init__(self, learning_rate: float, averaging: float):
+        if not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning rate {learning_rate} must be finite and > 0")
         self.learning_rate = learning_rate
         self.coefficient = 0.0
-        self._lost, self._base = RunningMean(averaging), RunningMean(averaging)
+        self._seen, self._base = RunningMean(averaging), RunningMean(averaging)
+
+    def _ascend(self, violation: float) -> None:
+        self.coefficient = min(max(self.coefficient + self.learning_rate * violation, 0.0), self.CEILING)
+
+    def state_dict(self) -> dict[str, float | list[float] | None]:
+        seen, base = self._seen.value, self._base.value
+        known = None if seen is None or base is None else [seen, base]
+        return {"coefficient": self.coefficient, "running": known}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.coefficient = state["coefficient"]
+        self._seen.value, self._base.value = state["running"] or (None, None)
+
+
+class AnswerMassFloor(ProjectedDual):
+    """The dual variable of a floor under the answer mass.
+
+    Args:
+        share: of the base model's mean answer mass that is to be left where prompts lose some.
+        learning_rate, averaging: of :class:`ProjectedDual`.
+    """
+
+    def __init__(self, share: float, learning_rate: float = 0.1, averaging: float = 0.8):
+        super().__init__(learning_rate, averaging)
+        if not 0 < share <= 1:
+            raise ValueError(f"share {share} must be in (0, 1]")
+        self.share = share
 
     @property
     def price(self) -> float:
@@ -180,24 +193,108 @@ class AnswerMassFloor:
             lost: a batch's mean of the answer mass that is less than the base model's.
             base: the mean answer mass of the base model in that batch.
         """
-        lost, base = self._lost.update(lost), self._base.update(base)
+        lost, base = self._seen.update(lost), self._base.update(base)
         if base > 0:  # a base model that gives candidates nothing asks for nothing
-            moved = self.coefficient + self.learning_rate * (lost / base - (1 - self.share))
-            self.coefficient = min(max(moved, 0.0), self.CEILING)
-
-    def state_dict(self) -> dict[str, float | list[float] | None]:
-        lost, base = self._lost.value, self._base.value
-        known = None if lost is None or base is None else [lost, base]
-        return {"coefficient": self.coefficient, "running": known}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.coefficient = state["coefficient"]
-        self._lost.value, self._base.value = state["running"] or (None, None)
+            self._ascend(lost / base - (1 - self.share))
 
 
-def step_unit(price: float) -> float:
-    """What the whole Lagrangian, reward, KL and L1 penalty, is divided by at a price of KL."""
-    return max(1.0, price)
+class OrderLimit(ProjectedDual):
+    """The dual variable of a limit on the order effect.
+
+    Args:
+        increase: over the base model's order effect that is allowed.
+        learning_rate, averaging: of :class:`ProjectedDual`.
+    """
+
+    def __init__(self, increase: float, learning_rate: float = 1.0, averaging: float = 0.8):
+        super().__init__(learning_rate, averaging)
+        if not 0 <= increase < math.inf:
+            raise ValueError(f"increase {increase} must be finite and >= 0")
+        self.increase = increase
+
+    def update(self, effect: float, base: float) -> None:
+        """One step of dual ascent on a batch's mean order effect, and the base model's in the same decisions."""
+        self._ascend(self._seen.update(effect) - self._base.update(base) - self.increase)
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What the Lagrangian of a step charges.
+
+    Attributes:
+        kl: of one nat on decisions.
+        mass: of the mean answer mass that is less than the base model's.
+        anchors: of one nat in anchor texts.
+        order: of the mean order effect.
+        unit: what the whole Lagrangian, reward, prices and L1 penalty, is divided by.
+    """
+
+    kl: float
+    mass: float = 0.0
+    anchors: float = 0.0
+    order: float = 0.0
+    unit: float = 1.0
+
+
+class Constraints:
+    """The limits of a training with their dual variables.
+
+    Args:
+        kl: on decisions.
+        mass_floor: under their answer mass; None for none.
+        anchors: on anchor texts; None where they are not looked at.
+        order: on the order effect; None for none.
+    """
+
+    def __init__(
+        self,
+        kl: KLBudget | FixedKL,
+        mass_floor: AnswerMassFloor | None = None,
+        anchors: KLBudget | FixedKL | None = None,
+        order: OrderLimit | None = None,
+    ):
+        self.kl = kl
+        self.mass_floor = mass_floor
+        self.anchors = anchors
+        self.order = order
+
+    @property
+    def _held(self) -> dict[str, KLBudget | FixedKL | AnswerMassFloor | OrderLimit]:
+        limits = {"kl": self.kl, "mass": self.mass_floor, "anchor": self.anchors, "order": self.order}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    def prices(self) -> Prices:
+        """As the dual variables are now."""
+        kl, anchors = self.kl.coefficient, 0.0 if self.anchors is None else self.anchors.coefficient
+        raised = anchors / self.anchors.floor if isinstance(self.anchors, KLBudget) else 1.0
+        return Prices(
+            kl=kl,
+            mass=0.0 if self.mass_floor is None else self.mass_floor.price,
+            anchors=anchors,
+            order=0.0 if self.order is None else self.order.coefficient,
+            unit=max(1.0, kl, raised),
+        )
+
+    def update(self, measured: Mapping[str, float]) -> None:
+        """One step of dual ascent each, on what a step measured (:class:`trainers.update.Updater`)."""
+        self.kl.update(measured["kl"])
+        if self.mass_floor is not None:
+            self.mass_floor.update(measured["lost_answer_mass"], measured["base_answer_mass"])
+        if self.anchors is not None:
+            self.anchors.update(measured["anchor_kl"])
+        if self.order is not None:
+            self.order.update(measured["order_effect"], measured["base_order_effect"])
+
+    def coefficients(self) -> dict[str, float]:
+        """The dual variables, by the names under which they are recorded."""
+        return {f"{name}_coefficient": limit.coefficient for name, limit in self._held.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: limit.state_dict() for name, limit in self._held.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, limit in self._held.items():
+            limit.load_state_dict(state[name])
 
 
 @torch.no_grad()

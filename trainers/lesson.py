@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dso.rewards import REGRESSION_WEIGHT, expected_reward, relative_error
+from trainers.order import Decided
 
 ESTIMATORS = ("regression", "expected", "reinforce", "ppo")
 EXACT = ("regression", "expected")  # that look at every candidate, not at a sampled one
@@ -44,6 +45,7 @@ class Lesson:
         pooled: (N, K) what each question's orders say together (:meth:`envs.task.DecisionTask.pool`), if that is what
             ``expected`` is the reward of.
         wanted: (N, K) log pi* of the ambiguous decisions, if the estimator is ``regression``.
+        decided: how they were decided, where the order effect is held.
     """
 
     indices: np.ndarray
@@ -56,6 +58,7 @@ class Lesson:
     rewards: Tensor | None = None
     pooled: Tensor | None = None
     wanted: Tensor | None = None
+    decided: Decided | None = None
 
     def gain(self, estimator: str, rows: Tensor, log_policy: Tensor, clip: float) -> Tensor:
         """(n,) what a step goes up, for the decisions at ``rows`` (n,) with ``log_policy`` (n, k) as it is now."""
@@ -75,6 +78,12 @@ class Lesson:
             return chosen * self.advantages[rows]
         ratio = (chosen - self.log_probs[rows]).exp()
         return torch.min(ratio * self.advantages[rows], ratio.clamp(1 - clip, 1 + clip) * self.advantages[rows])
+
+    def order_effect(self, rows: Tensor, log_policy: Tensor) -> Tensor:
+        """The rows' part of the mean order effect; 0 where it is not held."""
+        if self.decided is None:
+            return log_policy.new_zeros(())
+        return self.decided.orders.part(rows, log_policy, self.decided.policy)
 
     def clipped(self, rows: Tensor, log_policy: Tensor, clip: float) -> Tensor:
         """(n,) whether the ratio to the policy that decided is beyond the clip range."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,10 +28,11 @@ from dso.decisions.sampler import BlockSampler
 from dso.errors import UserError
 from dso.steering.model import Steering
 from envs.task import DecisionTask
-from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, NoMassFloor, sparsity, step_unit
+from trainers.constraints import Constraints, KLBudget, sparsity
 from trainers.fisher import whitening
 from trainers.learner import Learner
 from trainers.lesson import ESTIMATORS, EXACT, Lesson
+from trainers.order import Decided
 from trainers.parallel.ranks import World
 from trainers.policy import SteeringPolicy, choose
 from trainers.state.generators import random_state, restore_random
@@ -50,6 +52,9 @@ UNUSED = {
 }
 
 
+ORDERED = ("expected", "reinforce")  # estimators that a limit on the order effect can be held with
+
+
 class TrainingDiverged(UserError):
     """Training that cannot go on, as its numbers are no longer finite; raised in all processes alike."""
 
@@ -62,12 +67,11 @@ class SteeringPPO(PPO):
         policy_kwargs: of :class:`trainers.policy.SteeringPolicy`: ``steering``, ``baseline``;
             the task is the environment's.
         estimator: ``regression``, ``expected``, ``reinforce`` or ``ppo``.
-        kl: the constraint, a :class:`trainers.constraints.KLBudget` or :class:`FixedKL`.
-        mass_floor: what keeps the answer mass up; nothing unless given.
+        constraints: what it may cost; a KL budget of 0.1 unless given. The order effect is held by ``expected`` and
+            ``reinforce``: ``regression`` learns towards the base model's, and ``ppo``'s minibatches part questions.
         unambiguous_weight: weight of the unambiguous decisions' mean reward beside the ambiguous ones'.
         sparsity: lambda of the L1 penalty on the operators, beside a reward of at most 1.
-        anchors: anchor texts of the task whose KL counts in each step.
-        anchor_price: of one nat of their mean KL, which no budget counts.
+        anchors: anchor texts of the task whose KL counts in each step, at the price of their constraint.
         hard_preference: let the reward see sampled answers, not probabilities (as published; ``reinforce``, ``ppo``).
         accumulation: parts that each process learns its share of a step in, one after the other.
         max_skipped: steps in a row that may be skipped as their numbers are not finite.
@@ -90,12 +94,10 @@ class SteeringPPO(PPO):
         *,
         policy_kwargs: dict[str, Any],
         estimator: str = "expected",
-        kl: KLBudget | FixedKL | None = None,
-        mass_floor: AnswerMassFloor | None = None,
+        constraints: Constraints | None = None,
         unambiguous_weight: float = 1.0,
         sparsity: float = 0.0,
         anchors: int = 0,
-        anchor_price: float = 1.0,
         hard_preference: bool = False,
         accumulation: int = 1,
         max_skipped: int = 5,
@@ -114,9 +116,13 @@ class SteeringPPO(PPO):
         if unused := [name for name, value in UNUSED.items() if kwargs.get(name, value) != value]:
             raise ValueError(f"{unused[0]} is {kwargs[unused[0]]!r}, but SteeringPPO does not use it; leave it away")
         self.estimator = estimator
-        self.kl = kl or KLBudget(0.1)
-        self.mass_floor = mass_floor or NoMassFloor()
-        self.anchors = min(anchors, len(env.inner.task.anchors))
+        self.constraints = constraints or Constraints(KLBudget(0.1))
+        self.kl = self.constraints.kl
+        if self.constraints.order is not None and estimator not in ORDERED:
+            raise ValueError(f"estimator {estimator!r} does not hold the order effect; {' and '.join(ORDERED)} do")
+        self.anchors = 0 if self.constraints.anchors is None else min(anchors, len(env.inner.task.anchors))
+        if self.constraints.anchors is not None and not self.anchors:
+            raise ValueError("there is a limit on anchor texts and none of them in a step, or in the task")
         self.hard_preference = hard_preference
         self.max_skipped = max_skipped
         self.world = world or World()
@@ -144,7 +150,6 @@ class SteeringPPO(PPO):
             unambiguous_weight=unambiguous_weight,
             value_weight=self.vf_coef,
             anchors=self.anchors,
-            anchor_price=anchor_price,
         )
 
     def _make_learner(self, parts: int, deepspeed: dict[str, Any] | None) -> Learner:
@@ -228,6 +233,9 @@ class SteeringPPO(PPO):
         wanted = self.task.wanted(indices, log_policy) if self.estimator == "regression" else None
         told = returns, returns - values, log_probs, anchors, table, pooled, wanted
         self._lesson = Lesson(indices, ambiguous, chosen, *told)
+        if self.constraints.order is not None:
+            base = self.learner.pass_through(lambda: self.task.base_policy(indices))
+            self._lesson = replace(self._lesson, decided=Decided.of(self.task, indices, log_policy.exp(), base))
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -278,13 +286,12 @@ class SteeringPPO(PPO):
             self._skip("the policy is")
         for lesson in self._lessons():
             kept, self._kept = self._kept, None  # the graph is used once
-            price, clip = self.kl.coefficient, self.clip_range(self._current_progress_remaining)
-            self.policy.optimizer.param_groups[0]["penalty"] = self.sparsity / step_unit(price)
-            measured, taken = self.updater.step(lesson, price, clip, kept, self.mass_floor.price)
-            self._record(measured, price)
+            prices, clip = self.constraints.prices(), self.clip_range(self._current_progress_remaining)
+            self.policy.optimizer.param_groups[0]["penalty"] = self.sparsity / prices.unit
+            measured, taken = self.updater.step(lesson, prices, clip, kept)
+            self._record(measured)
             if taken:
-                self.kl.update(measured["kl"])
-                self.mass_floor.update(measured["lost_answer_mass"], measured["base_answer_mass"])
+                self.constraints.update(measured)
                 self.skipped_in_a_row = 0
             else:
                 self._skip("the loss or its gradient is")
@@ -342,8 +349,7 @@ class SteeringPPO(PPO):
         facts = {
             "timesteps": self.num_timesteps,
             "updates": self._n_updates,
-            "kl": self.kl.state_dict(),
-            "mass_floor": self.mass_floor.state_dict(),
+            "constraints": self.constraints.state_dict(),
             "skipped": [self.skipped_steps, self.skipped_in_a_row],
             "sampler": self.env.inner.sampler.state_dict(),
             "indices": [int(index) for index in self.env.inner.indices],
@@ -360,8 +366,7 @@ class SteeringPPO(PPO):
         self.task.load_state_dict({key: value.to(self.device) for key, value in parts["task"].items()})
         self.load_optimizer_state(dict(parts["optimizer"]))
         self.num_timesteps, self._n_updates = facts["timesteps"], facts["updates"]
-        self.kl.load_state_dict(facts["kl"])
-        self.mass_floor.load_state_dict(facts["mass_floor"])
+        self.constraints.load_state_dict(facts["constraints"])
         self.skipped_steps, self.skipped_in_a_row = facts["skipped"]
         indices = self.env.inner.restore(facts["sampler"], facts["indices"])
         self._last_obs, self._last_episode_starts = indices, np.ones(len(indices), dtype=bool)
@@ -381,10 +386,10 @@ class SteeringPPO(PPO):
         self.policy.set_step_sizes(whitening(self.updater.fisher(sampler, batches), damping))
         self.learner.take_over()
 
-    def _record(self, measured: dict[str, float], price: float) -> None:
-        self.measured = measured | {
-            "kl_coefficient": price,
-            "mass_coefficient": self.mass_floor.coefficient,
+    def _record(self, measured: dict[str, float]) -> None:
+        self.measured = {
+            **measured,
+            **self.constraints.coefficients(),
             "running_bias": float((self.task.preference - self.task.target).abs().sum(-1).mean()),
             "sparsity": sparsity(self.policy.steering.parameters()),
         }
@@ -400,5 +405,5 @@ class SteeringPPO(PPO):
 
     def _excluded_save_params(self) -> list[str]:
         """The backbone and everything that holds it stay out of SB3's own archives."""
-        held = ["_kept", "_lesson", "policy_kwargs", "kl", "mass_floor", "learner", "updater", "world"]
+        held = ["_kept", "_lesson", "policy_kwargs", "constraints", "kl", "learner", "updater", "world"]
         return [*super()._excluded_save_params(), *held]

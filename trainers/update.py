@@ -17,7 +17,7 @@ from torch import Tensor
 from dso.decisions.sampler import BlockSampler, divide
 from dso.models.encoded import Positions
 from dso.models.scores import kl_divergence
-from trainers.constraints import step_unit
+from trainers.constraints import Prices
 from trainers.fisher import Share, fisher_diagonal
 from trainers.learner import Learner
 from trainers.lesson import Lesson
@@ -54,7 +54,6 @@ class Updater:
         unambiguous_weight: weight of the unambiguous decisions' mean gain beside the ambiguous ones'.
         value_weight: weight of the value head's squared error.
         anchors: anchor texts of the task whose KL counts in each step.
-        anchor_price: of one nat of their mean KL.
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class Updater:
         unambiguous_weight: float,
         value_weight: float,
         anchors: int,
-        anchor_price: float,
     ):
         self.policy = policy
         self.learner = learner
@@ -75,7 +73,6 @@ class Updater:
         self.unambiguous_weight = unambiguous_weight
         self.value_weight = value_weight
         self.anchors = anchors
-        self.anchor_price = anchor_price
 
     def shares(self, indices: np.ndarray) -> list[Tensor]:
         """The positions (n,) of this process's decisions in a batch, by the parts that they are learned from in."""
@@ -132,41 +129,41 @@ class Updater:
         return fisher_diagonal(log_probs, list(self.policy.steering.parameters()))
 
     def step(
-        self, lesson: Lesson, price: float, clip: float, kept: Passed | None = None, mass_price: float = 0.0
+        self, lesson: Lesson, prices: Prices, clip: float, kept: Passed | None = None
     ) -> tuple[dict[str, float], bool]:
         """Take one step up the weighted gain under the constraints.
 
         Args:
             lesson: what to learn from.
-            price: beta, of one nat.
+            prices: of the constraints.
             clip: eps of ``ppo``.
             kept: this process's whole share, where it was passed before.
-            mass_price: of the mean answer mass that is less than the base model's.
 
         Returns:
             what was measured over the whole batch, and whether the step was taken: it is not, in any process, where
             the loss or the gradient is not finite.
         """
         shares = [kept.rows] if kept else self.shares(lesson.indices)
-        totals = torch.zeros(8, dtype=torch.float64)
+        totals = torch.zeros(9, dtype=torch.float64)
         for part, rows in enumerate(shares):
             passed = kept or self.pass_through(lesson.indices, rows, lesson.anchors, part)
-            loss, seen = self._loss(lesson, passed, price, clip, mass_price)
+            loss, seen = self._loss(lesson, passed, prices, clip)
             self.learner.backward(loss, first=part == 0, last=part == len(shares) - 1)
             totals += seen.cpu().double()  # MPS has no float64
-        loss, objective, kl, mass, base_mass, lost, clipped, anchor_kl = self.learner.world.all_sum(totals).tolist()
+        found = self.learner.world.all_sum(totals).tolist()
+        loss, objective, kl, mass, base_mass, lost, clipped, anchor_kl, order = found
         norm, taken = self.learner.step(usable=bool(np.isfinite(loss)))
         measured = {"objective": objective, "loss": loss, "kl": kl, "gradient_norm": norm}
         measured |= {"answer_mass": mass, "base_answer_mass": base_mass, "lost_answer_mass": lost}
         measured |= {"clip_fraction": clipped} if self.estimator == "ppo" else {}
         measured |= {"anchor_kl": anchor_kl} if self.anchors else {}
+        if lesson.decided is not None:
+            measured |= {"order_effect": order, "base_order_effect": lesson.decided.base_effect}
         return measured, taken
 
-    def _loss(
-        self, lesson: Lesson, passed: Passed, price: float, clip: float, mass_price: float
-    ) -> tuple[Tensor, Tensor]:
-        """A part's share of the batch's loss; and of loss, objective, KL, answer masses, clip fraction and anchors' KL,
-        (8,)."""
+    def _loss(self, lesson: Lesson, passed: Passed, prices: Prices, clip: float) -> tuple[Tensor, Tensor]:
+        """A part's share of the batch's loss; and of loss, objective, KL, answer masses, clip fraction, anchors' KL and
+        order effect, (9,)."""
         outcome, rows, count = passed.outcome, passed.rows, len(lesson.indices)
         gain = lesson.gain(self.estimator, rows, outcome.log_policy, clip)
         objective = lesson.objective(gain, rows, self.unambiguous_weight)
@@ -177,15 +174,18 @@ class Updater:
             [outcome.answer_mass, passed.base_mass, (passed.base_mass - outcome.answer_mass).clamp(min=0)]
         )
         masses = masses.sum(1) / count
-        loss = -objective + price * kl + self.anchor_price * anchor_kl
-        if mass_price:
-            loss = loss + mass_price * masses[2]
-        loss = loss / step_unit(price)
+        loss = -objective + prices.kl * kl + prices.anchors * anchor_kl
+        if prices.mass:
+            loss = loss + prices.mass * masses[2]
+        order = lesson.order_effect(rows, outcome.log_policy)
+        if prices.order:
+            loss = loss + prices.order * order
+        loss = loss / prices.unit
         if outcome.values.requires_grad:
             error = (outcome.values - lesson.returns[rows]).square().sum() / count
             loss = loss + self.value_weight * error
         clipped = lesson.clipped(rows, outcome.log_policy, clip).sum() / count
-        return loss, torch.stack([loss, objective, kl, *masses, clipped, anchor_kl]).detach()
+        return loss, torch.stack([loss, objective, kl, *masses, clipped, anchor_kl, order]).detach()
 
 
 def _known(next_token: Tensor | None) -> Tensor:

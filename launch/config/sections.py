@@ -246,15 +246,17 @@ class ConstraintsSection(Section):
         gt=0, le=1,
     )  # fmt: skip
     neutral_kl: float | None = key(
-        None, "mean nats of KL after neutral texts that validation allows; null for no limit", ON_DECISIONS, gt=0
-    )
+        None, "mean nats of KL after neutral texts that validation allows, and training in anchors; null for no limit",
+        ON_DECISIONS, gt=0,
+    )  # fmt: skip
     neutral_texts: Text | None = key(None, "a file of them, one a line; null for those that ship", NEUTRAL)
     anchors: Text | None = key(
         None, "a file of texts that training leaves as they are, or shipped; null for none", ON_DECISIONS
     )
     order_increase: float | None = key(
-        None, "of the order effect over the base model's that validation allows; null for no limit", ON_DECISIONS, ge=0
-    )
+        None, "of the order effect over the base model's, on validation and in training with expected or reinforce; "
+        "null for no limit", ON_DECISIONS, ge=0,
+    )  # fmt: skip
     max_accuracy_loss: float = key(0.05, "against the base model's answers, of what is kept", ON_ANSWERS, ge=0, le=1)
     sparsity: float = key(0.0, "lambda of the L1 norm, a proximal step", ge=0)
 

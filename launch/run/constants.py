@@ -21,7 +21,7 @@ MAX_SKIPPED = 5  # steps in a row whose numbers are not finite before the run st
 LEAST_MASS = 0.9  # share of the base's answer mass that a steering keeps on validation, where the config asks for none
 RESAMPLES = 1000  # of an interval
 ANCHORS = 16  # anchor texts a step, where the config has some
-ANCHOR_PRICE = 15.0  # of a nat in them: a gentle step costs 1e-4, and is turned up to about forty times that
+ANCHOR_PRICE = 15.0  # of a nat in them, at least: a gentle step costs 1e-4, and is turned up to about forty times that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

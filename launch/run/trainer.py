@@ -26,9 +26,9 @@ from launch.run.constants import (
     adam_epsilon,
     constants,
 )
-from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget
+from trainers.constraints import AnswerMassFloor, Constraints, FixedKL, KLBudget, OrderLimit
 from trainers.parallel.ranks import World
-from trainers.ppo import SteeringPPO
+from trainers.ppo import ORDERED, SteeringPPO
 from trainers.trainer import SteeringTrainer
 from trainers.vec import DecisionVecEnv
 
@@ -50,7 +50,7 @@ def open_trainer(
 def _of_candidates(
     config: TrainConfig, task: DecisionTask, steering: Steering, world: World, deepspeed: dict[str, Any] | None
 ) -> SteeringPPO:
-    train, limits = config.train, config.constraints
+    train = config.train
     env = DecisionVecEnv(DecisionVectorEnv(task, train.ambiguous, train.unambiguous, seed=train.seed, infos=False))
     return SteeringPPO(
         env,
@@ -60,12 +60,10 @@ def _of_candidates(
             "optimizer_kwargs": {"betas": ADAM_BETAS, "eps": adam_epsilon(config)},
         },
         estimator=train.estimator,
-        kl=kl_constraint(config),
-        mass_floor=None if limits.min_answer_mass is None else AnswerMassFloor(limits.min_answer_mass),
+        constraints=held_constraints(config),
         unambiguous_weight=train.unambiguous_weight,
-        sparsity=limits.sparsity,
+        sparsity=config.constraints.sparsity,
         anchors=ANCHORS,
-        anchor_price=ANCHOR_PRICE,
         hard_preference=train.preference.hard,
         learning_rate=schedule(train.optimizer.learning_rate),
         n_epochs=train.ppo.n_epochs,
@@ -167,6 +165,22 @@ def kl_constraint(config: TrainConfig) -> KLBudget | FixedKL:
         fixed.initial_beta,
         margin=fixed.kl_margin,
         floor=limits.minimum_beta,
+    )
+
+
+def held_constraints(config: TrainConfig) -> Constraints:
+    """What training on candidates holds, each limit by a dual variable of its own."""
+    limits, fixed = config.constraints, constants(config)
+    anchors: KLBudget | FixedKL | None = None
+    if limits.anchors is not None:
+        budget, rate = limits.neutral_kl, fixed.dual_learning_rate
+        anchors = KLBudget(budget, rate, floor=ANCHOR_PRICE) if budget else FixedKL(ANCHOR_PRICE)
+    increase = limits.order_increase if config.train.estimator in ORDERED else None
+    return Constraints(
+        kl_constraint(config),
+        mass_floor=None if limits.min_answer_mass is None else AnswerMassFloor(limits.min_answer_mass),
+        anchors=anchors,
+        order=None if increase is None else OrderLimit(increase),
     )
 
 

@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 
-from tools.bench.harm import Cost, compared
+from tools.bench.harm import Cost, compared, prose
 
 
 def test_changes_are_paired_by_hand() -> None:
     tokens = np.array([4, 4, 2])
-    base = Cost(np.array([True, True, False]), np.array([8.0, 4.0, 4.0]), tokens, 0.0)
-    steered = Cost(np.array([True, False, False]), np.array([8.0, 4.5, 4.5]), tokens, 0.02)
+    paragraphs = np.array([5, 5])
+    base = Cost(np.array([True, True, False]), np.array([8.0, 4.0, 4.0]), tokens, np.ones(2), paragraphs, 0.0)
+    steered = Cost(np.array([True, False, False]), np.array([8.0, 4.5, 4.5]), tokens, np.full(2, 2.0), paragraphs, 0.02)
     found = compared(base, steered)
     # One of three is lost: -1/3, with differences 0, -1, 0 of standard deviation 1/sqrt(3).
     half = 1.96 / 3
@@ -24,6 +25,15 @@ def test_changes_are_paired_by_hand() -> None:
     ends = (0.1, 0.1 - 1.96 * error, 0.1 + 1.96 * error)
     assert found["perplexity_change"] == pytest.approx([math.exp(x) - 1 for x in ends])
     assert found["perplexity"] == pytest.approx(math.exp(1.7))
+    assert found["prose_perplexity"] == pytest.approx(math.exp(0.4))
+    assert found["prose_change"] == pytest.approx([math.exp(0.2) - 1] * 3)  # both texts by the same: no error
     same = compared(base, base)
     assert same["points"] == [0, 0, 0]
-    assert same["perplexity_change"] == [0, 0, 0]
+    assert same["perplexity_change"] == same["prose_change"] == [0, 0, 0]
+
+
+def test_prose_is_sentences_and_no_question_with_its_answer() -> None:
+    found = prose()
+    assert len(found) > 80 and len(set(found)) == len(found)
+    assert all(len(text) >= 240 and text[0].isupper() and text.endswith(".") for text in found)
+    assert not any(mark in text for text in found for mark in ("\n", "::=", ">>>", "Answer:"))

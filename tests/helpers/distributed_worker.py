@@ -33,7 +33,7 @@ from envs.reward import RewardConfig  # noqa: E402
 from envs.task import DecisionTask  # noqa: E402
 from launch.cluster.processes import leave  # noqa: E402
 from trainers.checkpointing import checkpoint_layers  # noqa: E402
-from trainers.constraints import AnswerMassFloor, KLBudget  # noqa: E402
+from trainers.constraints import AnswerMassFloor, KLBudget, OrderLimit  # noqa: E402
 from trainers.measuring import SharedEvaluator  # noqa: E402
 from trainers.parallel.loading import dividing  # noqa: E402
 from trainers.parallel.ranks import Ranks, World  # noqa: E402
@@ -88,8 +88,11 @@ def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
     options = COMMON | {key: value for key, value in case.items() if key not in OWN}
     small_runs.tiny_llama = case.get("model", lambda **k: tiny_in(case.get("dtype", torch.float32), **k))
     # A price from the second step on: at the identity it is rounding whether mass is lost.
-    limits = {"kl": KLBudget(0.05), "mass_floor": AnswerMassFloor(1.0, learning_rate=5.0)}
+    limits: dict[str, Any] = {"kl": KLBudget(0.05), "mass_floor": AnswerMassFloor(1.0, learning_rate=5.0)}
+    limits["anchor_limit"] = KLBudget(1e-5)
     decisions = in_orders(letters_set()) if case.get("orders") else letters_set()
+    if case.get("orders"):
+        limits["order"] = OrderLimit(0.0, learning_rate=5.0)
     trainer = make_trainer(decisions, world=world, deepspeed=settings_of(case) if world else None, **limits, **options)
     if world and world.rank == 1:
         trainer.task.backbone.max_tokens = case.get("max_tokens", trainer.task.backbone.max_tokens)

@@ -21,7 +21,7 @@ from envs.reward import RewardConfig
 from envs.task import DecisionTask
 from envs.vector import DecisionVectorEnv
 from launch.config.reading import parse_yaml
-from trainers.constraints import FixedKL, KLBudget
+from trainers.constraints import AnswerMassFloor, Constraints, FixedKL, KLBudget, OrderLimit
 from trainers.ppo import SteeringPPO
 from trainers.vec import DecisionVecEnv
 
@@ -84,11 +84,14 @@ def make_trainer(
     reward: RewardConfig | None = None,
     anchors: tuple[str, ...] = (),
     anchors_a_step: int = 0,
+    anchor_limit: KLBudget | FixedKL | None = None,
     baseline: str = "context",
     length_normalised: bool = False,
     width: int = 16,
     seed: int = 0,
     kl: KLBudget | FixedKL | None = None,
+    mass_floor: AnswerMassFloor | None = None,
+    order: OrderLimit | None = None,
     policy: dict[str, Any] | None = None,
     loading: AbstractContextManager[Any] | None = None,
     **options: Any,
@@ -101,6 +104,7 @@ def make_trainer(
         torch.manual_seed(seed)
         steering = Steering.for_model(backbone.model, operator=operator)
         handle = steering.attach(backbone.model)
+    anchor_limit = anchor_limit or (FixedKL(1.0) if anchors_a_step else None)
     reward = reward or RewardConfig(form="smooth", width=0.1, estimate="context", decay=0.0, batch_weight=1.0)
     task = DecisionTask(backbone, decisions, target, reward, handle, anchors=anchors)
     env = DecisionVecEnv(DecisionVectorEnv(task, ambiguous, unambiguous, seed=seed, infos=False))
@@ -111,7 +115,7 @@ def make_trainer(
             "baseline": baseline,
             **(policy or {}),
         },
-        kl=kl or FixedKL(0.0),
+        constraints=Constraints(kl or FixedKL(0.0), mass_floor, anchor_limit, order),
         max_grad_norm=1e3,
         anchors=anchors_a_step,
         seed=seed,
@@ -124,6 +128,18 @@ def make_trainer(
 def learn(trainer: SteeringPPO, steps: int, callback: Any = None) -> SteeringPPO:
     """So many steps more."""
     return trainer.learn(steps * trainer.env.num_envs, callback, log_interval=None, reset_num_timesteps=False)
+
+
+def randomise(trainer: SteeringPPO, size: float = 0.2) -> None:
+    """Coefficients that do something, the same each time."""
+    generator = torch.Generator().manual_seed(1)
+    for value in trainer.policy.steering.tensors().values():
+        value.data.copy_(size * torch.randn(value.shape, generator=generator))
+
+
+def gradients(trainer: SteeringPPO) -> torch.Tensor:
+    """The operators' gradients as one vector."""
+    return torch.cat([value.grad.flatten().clone() for value in trainer.policy.steering.parameters()])
 
 
 def operators(trainer: SteeringPPO) -> dict[str, torch.Tensor]:

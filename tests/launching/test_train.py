@@ -26,9 +26,9 @@ from launch.config.schema import ConfigError, TrainConfig, load_config, resolved
 from launch.run.measure import scale_points, thin
 from launch.run.session import open_session
 from launch.run.train import Result, train
-from launch.run.trainer import reward_config, schedule
+from launch.run.trainer import held_constraints, reward_config, schedule
 from trainers.callbacks import Limits
-from trainers.constraints import FixedKL, KLBudget
+from trainers.constraints import Constraints, FixedKL, KLBudget
 
 
 @pytest.fixture(scope="module")
@@ -311,6 +311,21 @@ def test_a_fixed_price_instead_of_a_budget(tmp_path: Path, model_folder: Path) -
     kl = open_session(config_of(tmp_path, model_folder, **options)).trainer.kl
     assert isinstance(kl, FixedKL)
     assert kl.coefficient == 0.7
+
+
+def test_each_limit_of_a_config_has_a_dual_variable() -> None:
+    def held(*overrides: str) -> Constraints:
+        return held_constraints(load_config("smollm2-roles", list(overrides)))
+
+    ours = held()  # the regression learns towards the base model's order effect, so nothing has to hold it
+    assert ours.coefficients() == {"kl_coefficient": 0.5, "mass_coefficient": 0.0, "anchor_coefficient": 15.0}
+    assert (ours.kl.budget, ours.anchors.budget, ours.mass_floor.share) == (0.3, 0.065, 0.95)
+    assert isinstance(held("constraints.neutral_kl=null").anchors, FixedKL)
+    for estimator in ("expected", "reinforce"):
+        assert held(f"train.estimator={estimator}", "constraints.order_increase=0.02").order.increase == 0.02
+        assert held(f"train.estimator={estimator}", "constraints.order_increase=null").order is None
+    nothing = ("constraints.anchors=null", "constraints.min_answer_mass=null", "constraints.order_increase=null")
+    assert held(*nothing).coefficients() == {"kl_coefficient": 0.5}
 
 
 def test_the_schedule_by_hand() -> None:

@@ -10,7 +10,17 @@ import torch
 from torch import tensor
 
 from dso.models.scores import kl_divergence
-from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, NoMassFloor, soft_threshold, sparsity, step_sizes
+from trainers.constraints import (
+    AnswerMassFloor,
+    Constraints,
+    FixedKL,
+    KLBudget,
+    OrderLimit,
+    Prices,
+    soft_threshold,
+    sparsity,
+    step_sizes,
+)
 
 # KL
 
@@ -197,11 +207,12 @@ def test_answer_mass_that_the_base_does_not_have_is_not_asked_for() -> None:
 
 
 def test_no_floor_costs_nothing() -> None:
-    floor = NoMassFloor()
-    floor.load_state_dict(json.loads(json.dumps(floor.state_dict())))
+    limits = Constraints(FixedKL(0.0))
+    limits.load_state_dict(json.loads(json.dumps(limits.state_dict())))
     for _ in range(3):
-        floor.update(0.1, 0.1)  # all of it is lost
-    assert floor.coefficient == floor.price == 0.0
+        limits.update({"kl": 0.1, "lost_answer_mass": 0.1, "base_answer_mass": 0.1})  # all of it is lost
+    assert limits.prices() == Prices(kl=0.0, mass=0.0, anchors=0.0, order=0.0, unit=1.0)
+    assert limits.coefficients() == {"kl_coefficient": 0.0}
 
 
 def test_the_state_of_the_floor_goes_on_bit_for_bit() -> None:
@@ -219,6 +230,58 @@ def test_the_state_of_the_floor_goes_on_bit_for_bit() -> None:
 def test_an_impossible_floor_is_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values)).split("_")[0]):
         AnswerMassFloor(**{"share": 0.9, **values})
+
+
+# The order effect, and all of them together
+
+
+def test_the_price_of_the_order_effect_by_hand() -> None:
+    limit = OrderLimit(0.05, learning_rate=2.0, averaging=0.75)
+    limit.update(0.5, 0.3)  # 0.15 beyond what is allowed
+    assert limit.coefficient == pytest.approx(0.3)
+    limit.update(0.3, 0.3)  # running 0.45 and 0.3: 0.1 beyond
+    assert limit.coefficient == pytest.approx(0.5)
+    for _ in range(30):
+        limit.update(0.1, 0.3)
+    assert limit.coefficient == 0.0
+
+
+def test_the_order_effect_ends_at_what_is_allowed_and_at_its_price() -> None:
+    """Maximise x - x^2 / 2 for an effect of x: by itself x = 1; where 0.4 is allowed, x = 0.4 at a price of 0.6."""
+    limit, x = OrderLimit(0.1, learning_rate=0.1), 0.0
+    for _ in range(3000):
+        x += 0.05 * (1 - x - limit.coefficient)
+        limit.update(x, 0.3)
+    assert x == pytest.approx(0.4, abs=1e-3)
+    assert limit.coefficient == pytest.approx(0.6, abs=1e-3)
+
+
+@pytest.mark.parametrize("values", [{"increase": -0.1}, {"increase": math.nan}, {"learning_rate": 0.0}])
+def test_an_impossible_limit_on_the_order_effect_is_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(values)).split("_")[0]):
+        OrderLimit(**{"increase": 0.0, **values})
+
+
+def test_every_limit_has_a_price_of_its_own_and_goes_on_bit_for_bit() -> None:
+    def limits() -> Constraints:
+        anchors = KLBudget(0.01, learning_rate=0.5, margin=1.0, averaging=0.0, floor=15.0)
+        return Constraints(KLBudget(0.2, initial=0.5), AnswerMassFloor(0.9, 0.5), anchors, OrderLimit(0.0, 2.0))
+
+    ours, other = limits(), limits()
+    assert ours.prices() == Prices(kl=pytest.approx(0.5), anchors=pytest.approx(15.0), unit=1.0)
+    seen = {"kl": 0.2, "lost_answer_mass": 0.02, "base_answer_mass": 0.1, "anchor_kl": 0.015}
+    seen |= {"order_effect": 0.4, "base_order_effect": 0.3}
+    ours.update(seen)
+    raised = math.exp(0.5 * 0.5)  # half as much again as the limit
+    found = ours.prices()
+    assert (found.mass, found.order) == (pytest.approx(0.05 / 0.1), pytest.approx(0.2))
+    assert (found.anchors, found.unit) == (pytest.approx(15 * raised), pytest.approx(raised))
+    other.load_state_dict(json.loads(json.dumps(ours.state_dict())))
+    for each in (ours, other):
+        each.update(seen)
+    assert other.prices() == ours.prices() != found
+    names = ("kl_coefficient", "mass_coefficient", "anchor_coefficient", "order_coefficient")
+    assert tuple(ours.coefficients()) == names
 
 
 # The proximal step

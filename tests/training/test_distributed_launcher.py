@@ -91,7 +91,8 @@ def test_two_processes_take_the_steps_of_one(case: str, together: dict[str, Any]
         for key, wanted in flat(alone[part]).items():
             torch.testing.assert_close(shared[key], wanted, rtol=0, atol=tolerance, msg=lambda m, k=key: f"{k}: {m}")
     assert found["measured"] == pytest.approx(alone["measured"], rel=1e-4, abs=1e-5)
-    assert alone["measured"]["mass_coefficient"] > 0
+    assert alone["measured"]["mass_coefficient"] > 0 and alone["measured"]["anchor_coefficient"] > 0.1
+    assert ("orders" in worker.CASES[case]) == (alone["measured"].get("order_coefficient", 0) > 0)
     assert found["price"] == pytest.approx(alone["price"], rel=1e-4)
 
 

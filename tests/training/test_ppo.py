@@ -12,7 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import bias, in_orders, learn, letters_set, make_trainer, mean_kl, operators, preferences
+from small_runs import (
+    bias,
+    gradients,
+    in_orders,
+    learn,
+    letters_set,
+    make_trainer,
+    mean_kl,
+    operators,
+    preferences,
+    randomise,
+)
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EveryNTimesteps
 from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
@@ -28,17 +39,6 @@ from trainers.ppo import SteeringPPO, TrainingDiverged
 from trainers.vec import DecisionVecEnv
 
 EVERY = pytest.mark.parametrize("estimator", ESTIMATORS)
-
-
-def randomise(trainer: SteeringPPO, size: float = 0.2) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for value in trainer.policy.steering.tensors().values():
-        value.data.copy_(size * torch.randn(value.shape, generator=generator))
-
-
-def gradients(trainer: SteeringPPO) -> Tensor:
-    """The operators' gradients as one vector."""
-    return torch.cat([value.grad.flatten().clone() for value in trainer.policy.steering.parameters()])
 
 
 class Records(KVWriter):
@@ -273,7 +273,7 @@ def test_the_gradient_of_answer_mass_is_the_reference_one() -> None:
     for name, masses in (("answer_mass", steered), ("base_answer_mass", base), ("lost_answer_mass", lost)):
         assert trainer.measured[name] == pytest.approx(masses.mean().item(), rel=1e-3)
     share = lost.mean().item() / base.mean().item()
-    assert trainer.mass_floor.coefficient == pytest.approx(0.3 + 0.5 * share, rel=1e-3)
+    assert floor.coefficient == pytest.approx(0.3 + 0.5 * share, rel=1e-3)
 
 
 def test_answer_mass_is_held_by_its_own_price() -> None:
@@ -331,7 +331,7 @@ def test_ppo_takes_a_step_a_minibatch_and_epoch() -> None:
 
 def test_every_token_of_the_anchors_has_a_price_of_its_own() -> None:
     texts = ("It rains.", "Two and two", "Once upon a time")
-    options = {"anchors_a_step": 5, "anchor_price": 7.0, "estimator": "expected", "learning_rate": 0.0}
+    options = {"anchors_a_step": 5, "anchor_limit": FixedKL(7.0), "estimator": "expected", "learning_rate": 0.0}
     trainer = make_trainer(anchors=texts, **options)
     assert trainer.anchors == 3  # there are no more
     randomise(trainer)
@@ -355,7 +355,7 @@ def test_a_price_keeps_the_anchors_as_they_are() -> None:
     texts = ("It rains.", "Two and two", "Once upon a time")
     found = []
     for price in (0.0, 100.0):
-        options = {"estimator": "expected", "learning_rate": 0.01, "anchor_price": price}
+        options = {"estimator": "expected", "learning_rate": 0.01, "anchor_limit": FixedKL(price)}
         trainer = learn(make_trainer(anchors=texts, anchors_a_step=3, **options), 5)
         found.append(trainer.measured["anchor_kl"])
     assert 0 < found[1] < found[0] / 4

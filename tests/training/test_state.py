@@ -19,8 +19,8 @@ from small_runs import contents, make_trainer, operators
 from stable_baselines3.common.logger import Logger
 
 import dso
-from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget
-from trainers.ppo import ESTIMATORS, SteeringPPO
+from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, OrderLimit
+from trainers.ppo import ESTIMATORS, ORDERED, SteeringPPO
 from trainers.state import saved as state
 from trainers.state.saved import StateError, has_state, load_state, read_state, save_state, saved_states
 from trainers.tracking.jsonlines import JsonLines
@@ -38,7 +38,10 @@ EVERYTHING: dict[str, Any] = {
 
 
 def build(estimator: str = "expected", **options: Any) -> SteeringPPO:
-    limits = {"kl": KLBudget(0.05, 0.1, 0.2), "mass_floor": AnswerMassFloor(1.0)}
+    limits: dict[str, Any] = {"kl": KLBudget(0.05, 0.1, 0.2), "mass_floor": AnswerMassFloor(1.0)}
+    limits["anchor_limit"] = KLBudget(1e-4, 0.1)
+    if estimator in ORDERED:
+        limits["order"] = OrderLimit(0.0)
     return make_trainer(estimator=estimator, **{**limits, **EVERYTHING, **options})
 
 
@@ -70,7 +73,7 @@ def everything(trainer: SteeringPPO) -> dict[str, Any]:
         "sampler": trainer.env.inner.sampler.state_dict(),
         "indices": trainer.env.inner.indices.tolist(),
         "kl": trainer.kl.state_dict(),
-        "mass_floor": str(trainer.mass_floor.state_dict()),
+        "constraints": str(trainer.constraints.state_dict()),
         "counters": (trainer.num_timesteps, trainer._n_updates),
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state(),

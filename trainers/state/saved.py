@@ -33,7 +33,7 @@ from dso.errors import UserError
 from dso.files import require_room, sync_folder, write_bytes
 from trainers.trainer import Contents, SteeringTrainer
 
-FORMAT = 3
+FORMAT = 4
 NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
