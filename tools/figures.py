@@ -21,7 +21,7 @@ CUTS = ("context_part", "context_part_log_odds")
 TRANSFER = {
     "test-names": "unseen names, training templates",
     "test-templates": "training names, unseen templates",
-    "test-people": "441 couples of rarer names, unseen templates, without anchors",
+    "test-people": "441 couples of rarer names, unseen templates",
     "test-contexts": "ten unseen occupations, unseen names and templates",
     "pronouns": 'pronouns: he or she after "The nurse said that"',
     "type1-test": "WinoBias, type 1, test",
