@@ -158,7 +158,8 @@ def elsewhere() -> Iterator[list[str]]:
     names = ("base", *(f"seed {seed}{turned}" for seed in range(3) for turned in ("", ", scale 0.5")))
     for name, row in zip(names, result("harm.json")["rows"], strict=True):
         cells = [f"{row['accuracy']:.3f}", "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["points"])]
-        cells.append("{:+.2f}% [{:+.2f}, {:+.2f}]".format(*(100 * x for x in row["perplexity_change"])))
+        for change in (row["perplexity_change"], row["prose_change"]):
+            cells.append("{:+.2f}% [{:+.2f}, {:+.2f}]".format(*(100 * x for x in change)))
         yield [name, *cells, f"{row['neutral_kl']:.3f}"]
 
 
@@ -232,8 +233,8 @@ def shown_trials(methods: Iterable[Row]) -> Iterator[tuple[str, Row, Row, list[s
 
 def ending(study: Row, trial: Row, point: Row) -> list[str]:
     """What both tables of a study end with: answer mass, KL, neutral KL, perplexity, seconds."""
-    found, change = point["result"], point["perplexity"][0]
-    perplexity = "-" if change is None else f"{100 * change:+.1f}%"
+    found, ends = point["result"], point["perplexity"]
+    perplexity = "-" if ends[0] is None else "{:+.1f}% [{:+.1f}, {:+.1f}]".format(*(100 * end for end in ends))
     mass = f"{found['answer_mass'] / study['base']['result']['answer_mass']:.2f}"
     return [mass, f"{found['kl']:.3f}", f"{point['neutral_kl']:.3f}", perplexity, f"{trial['seconds']:.0f}"]
 

@@ -92,7 +92,7 @@ def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
     limits["anchor_limit"] = KLBudget(1e-5)
     decisions = in_orders(letters_set()) if case.get("orders") else letters_set()
     if case.get("orders"):
-        limits["order"] = OrderLimit(0.0, learning_rate=5.0)
+        limits["order"] = OrderLimit(0.0)
     trainer = make_trainer(decisions, world=world, deepspeed=settings_of(case) if world else None, **limits, **options)
     if world and world.rank == 1:
         trainer.task.backbone.max_tokens = case.get("max_tokens", trainer.task.backbone.max_tokens)
