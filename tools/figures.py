@@ -233,8 +233,8 @@ def shown_trials(methods: Iterable[Row]) -> Iterator[tuple[str, Row, Row, list[s
 
 def ending(study: Row, trial: Row, point: Row) -> list[str]:
     """What both tables of a study end with: answer mass, KL, neutral KL, perplexity, seconds."""
-    found, ends = point["result"], point["perplexity"]
-    perplexity = "-" if ends[0] is None else "{:+.1f}% [{:+.1f}, {:+.1f}]".format(*(100 * end for end in ends))
+    found, ends = point["result"], [100 * end for end in point["perplexity"] if end is not None]
+    perplexity = "{:+.1f}% [{:+.1f}, {:+.1f}]".format(*ends) if len(ends) == 3 else "".join(f"{e:+.1f}%" for e in ends)
     mass = f"{found['answer_mass'] / study['base']['result']['answer_mass']:.2f}"
     return [mass, f"{found['kl']:.3f}", f"{point['neutral_kl']:.3f}", perplexity, f"{trial['seconds']:.0f}"]
 
