@@ -266,7 +266,7 @@ class Constraints:
     def prices(self) -> Prices:
         """As the dual variables are now."""
         kl, anchors = self.kl.coefficient, 0.0 if self.anchors is None else self.anchors.coefficient
-        raised = anchors / self.anchors.floor if isinstance(self.anchors, KLBudget) else 1.0
+        raised = anchors / max(1.0, self.anchors.floor) if isinstance(self.anchors, KLBudget) else 1.0
         return Prices(
             kl=kl,
             mass=0.0 if self.mass_floor is None else self.mass_floor.price,
