@@ -11,6 +11,12 @@ Answer mass. What all candidates hold together may fall short of what the base m
 most: reward - mu * (E max(0, base mass - mass) / E base mass - (1 - share)). What some prompts gain does not make up
 for what others lose. mu may be 0, so its ascent is projected: ``mu = max(0, mu + lr * (lost share - (1 - share)))``.
 
+Anchors. The KL in neutral texts has a budget and a beta of its own, whose floor is what a nat costs while the budget is
+slack. The division is then by max(1, beta, beta of anchors / max(1, its floor)), for the same reason.
+
+Order. The mean order effect (:mod:`trainers.order`) may exceed the base model's in the same decisions by an allowance at
+most; its dual variable is projected as mu is.
+
 Sparsity. ``lambda * |x|_1`` by soft thresholding after the gradient step, ``x <- sign(x) max(|x| - rate lambda, 0)``:
 what is reported as zero is exactly zero (Parikh & Boyd 2014, section 6.5.2). ``rate`` is the step size of each
 coordinate, which under Adam is not the same for all (Yun, Lozano & Yang 2021, Adaptive proximal gradient methods):
