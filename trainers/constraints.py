@@ -14,7 +14,7 @@ for what others lose. mu may be 0, so its ascent is projected: ``mu = max(0, mu 
 Anchors. The KL in neutral texts has a budget and a beta of its own, whose floor is what a nat costs while the budget is
 slack. The division is then by max(1, beta, beta of anchors / max(1, its floor)), for the same reason.
 
-Order. The mean order effect (:mod:`trainers.order`) may exceed the base model's in the same decisions by an allowance at
+Order. The mean order effect (:mod:`trainers.order`) may exceed the base model's in the same decisions by so much at
 most; its dual variable is projected as mu is.
 
 Sparsity. ``lambda * |x|_1`` by soft thresholding after the gradient step, ``x <- sign(x) max(|x| - rate lambda, 0)``:
