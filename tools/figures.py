@@ -154,8 +154,9 @@ def sampled() -> Iterator[list[str]]:
 
 
 def elsewhere() -> Iterator[list[str]]:
-    """ARC-Easy, its texts, prose and neutral texts."""
-    for name, row in zip(("base", "seed 0", "seed 1", "seed 2"), result("harm.json")["rows"], strict=True):
+    """ARC-Easy, its texts, prose and neutral texts, with the steerings as they are and turned to half."""
+    names = ("base", *(f"seed {seed}{turned}" for seed in range(3) for turned in ("", ", scale 0.5")))
+    for name, row in zip(names, result("harm.json")["rows"], strict=True):
         cells = [f"{row['accuracy']:.3f}", "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["points"])]
         for change in (row["perplexity_change"], row["prose_change"]):
             cells.append("{:+.2f}% [{:+.2f}, {:+.2f}]".format(*(100 * x for x in change)))
