@@ -30,22 +30,22 @@ class Orders:
     weights: Tensor
 
     @classmethod
-    def of(cls, questions: Tensor, groups: Tensor, n_groups: int) -> Orders:
+    def of(cls, decisions: Tensor, questions: Tensor, groups: Tensor, n_groups: int) -> Orders:
         """The orders of N decisions.
 
         Args:
+            decisions: (N,) their numbers: one that is drawn twice is no other order of itself.
             questions: (N,) number of the question that each asks.
             groups: (N, K) index of each candidate's group, as :class:`envs.layout.Layout` has it.
             n_groups: G.
         """
         codes = torch.where(groups == ABSTAINS, n_groups, groups.clamp(min=0))
         offered = torch.nn.functional.one_hot(codes, n_groups + 1).bool() & (groups != ABSENT)[..., None]
-        same = questions[:, None] == questions
-        others = same.sum(1) - 1  # other orders of each decision's question
-        asked = (others > 0).float() / (others + 1).clamp(min=1)  # which add up to 1 over a question
-        pairs = same & ~torch.eye(len(questions), dtype=torch.bool, device=questions.device)
-        weights = pairs * (asked / others.clamp(min=1))[:, None] / asked.sum().clamp(min=1)
-        return cls(offered, weights)
+        same = (questions[:, None] == questions).float()
+        pairs = same * (decisions[:, None] != decisions)
+        of_question = same @ pairs.sum(1)  # how many pairs the question of each decision has
+        asked = ((of_question > 0) / same.sum(1)).sum()  # questions in several orders
+        return cls(offered, pairs / of_question.clamp(min=1)[:, None] / asked.clamp(min=1))
 
     def effect(self, policy: Tensor) -> float:
         """The mean order effect under a policy (N, K); 0 if no question is asked in two orders."""
@@ -88,7 +88,7 @@ class Decided:
     def of(cls, task: DecisionTask, indices: Indices, policy: Tensor, base: Tensor) -> Decided:
         """Of decisions of a task, by a policy and by the base model (N, K)."""
         layout, index = task.layout, task.layout.index(indices)
-        orders = Orders.of(layout.questions[index], layout.groups[index], len(task.target))
+        orders = Orders.of(index, layout.questions[index], layout.groups[index], len(task.target))
         return cls(policy, orders, orders.effect(base))
 
 

@@ -21,16 +21,26 @@ POLICY = torch.tensor(
 
 
 def test_the_order_effect_by_hand() -> None:
-    orders = Orders.of(QUESTIONS, GROUPS, 2)
+    orders = Orders.of(torch.arange(6), QUESTIONS, GROUPS, 2)
     first = 0.6  # (0.8, 0.2) against (0.2, 0.8)
     others = (0.2 + 0.6 + 0.6) / 3  # (.5 .3 .2), (.3 .5 .2) and (.1 .1 .8), each with each
     assert orders.effect(POLICY) == pytest.approx((first + others) / 2)
     assert orders.effect(POLICY[:, :2]) < orders.effect(POLICY)  # a batch with fewer candidates
-    assert Orders.of(torch.arange(6), GROUPS, 2).effect(POLICY) == 0.0
+    assert Orders.of(torch.arange(6), torch.arange(6), GROUPS, 2).effect(POLICY) == 0.0
+
+
+def test_a_decision_that_is_drawn_twice_is_no_other_order_of_itself() -> None:
+    alone = Orders.of(torch.tensor([7, 7]), torch.tensor([3, 3]), GROUPS[:2], 2)
+    assert not alone.weights.any()
+    drawn = torch.tensor([0, 1, 1, 2, 2])
+    orders = Orders.of(drawn, torch.tensor([0, 0, 0, 1, 1]), GROUPS[[0, 1, 1, 2, 2]], 2)
+    assert orders.effect(POLICY[[0, 1, 1, 2, 2]]) == pytest.approx(0.6)  # of the one question in two orders
+    assert orders.weights.sum().item() == pytest.approx(1.0)
+    assert not orders.weights[drawn[:, None] == drawn].any()
 
 
 def test_parts_add_up_to_the_effect_and_to_all_of_its_gradient() -> None:
-    orders = Orders.of(QUESTIONS, GROUPS, 2)
+    orders = Orders.of(torch.arange(6), QUESTIONS, GROUPS, 2)
     logits = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     logits = logits.masked_fill(GROUPS == ABSENT, -torch.inf).requires_grad_()
     log_policy = logits.log_softmax(-1)
