@@ -158,9 +158,17 @@ def elsewhere() -> Iterator[list[str]]:
     names = ("base", *(f"seed {seed}{turned}" for seed in range(3) for turned in ("", ", scale 0.5")))
     for name, row in zip(names, result("harm.json")["rows"], strict=True):
         cells = [f"{row['accuracy']:.3f}", "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["points"])]
-        for change in (row["perplexity_change"], row["prose_change"]):
-            cells.append("{:+.2f}% [{:+.2f}, {:+.2f}]".format(*(100 * x for x in change)))
+        cells += [change(row[what], 2) for what in ("perplexity_change", "prose_change")]
         yield [name, *cells, f"{row['neutral_kl']:.3f}"]
+
+
+def change(ends: Sequence[float | None], places: int) -> str:
+    """A relative change in percent with its interval, if it has one; empty where nothing was measured."""
+    shown = [f"{100 * end:+.{places}f}" for end in ends if end is not None]
+    if not shown:
+        return ""
+    value, *interval = shown
+    return f"{value}% [{', '.join(interval)}]" if interval else f"{value}%"
 
 
 def slopes() -> Iterator[list[str]]:
@@ -233,10 +241,15 @@ def shown_trials(methods: Iterable[Row]) -> Iterator[tuple[str, Row, Row, list[s
 
 def ending(study: Row, trial: Row, point: Row) -> list[str]:
     """What both tables of a study end with: answer mass, KL, neutral KL, perplexity, seconds."""
-    found, ends = point["result"], [100 * end for end in point["perplexity"] if end is not None]
-    perplexity = "{:+.1f}% [{:+.1f}, {:+.1f}]".format(*ends) if len(ends) == 3 else "".join(f"{e:+.1f}%" for e in ends)
+    found = point["result"]
     mass = f"{found['answer_mass'] / study['base']['result']['answer_mass']:.2f}"
-    return [mass, f"{found['kl']:.3f}", f"{point['neutral_kl']:.3f}", perplexity, f"{trial['seconds']:.0f}"]
+    return [
+        mass,
+        f"{found['kl']:.3f}",
+        f"{point['neutral_kl']:.3f}",
+        change(point["perplexity"], 1),
+        f"{trial['seconds']:.0f}",
+    ]
 
 
 def rivals() -> Iterator[list[str]]:

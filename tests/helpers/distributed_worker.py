@@ -88,11 +88,13 @@ def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
     options = COMMON | {key: value for key, value in case.items() if key not in OWN}
     small_runs.tiny_llama = case.get("model", lambda **k: tiny_in(case.get("dtype", torch.float32), **k))
     # A price from the second step on: at the identity it is rounding whether mass is lost.
-    limits: dict[str, Any] = {"kl": KLBudget(0.05), "mass_floor": AnswerMassFloor(1.0, learning_rate=5.0)}
-    limits["anchor_limit"] = KLBudget(1e-5)
+    limits = {
+        "kl": KLBudget(0.05),
+        "mass_floor": AnswerMassFloor(1.0, learning_rate=5.0),
+        "anchor_limit": KLBudget(1e-5),
+        "order": OrderLimit(0.0) if case.get("orders") else None,
+    }
     decisions = in_orders(letters_set()) if case.get("orders") else letters_set()
-    if case.get("orders"):
-        limits["order"] = OrderLimit(0.0)
     trainer = make_trainer(decisions, world=world, deepspeed=settings_of(case) if world else None, **limits, **options)
     if world and world.rank == 1:
         trainer.task.backbone.max_tokens = case.get("max_tokens", trainer.task.backbone.max_tokens)
