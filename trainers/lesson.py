@@ -27,6 +27,27 @@ from trainers.order import Decided
 
 ESTIMATORS = ("regression", "expected", "reinforce", "ppo")
 EXACT = ("regression", "expected")  # that look at every candidate, not at a sampled one
+ORDERED = ("expected", "reinforce")  # that a limit on the order effect can be held with
+
+
+def require_usable(estimator: str, *, hard_preference: bool, pooling: str, holds_order: bool) -> None:
+    """Refuse an estimator that cannot learn so.
+
+    Args:
+        hard_preference, pooling: how the reward sees what is decided (:class:`envs.reward.RewardConfig`).
+        holds_order: whether there is a limit on the order effect.
+
+    Raises:
+        ValueError: saying which estimators can.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
+    if estimator in EXACT and hard_preference:
+        raise ValueError(f"estimator {estimator!r} samples no answers to take a preference from; use reinforce or ppo")
+    if estimator != "expected" and pooling != "linear":
+        raise ValueError(f"estimator {estimator!r} is paid for single answers; pooling needs to be linear")
+    if estimator not in ORDERED and holds_order:
+        raise ValueError(f"estimator {estimator!r} does not hold the order effect; {' and '.join(ORDERED)} do")
 
 
 @dataclass(frozen=True, slots=True)

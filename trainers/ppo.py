@@ -31,7 +31,7 @@ from envs.task import DecisionTask
 from trainers.constraints import Constraints, KLBudget, sparsity
 from trainers.fisher import whitening
 from trainers.learner import Learner
-from trainers.lesson import ESTIMATORS, EXACT, Lesson
+from trainers.lesson import EXACT, Lesson, require_usable
 from trainers.order import Decided
 from trainers.parallel.ranks import World
 from trainers.policy import SteeringPolicy, choose
@@ -50,9 +50,6 @@ UNUSED = {
     "target_kl": None,
     "use_sde": False,
 }
-
-
-ORDERED = ("expected", "reinforce")  # estimators that a limit on the order effect can be held with
 
 
 class TrainingDiverged(UserError):
@@ -105,21 +102,17 @@ class SteeringPPO(PPO):
         deepspeed: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"estimator is {estimator!r}, expected one of {', '.join(ESTIMATORS)}")
-        if estimator in EXACT and hard_preference:
-            raise ValueError(
-                f"estimator {estimator!r} samples no answers to take a preference from; use reinforce or ppo"
-            )
-        if estimator != "expected" and env.inner.task.reward.pooling != "linear":
-            raise ValueError(f"estimator {estimator!r} is paid for single answers; pooling needs to be linear")
+        self.constraints = constraints or Constraints(KLBudget(0.1))
+        require_usable(
+            estimator,
+            hard_preference=hard_preference,
+            pooling=env.inner.task.reward.pooling,
+            holds_order=self.constraints.order is not None,
+        )
         if unused := [name for name, value in UNUSED.items() if kwargs.get(name, value) != value]:
             raise ValueError(f"{unused[0]} is {kwargs[unused[0]]!r}, but SteeringPPO does not use it; leave it away")
         self.estimator = estimator
-        self.constraints = constraints or Constraints(KLBudget(0.1))
         self.kl = self.constraints.kl
-        if self.constraints.order is not None and estimator not in ORDERED:
-            raise ValueError(f"estimator {estimator!r} does not hold the order effect; {' and '.join(ORDERED)} do")
         self.anchors = 0 if self.constraints.anchors is None else min(anchors, len(env.inner.task.anchors))
         if self.constraints.anchors is not None and not self.anchors:
             raise ValueError("there is a limit on anchor texts and none of them in a step, or in the task")

@@ -27,8 +27,9 @@ from launch.run.constants import (
     constants,
 )
 from trainers.constraints import AnswerMassFloor, Constraints, FixedKL, KLBudget, OrderLimit
+from trainers.lesson import ORDERED
 from trainers.parallel.ranks import World
-from trainers.ppo import ORDERED, SteeringPPO
+from trainers.ppo import SteeringPPO
 from trainers.trainer import SteeringTrainer
 from trainers.vec import DecisionVecEnv
 

@@ -20,7 +20,8 @@ from stable_baselines3.common.logger import Logger
 
 import dso
 from trainers.constraints import AnswerMassFloor, FixedKL, KLBudget, OrderLimit
-from trainers.ppo import ESTIMATORS, ORDERED, SteeringPPO
+from trainers.lesson import ESTIMATORS, ORDERED
+from trainers.ppo import SteeringPPO
 from trainers.state import saved as state
 from trainers.state.saved import StateError, has_state, load_state, read_state, save_state, saved_states
 from trainers.tracking.jsonlines import JsonLines
