@@ -10,8 +10,10 @@ import pytest
 import torch
 from small_runs import make_trainer
 
+from dso.decisions.sets.roles import occupations
 from dso.errors import UserError
 from dso.evaluation.neutral import SHIPPED, NeutralTexts, anchor_texts, neutral_texts
+from tools.bench.harm import prose
 
 
 def test_kl_is_that_of_the_next_token_against_the_base_model() -> None:
@@ -31,11 +33,30 @@ def test_kl_is_that_of_the_next_token_against_the_base_model() -> None:
 
 
 def test_texts_that_ship_are_many_and_about_no_one() -> None:
-    for texts in (neutral_texts(), anchor_texts("shipped")):
+    of_people = [text for text in anchor_texts("shipped") if {"he", "she"} & words_of(text)]
+    for texts in (neutral_texts(), [text for text in anchor_texts("shipped") if text not in of_people]):
         assert len(texts) == len(set(texts)) > 100
-        words = {word.lower().strip(".,;?") for text in texts for word in text.split()}
+        words = {word for text in texts for word in words_of(text)}
         assert not words & {"he", "she", "his", "her", "him", "man", "woman", "boy", "girl", "mr", "mrs"}
     assert SHIPPED.name in {path.name for path in SHIPPED.parent.iterdir()}
+
+
+def test_anchors_say_of_nobody_in_particular_what_he_and_she_did_alike() -> None:
+    """Held as they are, they keep a pronoun from drifting where no job is named."""
+    of_people = {pronoun: [] for pronoun in ("he", "she")}
+    for text in anchor_texts("shipped"):
+        for pronoun, texts in of_people.items():
+            if pronoun in words_of(text):
+                texts.append(re.sub(rf"\b{pronoun}\b", "they", text))
+    assert of_people["he"] == of_people["she"]
+    assert len(set(of_people["he"])) == len(of_people["he"]) > 10
+    words = {word for text in of_people["he"] for word in words_of(text)}
+    assert not words & {*occupations(), *occupations(held_out=True)}
+    assert not words & {"his", "her", "him", "hers", "man", "woman", "boy", "girl", "mr", "mrs"}
+
+
+def words_of(text: str) -> set[str]:
+    return {word.lower().strip(".,;?") for word in text.split()}
 
 
 def test_a_file_of_ones_own_replaces_them(tmp_path: Path) -> None:
@@ -51,12 +72,16 @@ def test_a_file_of_ones_own_replaces_them(tmp_path: Path) -> None:
 
 def test_anchors_are_whole_texts_that_no_figure_is_measured_on(tmp_path: Path) -> None:
     shipped = anchor_texts("shipped")
-    assert all("?" in text.rstrip("?") for text in shipped)  # each asks, and goes on to answer
+    questions = [text for text in shipped if "?" in text]
+    assert len(shipped) / 2 < len(questions) < len(shipped)  # the others are sentences
+    assert all("?" in text.rstrip("?") for text in questions)  # each asks, and goes on to answer
     beginnings = Counter(
-        re.match(r'(Question: |Q: |User: |"|\d+\. |)', text).group().strip("0123456789") for text in shipped
+        re.match(r'(Question: |Q: |User: |"|\d+\. |)', text).group().strip("0123456789") for text in questions
     )
     assert len(beginnings) == 6, "forms"
-    assert max(beginnings.values()) <= len(shipped) / 3
+    assert max(beginnings.values()) <= len(questions) / 3
+    assert all(text[0].isupper() and text.endswith(".") for text in shipped if text not in questions)
+    assert not set(prose()) & set(shipped)
     assert not {line for text in shipped for line in text.split("\n")} & set(neutral_texts())
     path = tmp_path / "own.txt"
     path.write_text("One text\\nof two lines\n\nanother\n", encoding="utf-8")

@@ -1,7 +1,7 @@
 """What a steering costs where nothing should move: a capability task, and the perplexity of its texts and of prose.
 
 The prose is from the language reference that every Python carries (``help("assignment")``): paragraphs about no person,
-and in no form that anchor texts have.
+none of which is an anchor text.
 """
 
 from __future__ import annotations
