@@ -33,8 +33,7 @@ def test_kl_is_that_of_the_next_token_against_the_base_model() -> None:
 
 
 def test_texts_that_ship_are_many_and_about_no_one() -> None:
-    of_people = [text for text in anchor_texts("shipped") if {"he", "she"} & words_of(text)]
-    for texts in (neutral_texts(), [text for text in anchor_texts("shipped") if text not in of_people]):
+    for texts in (neutral_texts(), [text for text in anchor_texts("shipped") if not {"he", "she"} & words_of(text)]):
         assert len(texts) == len(set(texts)) > 100
         words = {word for text in texts for word in words_of(text)}
         assert not words & {"he", "she", "his", "her", "him", "man", "woman", "boy", "girl", "mr", "mrs"}
@@ -43,15 +42,15 @@ def test_texts_that_ship_are_many_and_about_no_one() -> None:
 
 def test_anchors_say_of_nobody_in_particular_what_he_and_she_did_alike() -> None:
     """Held as they are, they keep a pronoun from drifting where no job is named."""
-    of_people = {pronoun: [] for pronoun in ("he", "she")}
-    for text in anchor_texts("shipped"):
-        for pronoun, texts in of_people.items():
-            if pronoun in words_of(text):
-                texts.append(re.sub(rf"\b{pronoun}\b", "they", text))
-    assert of_people["he"] == of_people["she"]
-    assert len(set(of_people["he"])) == len(of_people["he"]) > 10
-    words = {word for text in of_people["he"] for word in words_of(text)}
-    assert not words & {*occupations(), *occupations(held_out=True)}
+    of_him, of_her = (
+        [re.sub(rf"\b{pronoun}\b", "they", text) for text in anchor_texts("shipped") if pronoun in words_of(text)]
+        for pronoun in ("he", "she")
+    )
+    assert of_him == of_her
+    assert len(set(of_him)) == len(of_him) > 10
+    jobs = "|".join((*occupations(), *occupations(held_out=True)))
+    assert not [text for text in of_him if re.search(rf"\b({jobs})\b", text)]  # of two words, too
+    words = {word for text in of_him for word in words_of(text)}
     assert not words & {"his", "her", "him", "hers", "man", "woman", "boy", "girl", "mr", "mrs"}
 
 
