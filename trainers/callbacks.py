@@ -27,12 +27,13 @@ class Validation:
         log_odds: the same in log-odds; None where that cannot be measured.
         order_effect: how far answers follow the order of the people; None where each question has one order.
         accuracy: on unambiguous decisions, nan if there are none.
-        kl: mean KL in nats.
+        kl: mean KL in nats on ambiguous decisions.
         answer_mass: mean probability of all candidates together, as a ratio to the base model's; nan if the base has
             none that a float can hold.
         gap: signed mean over contexts of P(stereotype's group) - P(the other), which people's names cancel from; None
             where there are no stereotypes or more groups than two.
         neutral_kl: mean KL in nats after neutral texts (:mod:`dso.evaluation.neutral`); None if it was not measured.
+        unambiguous_kl: mean KL in nats on unambiguous decisions; None if there are none.
         scale: what the operators were turned to; 1 is as they are.
     """
 
@@ -45,6 +46,7 @@ class Validation:
     order_effect: float | None = None
     gap: float | None = None
     neutral_kl: float | None = None
+    unambiguous_kl: float | None = None
     scale: float = 1.0
 
     def to_json(self) -> dict[str, float | None]:
@@ -66,6 +68,7 @@ class Limits:
         min_answer_mass: ratio to the base's.
         max_accuracy_loss: below the base's accuracy.
         neutral_kl: KL after neutral texts; None for no limit.
+        unambiguous_kl: KL on unambiguous decisions; None for no limit.
         order_increase: of the order effect over the base's; None for no limit.
     """
 
@@ -73,7 +76,17 @@ class Limits:
     min_answer_mass: float = 0.9
     max_accuracy_loss: float = 0.01
     neutral_kl: float | None = None
+    unambiguous_kl: float | None = None
     order_increase: float | None = None
+
+    def divergences(self, row: Validation) -> list[tuple[float, float]]:
+        """The KLs that were measured and have a limit, each with it."""
+        pairs = (
+            (row.kl, self.kl_budget),
+            (row.neutral_kl, self.neutral_kl),
+            (row.unambiguous_kl, self.unambiguous_kl),
+        )
+        return [(kl, limit) for kl, limit in pairs if kl is not None and limit is not None]
 
     def broken(self, row: Validation, base: Validation) -> list[str]:
         """The limits that a measurement does not keep; ``base`` is the base model's. What is nan is not held to."""
@@ -84,6 +97,7 @@ class Limits:
             f"KL above {self.kl_budget}": _above(row.kl, self.kl_budget),
             f"answer mass below {self.min_answer_mass} of the base's": row.answer_mass < self.min_answer_mass,
             f"neutral KL above {self.neutral_kl}": _above(row.neutral_kl, self.neutral_kl),
+            f"KL on unambiguous decisions above {self.unambiguous_kl}": _above(row.unambiguous_kl, self.unambiguous_kl),
             "order effect above the base's": _above(row.order_effect, order),
             "accuracy below the base's": row.accuracy < base.accuracy - self.max_accuracy_loss,
         }
@@ -227,11 +241,7 @@ class Selection(TrainingCallback):
 
         KL grows about as the square of the scale, and what is lost of the answer mass in proportion to it.
         """
-        shares = [
-            math.sqrt(self.CLOSE * limit / kl)
-            for kl, limit in ((row.kl, self.limits.kl_budget), (row.neutral_kl, self.limits.neutral_kl))
-            if kl is not None and limit is not None and _above(kl, limit)
-        ]
+        shares = [math.sqrt(self.CLOSE * limit / kl) for kl, limit in self.limits.divergences(row) if _above(kl, limit)]
         if row.answer_mass < (least := self.limits.min_answer_mass):
             shares.append(self.CLOSE * (1 - least) / (1 - row.answer_mass))
         scale = row.scale * min(shares, default=math.nan)

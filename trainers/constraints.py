@@ -1,5 +1,5 @@
-"""What steering may cost, held by dual ascent: KL on decisions and in anchor texts, lost answer mass, and the order
-effect; and an L1 penalty, taken as a proximal step.
+"""What steering may cost, held by dual ascent: KL on decisions, on the unambiguous ones among them and in anchor texts,
+lost answer mass, and the order effect; and an L1 penalty, taken as a proximal step.
 
 Budget. The Lagrangian of  max reward  subject to  E KL(pi_s || pi_0) <= eps  is  reward - beta * (KL - eps); beta
 follows gradient ascent on its logarithm, ``log beta += lr * (KL / eps - 1)``, so that it stays positive and its step
@@ -11,8 +11,9 @@ Answer mass. What all candidates hold together may fall short of what the base m
 most: reward - mu * (E max(0, base mass - mass) / E base mass - (1 - share)). What some prompts gain does not make up
 for what others lose. mu may be 0, so its ascent is projected: ``mu = max(0, mu + lr * (lost share - (1 - share)))``.
 
-Anchors. The KL in neutral texts has a budget and a beta of its own, whose floor is what a nat costs while the budget is
-slack. The division is then by max(1, beta, beta of anchors / max(1, its floor)), for the same reason.
+Anchors and unambiguous decisions. The KL in neutral texts, and that of decisions which have a right answer, have a
+budget and a beta of their own each, whose floor is what a nat costs while the budget is slack. The division is then by
+the largest of 1, beta, and beta / max(1, its floor) of each of them, for the same reason.
 
 Order. The mean order effect (:mod:`trainers.order`) may exceed the base model's in the same decisions by so much at
 most; its dual variable is projected as mu is.
@@ -232,6 +233,7 @@ class Prices:
         mass: of the mean answer mass that is less than the base model's.
         anchors: of one nat in anchor texts.
         order: of the mean order effect.
+        unambiguous: of one nat on unambiguous decisions, beside what ``kl`` charges.
         unit: what the whole Lagrangian, reward, prices and L1 penalty, is divided by.
     """
 
@@ -239,6 +241,7 @@ class Prices:
     mass: float = 0.0
     anchors: float = 0.0
     order: float = 0.0
+    unambiguous: float = 0.0
     unit: float = 1.0
 
 
@@ -250,6 +253,7 @@ class Constraints:
         mass_floor: under their answer mass; None for none.
         anchors: on anchor texts; None where they are not looked at.
         order: on the order effect; None for none.
+        unambiguous: on the unambiguous decisions alone; None for none.
     """
 
     def __init__(
@@ -258,27 +262,30 @@ class Constraints:
         mass_floor: AnswerMassFloor | None = None,
         anchors: KLBudget | FixedKL | None = None,
         order: OrderLimit | None = None,
+        unambiguous: KLBudget | None = None,
     ):
         self.kl = kl
         self.mass_floor = mass_floor
         self.anchors = anchors
         self.order = order
+        self.unambiguous = unambiguous
 
     @property
     def _held(self) -> dict[str, KLBudget | FixedKL | AnswerMassFloor | OrderLimit]:
         limits = {"kl": self.kl, "mass": self.mass_floor, "anchor": self.anchors, "order": self.order}
+        limits["unambiguous"] = self.unambiguous
         return {name: limit for name, limit in limits.items() if limit is not None}
 
     def prices(self) -> Prices:
         """As the dual variables are now."""
-        kl, anchors = self.kl.coefficient, 0.0 if self.anchors is None else self.anchors.coefficient
-        raised = anchors / max(1.0, self.anchors.floor) if isinstance(self.anchors, KLBudget) else 1.0
+        kl, raised = self.kl.coefficient, (_raised(self.anchors), _raised(self.unambiguous))
         return Prices(
             kl=kl,
             mass=0.0 if self.mass_floor is None else self.mass_floor.price,
-            anchors=anchors,
+            anchors=0.0 if self.anchors is None else self.anchors.coefficient,
             order=0.0 if self.order is None else self.order.coefficient,
-            unit=max(1.0, kl, raised),
+            unambiguous=0.0 if self.unambiguous is None else self.unambiguous.coefficient,
+            unit=max(1.0, kl, *raised),
         )
 
     def update(self, measured: Mapping[str, float]) -> None:
@@ -290,6 +297,8 @@ class Constraints:
             self.anchors.update(measured["anchor_kl"])
         if self.order is not None:
             self.order.update(measured["order_effect"], measured["base_order_effect"])
+        if self.unambiguous is not None and "unambiguous_kl" in measured:  # a minibatch of PPO may have none
+            self.unambiguous.update(measured["unambiguous_kl"])
 
     def coefficients(self) -> dict[str, float]:
         """The dual variables, by the names under which they are recorded."""
@@ -301,6 +310,11 @@ class Constraints:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, limit in self._held.items():
             limit.load_state_dict(state[name])
+
+
+def _raised(limit: KLBudget | FixedKL | None) -> float:
+    """How much dearer a nat is than at its floor."""
+    return limit.coefficient / max(1.0, limit.floor) if isinstance(limit, KLBudget) else 1.0
 
 
 @torch.no_grad()

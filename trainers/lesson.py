@@ -113,11 +113,12 @@ class Lesson:
 
     def objective(self, gain: Tensor, rows: Tensor, unambiguous_weight: float) -> Tensor:
         """The rows' part of the mean gain of ambiguous decisions plus the weighted mean of the others."""
-        ambiguous, everyone = self.ambiguous[rows], self.ambiguous.sum()
-        others = len(self.ambiguous) - everyone
-        return (gain * ambiguous).sum() / everyone.clamp(min=1) + unambiguous_weight * (
-            (gain * ~ambiguous).sum() / others.clamp(min=1)
-        )
+        ambiguous = (gain * self.ambiguous[rows]).sum() / self.ambiguous.sum().clamp(min=1)
+        return ambiguous + unambiguous_weight * self.of_unambiguous(gain, rows)
+
+    def of_unambiguous(self, values: Tensor, rows: Tensor) -> Tensor:
+        """The rows' part of the mean of ``values`` (n,) over the unambiguous decisions; 0 where there are none."""
+        return (values * ~self.ambiguous[rows]).sum() / (~self.ambiguous).sum().clamp(min=1)
 
 
 def _pooled_gain(log_policy: Tensor, pooled: Tensor, rewards: Tensor) -> Tensor:

@@ -144,31 +144,32 @@ class Updater:
             the loss or the gradient is not finite.
         """
         shares = [kept.rows] if kept else self.shares(lesson.indices)
-        totals = torch.zeros(9, dtype=torch.float64)
+        totals = torch.zeros(10, dtype=torch.float64)
         for part, rows in enumerate(shares):
             passed = kept or self.pass_through(lesson.indices, rows, lesson.anchors, part)
             loss, seen = self._loss(lesson, passed, prices, clip)
             self.learner.backward(loss, first=part == 0, last=part == len(shares) - 1)
             totals += seen.cpu().double()  # MPS has no float64
         found = self.learner.world.all_sum(totals).tolist()
-        loss, objective, kl, mass, base_mass, lost, clipped, anchor_kl, order = found
+        loss, objective, kl, mass, base_mass, lost, clipped, anchor_kl, order, unambiguous = found
         norm, taken = self.learner.step(usable=bool(np.isfinite(loss)))
         measured = {"objective": objective, "loss": loss, "kl": kl, "gradient_norm": norm}
         measured |= {"answer_mass": mass, "base_answer_mass": base_mass, "lost_answer_mass": lost}
         measured |= {"clip_fraction": clipped} if self.estimator == "ppo" else {}
         measured |= {"anchor_kl": anchor_kl} if self.anchors else {}
+        measured |= {} if lesson.ambiguous.all() else {"unambiguous_kl": unambiguous}
         if lesson.decided is not None:
             measured |= {"order_effect": order, "base_order_effect": lesson.decided.base_effect}
         return measured, taken
 
     def _loss(self, lesson: Lesson, passed: Passed, prices: Prices, clip: float) -> tuple[Tensor, Tensor]:
-        """A part's share of the batch's loss; and of loss, objective, KL, answer masses, clip fraction, anchors' KL and
-        order effect, (9,)."""
+        """A part's share of the batch's loss; and of loss, objective, KL, answer masses, clip fraction, anchors' KL,
+        order effect and the unambiguous decisions' KL, (10,)."""
         outcome, rows, count = passed.outcome, passed.rows, len(lesson.indices)
         gain = lesson.gain(self.estimator, rows, outcome.log_policy, clip)
         objective = lesson.objective(gain, rows, self.unambiguous_weight)
         divergence = passed.positions.mean(kl_divergence(_known(outcome.next_token), passed.reference))
-        kl = divergence.sum() / count
+        kl, unambiguous = divergence.sum() / count, lesson.of_unambiguous(divergence, rows)
         anchor_kl = passed.anchored.sum() / max(len(lesson.anchors), 1)
         masses = torch.stack(
             [outcome.answer_mass, passed.base_mass, (passed.base_mass - outcome.answer_mass).clamp(min=0)]
@@ -180,12 +181,14 @@ class Updater:
         order = lesson.order_effect(rows, outcome.log_policy)
         if prices.order:
             loss = loss + prices.order * order
+        if prices.unambiguous:
+            loss = loss + prices.unambiguous * unambiguous
         loss = loss / prices.unit
         if outcome.values.requires_grad:
             error = (outcome.values - lesson.returns[rows]).square().sum() / count
             loss = loss + self.value_weight * error
         clipped = lesson.clipped(rows, outcome.log_policy, clip).sum() / count
-        return loss, torch.stack([loss, objective, kl, *masses, clipped, anchor_kl, order]).detach()
+        return loss, torch.stack([loss, objective, kl, *masses, clipped, anchor_kl, order, unambiguous]).detach()
 
 
 def _known(next_token: Tensor | None) -> Tensor:

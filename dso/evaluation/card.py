@@ -84,6 +84,7 @@ def model_card(
     source: str | None = None,
     base_model: str | None = None,
     kl_budget: float | None = None,
+    unambiguous_kl: float | None = None,
     figure: str | None = None,
     limits: Sequence[str] = (),
 ) -> str:
@@ -98,6 +99,7 @@ def model_card(
         source: folder or Hub id to load it from; the name when None.
         base_model: the base model's Hub id for the front matter, where ``config.base_model`` is not one.
         kl_budget: of the training run; scales above it are named among the limits.
+        unambiguous_kl: the run's limit on unambiguous decisions; None where it had none but the budget.
         figure: of :func:`dso.evaluation.figure.scale_figure`, relative to the card.
         limits: further limits, one sentence or more each.
 
@@ -107,6 +109,8 @@ def model_card(
     ordered = by_scale(points)
     base = base_point(ordered)
     full = next((point for point in ordered if point.scale == 1), ordered[-1])
+    allowed = {"kl": kl_budget, "kl_unambiguous": kl_budget if unambiguous_kl is None else unambiguous_kl}
+    measured = _measured_limits(ordered, base, full, allowed)
     sections = [
         _front_matter(base_model or config.base_model),
         f"# {clean(name)}\n",
@@ -126,8 +130,7 @@ def model_card(
         "## Intended use\n",
         INTENDED,
         "## Limits\n",
-        "\n".join(f"- {limit}" for limit in (*LIMITS, *_measured_limits(ordered, base, full, kl_budget), *limits))
-        + "\n",
+        "\n".join(f"- {limit}" for limit in (*LIMITS, *measured, *limits)) + "\n",
     ]
     return "\n".join(sections)
 
@@ -206,16 +209,16 @@ def _target(config: SteeringConfig, base: ScalePoint) -> list[tuple[str, str]]:
 
 
 def _measured_limits(
-    points: Sequence[ScalePoint], base: ScalePoint, full: ScalePoint, kl_budget: float | None
+    points: Sequence[ScalePoint], base: ScalePoint, full: ScalePoint, allowed: Mapping[str, float | None]
 ) -> list[str]:
     found = []
     if all(math.isnan(point.accuracy.value) for point in points):
         found.append("What steering costs in accuracy was not measured: the set has no unambiguous decisions.")
     for what, field in (("KL", "kl"), ("KL on unambiguous decisions", "kl_unambiguous")):
-        over = {point.scale: getattr(point, field) for point in points}
-        over = {scale: kl for scale, kl in over.items() if kl_budget is not None and kl > kl_budget}
+        limit, measured = allowed[field], {point.scale: getattr(point, field) for point in points}
+        over = {scale: kl for scale, kl in measured.items() if limit is not None and kl > limit}
         if over:
-            found.append(f"{what} is above the training budget of {kl_budget:g} nats: {_at_scales(over)}.")
+            found.append(f"{what} is above the training budget of {limit:g} nats: {_at_scales(over)}.")
     if lost := {p.scale: p.answer_mass / base.answer_mass for p in points if p.answer_mass < base.answer_mass}:
         found.append(
             f"The probability that the answers hold together falls, to {_at_scales(lost)} of the base model's: more of "

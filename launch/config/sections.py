@@ -249,6 +249,10 @@ class ConstraintsSection(Section):
         None, "mean nats of KL after neutral texts that validation allows, and training in anchors; null for no limit",
         ON_DECISIONS, gt=0,
     )  # fmt: skip
+    unambiguous_kl: float | None = key(
+        None, "mean nats of KL on unambiguous decisions, in training and on validation; null for no limit",
+        ON_DECISIONS, gt=0,
+    )  # fmt: skip
     neutral_texts: Text | None = key(None, "a file of them, one a line; null for those that ship", NEUTRAL)
     anchors: Text | None = key(
         None, "a file of texts that training leaves as they are, or shipped; null for none", ON_DECISIONS
@@ -265,8 +269,6 @@ class EvaluationSection(Section):
     """When validation measures, and what the test does at the end."""
 
     eval_steps: int = key(25, "steps between validations", ge=1, freeform=20)
-    validation_stride: int = key(3, "a unit is asked about in each so many-th context: more people, same time", ge=1)
-    test_stride: int = key(1, "as validation_stride, of the test", ON_ANSWERS, ge=1)
     samples: int = key(8, "answers a decision", ON_ANSWERS, ge=1)
     scales: Annotated[tuple[float, ...], Field(strict=False, min_length=1), AfterValidator(_rising)] = key(
         (0.0, 0.25, 0.5, 0.75, 1.0), "that the test measures", freeform=(0.0, 1.0)

@@ -22,6 +22,7 @@ LEAST_MASS = 0.9  # share of the base's answer mass that a steering keeps on val
 RESAMPLES = 1000  # of an interval
 ANCHORS = 16  # anchor texts a step, where the config has some
 ANCHOR_PRICE = 15.0  # of a nat in them, at least: a gentle step costs 1e-4, and is turned up to about forty times that
+UNAMBIGUOUS_PRICE = 1.0  # of a nat on unambiguous decisions, at least, where they have a limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,5 +90,6 @@ def kept_limits(config: TrainConfig) -> Limits:
         kl_budget=aimed_kl(config),
         min_answer_mass=limits.min_answer_mass or LEAST_MASS,
         neutral_kl=limits.neutral_kl,
+        unambiguous_kl=limits.unambiguous_kl,
         order_increase=limits.order_increase,
     )

@@ -19,6 +19,9 @@ from dso.evaluation.comparison import cuts
 from dso.evaluation.evaluator import Measurement
 from dso.evaluation.report import ScalePoint
 
+STRIDE = 3  # a thinned unit is asked about in one of so many contexts
+MANY = 12  # contexts of a unit, from which on that leaves enough
+
 
 class Evaluates(Protocol):
     """An evaluator of candidates' probabilities, in one process or several.
@@ -74,6 +77,15 @@ def thin(decisions: DecisionSet, stride: int) -> DecisionSet:
         return (place[1] + unit + unit // stride * place[0]) % stride == 0
 
     return decisions.select(lambda d: not d.ambiguous or kept(d))
+
+
+def thinned(decisions: DecisionSet) -> DecisionSet:
+    """:func:`thin` by :data:`STRIDE` where each unit is asked about in :data:`MANY` contexts; else as they are."""
+    met: dict[str, set[str]] = {}
+    for decision in decisions:
+        if decision.ambiguous:
+            met.setdefault(decision.unit or decision.id, set()).add(decision.context)
+    return thin(decisions, STRIDE) if met and min(map(len, met.values())) >= MANY else decisions
 
 
 def scale_points(

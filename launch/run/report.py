@@ -44,6 +44,7 @@ def write_results(
         source=str(folder / "steering"),
         base_model=HUB_IDS.get(config.model.name),
         kl_budget=config.constraints.kl_budget,
+        unambiguous_kl=config.constraints.unambiguous_kl,
         limits=measures.limits,
     )
     steering.save_pretrained(folder / "steering", card)

@@ -30,7 +30,7 @@ from envs.task import DecisionTask
 from launch.config.schema import ConfigError, TrainConfig, to_dict
 from launch.run.candidates import Candidates
 from launch.run.freeform import FreeformAnswers
-from launch.run.measure import Measures, thin
+from launch.run.measure import Measures, thinned
 from launch.run.trainer import open_matcher, open_trainer, require_trl, reward_config
 from trainers.checkpointing import checkpoint_layers
 from trainers.parallel.ranks import World
@@ -164,9 +164,9 @@ def open_decisions(config: TrainConfig) -> DecisionSet:
 
 
 def split_of(config: TrainConfig, decisions: DecisionSet, name: str) -> DecisionSet:
-    """The decisions of one split, of its contexts and units as :func:`launch.run.measure.thin` leaves them."""
-    strides = {"validation": config.evaluation.validation_stride, "test": config.evaluation.test_stride}
-    return thin(decisions.select(split=name), strides.get(name, 1))
+    """The decisions of one split that a run asks: those of validation thinned, and of the test where it is sampled."""
+    asked = decisions.select(split=name)
+    return thinned(asked) if name == "validation" or (config.freeform and name == "test") else asked
 
 
 def fingerprints(config: TrainConfig, decisions: DecisionSet) -> dict[str, str]:

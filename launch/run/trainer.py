@@ -22,6 +22,7 @@ from launch.run.constants import (
     LOWEST_RATE,
     MAX_GRAD_NORM,
     MAX_SKIPPED,
+    UNAMBIGUOUS_PRICE,
     WARMUP,
     adam_epsilon,
     constants,
@@ -176,12 +177,16 @@ def held_constraints(config: TrainConfig) -> Constraints:
     if limits.anchors is not None:
         budget, rate = limits.neutral_kl, fixed.dual_learning_rate
         anchors = KLBudget(budget, rate, floor=ANCHOR_PRICE) if budget else FixedKL(ANCHOR_PRICE)
+    unambiguous = None
+    if limits.unambiguous_kl is not None and config.train.unambiguous:
+        unambiguous = KLBudget(limits.unambiguous_kl, fixed.dual_learning_rate, floor=UNAMBIGUOUS_PRICE)
     increase = limits.order_increase if config.train.estimator in ORDERED else None
     return Constraints(
         kl_constraint(config),
         mass_floor=None if limits.min_answer_mass is None else AnswerMassFloor(limits.min_answer_mass),
         anchors=anchors,
         order=None if increase is None else OrderLimit(increase),
+        unambiguous=unambiguous,
     )
 
 

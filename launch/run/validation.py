@@ -99,6 +99,7 @@ def validation_row(step: int, point: ScalePoint, base_mass: float) -> Validation
         order_effect=None if math.isnan(order) else order,
         accuracy=point.accuracy.value,
         kl=point.kl,
+        unambiguous_kl=None if math.isnan(point.kl_unambiguous) else point.kl_unambiguous,
         answer_mass=point.answer_mass / base_mass if base_mass else math.nan,
         gap=None if bias.gap is None else bias.gap.value,
     )

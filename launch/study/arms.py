@@ -17,7 +17,10 @@ PAPER = "Monteiro Paes et al., DSO, CVPR 2026, arXiv 2512.15926"
 AFFINE = ("steering.operator=affine", "train.optimizer.learning_rate=5e-4")
 FIXED_PRICE = ("constraints.kl_budget=null", "constraints.beta=0.1")
 UNANCHORED = ("constraints.anchors=null",)
-NO_LIMITS = ("constraints.neutral_kl=null", "constraints.order_increase=null", "constraints.min_answer_mass=null")
+NO_LIMITS = (
+    "constraints.neutral_kl=null", "constraints.unambiguous_kl=null", "constraints.order_increase=null",
+    "constraints.min_answer_mass=null",
+)  # fmt: skip
 SIGNS = ("train.reward=sign",)
 FROM_BATCH = ("train.preference.estimate=context", "train.preference.batch_weight=1.0")
 CONTROLLED = ("train.preference.estimate=controlled", "train.preference.common_weight=1.0")

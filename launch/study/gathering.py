@@ -137,6 +137,7 @@ def limits_in_words(limits: Limits) -> str:
     said = (
         ("KL at most {}", limits.kl_budget),
         ("KL after neutral texts at most {}", limits.neutral_kl),
+        ("KL on unambiguous decisions at most {}", limits.unambiguous_kl),
         ("answer mass at least {} of the base's", limits.min_answer_mass),
         ("accuracy at most {} below the base's", limits.max_accuracy_loss),
         ("order effect at most {} above the base's", limits.order_increase),

@@ -39,7 +39,6 @@ OWN_SCALES = (0.25, 0.5, 0.75, 1.0)  # of a steering that was trained, whose ran
 LADDER, WIDEST = (0.25, 0.5, 1.0, 2.0, 4.0), 8.0  # scales of what others trained
 AROUND = (0.5, 1.0, 1.5)  # times the chosen scale
 WAIT = 2.0  # seconds between looks at what other processes have done
-SPARELY = ("evaluation.validation_stride=12",)  # how a run selects whose last step is taken, whatever it selects
 
 
 def measured_config(source: str, overrides: Sequence[str], options: dict[str, Any]) -> TrainConfig:
@@ -175,8 +174,7 @@ class Running:
             f"run.run_name={arm.name}-s{seed}",
             f"train.seed={seed}",
         )
-        selection = () if arm.kind == "ours" else SPARELY
-        return load_config(self.source, [*self.overrides, *(arm.overrides or ()), *selection, *places])
+        return load_config(self.source, [*self.overrides, *(arm.overrides or ()), *places])
 
     def _run(self, arm: Arm, seed: int) -> Path:
         return learned(self.config_of(arm, seed), name=f"{arm.name}-s{seed}", quiet=True)

@@ -73,8 +73,7 @@ class _Search:
 
     def hopeless(self, row: Validation) -> bool:
         """Whether more of it can only be worse."""
-        pairs = ((row.kl, self.limits.kl_budget), (row.neutral_kl, self.limits.neutral_kl))
-        return any(kl is not None and limit is not None and not kl < HOPELESS * limit for kl, limit in pairs)
+        return any(not kl < HOPELESS * limit for kl, limit in self.limits.divergences(row))
 
 
 def tune(

@@ -357,6 +357,10 @@ def test_card_says_what_was_measured_beyond_its_limit(config):
     text = card(config, [base, after], kl_budget=0.2)
     assert "KL is above" not in text
     assert "KL on unambiguous decisions is above the training budget of 0.2 nats: 0.490 at scale 1." in text
+    own = card(config, [base, after], kl_budget=0.1, unambiguous_kl=0.4)
+    assert "KL is above the training budget of 0.1 nats: 0.150 at scale 1." in own
+    assert "KL on unambiguous decisions is above the training budget of 0.4 nats: 0.490 at scale 1." in own
+    assert "KL on unambiguous" not in card(config, [base, after], kl_budget=0.1, unambiguous_kl=0.5)
     assert "hold together falls, to 0.625 at scale 1 of the base model's" in text
     assert "Accuracy is below the base model's 0.800: 0.700 at scale 1." in text
     fine = card(config, [base, point(1.0, 0.1)], kl_budget=0.2)

@@ -114,7 +114,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
         },
         "matcher": {"whole_words": False},
         "constraints": {"kl_budget": 0.05, "max_accuracy_loss": 1.0},
-        "evaluation": {"eval_steps": 2, "samples": 4, "validation_stride": 1},
+        "evaluation": {"eval_steps": 2, "samples": 4},
         "run": {"output_dir": str(folder / "runs"), "run_name": "letters"},
     }  # fmt: skip
     replaced(values, changes)

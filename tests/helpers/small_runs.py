@@ -92,6 +92,7 @@ def make_trainer(
     kl: KLBudget | FixedKL | None = None,
     mass_floor: AnswerMassFloor | None = None,
     order: OrderLimit | None = None,
+    unambiguous_limit: KLBudget | None = None,
     policy: dict[str, Any] | None = None,
     loading: AbstractContextManager[Any] | None = None,
     **options: Any,
@@ -115,7 +116,7 @@ def make_trainer(
             "baseline": baseline,
             **(policy or {}),
         },
-        constraints=Constraints(kl or FixedKL(0.0), mass_floor, anchor_limit, order),
+        constraints=Constraints(kl or FixedKL(0.0), mass_floor, anchor_limit, order, unambiguous_limit),
         max_grad_norm=1e3,
         anchors=anchors_a_step,
         seed=seed,
@@ -205,7 +206,7 @@ train:
   {estimator: expected, max_steps: 6, ambiguous: 16, unambiguous: 4, unambiguous_weight: 0.2, reward: smooth, seed: 0,
    optimizer: {learning_rate: 0.003, fisher_batches: 2}, preference: {estimate: context}}
 constraints: {kl_budget: 0.2, minimum_beta: 1e-4, sparsity: 0}
-evaluation: {eval_steps: 2, validation_stride: 1, scales: [0.0, 0.5, 1.0]}
+evaluation: {eval_steps: 2, scales: [0.0, 0.5, 1.0]}
 run: {run_name: letters}
 """
 

@@ -54,7 +54,7 @@ TINY = """
 model: {{name: {model}}}
 data: {{set: {data}}}
 train: {{max_steps: 10, ambiguous: 16, unambiguous: 2}}
-evaluation: {{eval_steps: 4, validation_stride: 1, scales: [0.0, 1.0]}}
+evaluation: {{eval_steps: 4, scales: [0.0, 1.0]}}
 """
 
 

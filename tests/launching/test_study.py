@@ -42,6 +42,7 @@ def test_the_report_names_the_limits_that_are_set() -> None:
     few = "KL at most 0.2; answer mass at least 0.9 of the base's; accuracy at most 0.01 below the base's"
     assert limits_in_words(Limits(kl_budget=0.2)) == few
     assert limits_in_words(LIMITS).endswith("; order effect at most 0.0 above the base's")
+    assert "; KL on unambiguous decisions at most 0.3; " in limits_in_words(Limits(unambiguous_kl=0.3, neutral_kl=0.1))
 
 
 def test_the_least_biased_candidate_inside_the_limits_is_chosen_and_its_scale_refined() -> None:
@@ -106,7 +107,6 @@ def study_config(folder: Path, model: Path) -> Path:
         "data": {"set": str(write_decisions(folder / "letters.jsonl"))},
         "steering": {"operator": "scale"},
         "train": {"estimator": "regression", "max_steps": 2, "optimizer": {"fisher_batches": 1}},
-        "evaluation": {"validation_stride": 1},
         "constraints": {"neutral_texts": str(folder / "neutral.txt"), "neutral_kl": 1.0},
     }
     (folder / "neutral.txt").write_text("A day\nThe sea\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from running import FILES, config_of, rows_of
 from small_runs import contents, write_decisions
 from tiny import tiny_llama
 
+from dso.decisions.decision import DecisionSet
 from dso.decisions.sets import load_decisions
 from dso.errors import UserError
 from dso.evaluation.bias import bias_report
@@ -23,7 +25,7 @@ from dso.evaluation.report import ScalePoint
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 from launch.config.schema import ConfigError, TrainConfig, load_config, resolved_yaml
-from launch.run.measure import scale_points, thin
+from launch.run.measure import scale_points, thin, thinned
 from launch.run.session import open_session
 from launch.run.train import Result, train
 from launch.run.trainer import held_constraints, reward_config, schedule
@@ -160,6 +162,19 @@ def test_selection_holds_a_steering_to_the_answer_mass_that_a_config_asks_for(
     with pytest.raises(Made) as found:
         train(config_of(tmp_path, model_folder, constraints__min_answer_mass=asked), name="unused", quiet=True)
     assert found.value.args == (held,)
+
+
+@pytest.mark.parametrize(("contexts", "share"), [(12, 3), (11, 1)])
+def test_units_with_many_contexts_are_asked_about_in_a_third_of_them(contexts: int, share: int) -> None:
+    full = load_decisions("roles", splits=["validation"], units={"validation": 9}, unambiguous={"validation": 8})
+    known = [d.context for d in full if d.ambiguous]
+    chosen = list(dict.fromkeys(known))[:contexts]
+    data = full.select(lambda d: not d.ambiguous or d.context in chosen)
+    asked = thinned(data)
+    assert len(asked.select(kind="unambiguous")) == 8
+    assert len(asked.select(kind="ambiguous")) == 9 * 2 * contexts // share
+    nameless = DecisionSet(tuple(replace(d, unit="") for d in data), data.groups, "x")
+    assert thinned(nameless) == nameless  # each of them is a unit of its own
 
 
 @pytest.mark.parametrize(("stride", "units", "left"), [(3, 38, 0.002), (3, 4, 1e-6), (2, 5, 1e-6), (4, 9, 1e-6)])
@@ -324,6 +339,9 @@ def test_each_limit_of_a_config_has_a_dual_variable() -> None:
     for estimator in ("expected", "reinforce"):
         assert held(f"train.estimator={estimator}", "constraints.order_increase=0.02").order.increase == 0.02
         assert held(f"train.estimator={estimator}", "constraints.order_increase=null").order is None
+    facts = held("constraints.unambiguous_kl=0.4").unambiguous
+    assert (facts.budget, facts.coefficient) == (0.4, pytest.approx(1.0))
+    assert held("constraints.unambiguous_kl=0.4", "train.unambiguous=0").unambiguous is None  # none to be seen
     nothing = ("constraints.anchors=null", "constraints.min_answer_mass=null", "constraints.order_increase=null")
     assert held(*nothing).coefficients() == {"kl_coefficient": 0.5}
 

@@ -228,6 +228,7 @@ def test_operators_are_turned_up_no_further_than_where_bias_is_least() -> None:
     [
         ({"neutral_kl": 0.05}, {"neutral_kl": 0.051}, "neutral KL above 0.05: 1"),
         ({"neutral_kl": 0.05}, {"neutral_kl": math.nan}, "neutral KL above 0.05: 1"),
+        ({"unambiguous_kl": 0.4}, {"unambiguous_kl": 0.41}, "KL on unambiguous decisions above 0.4: 1"),
         ({"order_increase": 0.02}, {"order_effect": 0.33}, "order effect above the base's: 1"),
     ],
 )
@@ -239,7 +240,10 @@ def test_limits_on_harm_are_kept(limit: dict[str, float], outside: dict[str, flo
         assert chosen.best.step == step
         assert (reason in (chosen.nothing_kept() or "")) == (step == 0)
     inside = selection(**limit)
-    for each in (replace(BASE, order_effect=0.3), row(1, bias=0.0, order_effect=0.32, neutral_kl=0.05)):
+    for each in (
+        replace(BASE, order_effect=0.3),
+        row(1, bias=0.0, order_effect=0.32, neutral_kl=0.05, unambiguous_kl=0.4),
+    ):
         inside.offer(each, {})
     assert inside.best.step == 1
 
@@ -259,6 +263,12 @@ def test_limits_on_harm_are_kept(limit: dict[str, float], outside: dict[str, flo
 )
 def test_the_scale_that_would_be_inside(outside: dict[str, float], scale: float | None) -> None:
     assert selection().turned_down(row(1, **outside)) == (scale if scale is None else pytest.approx(scale))
+
+
+def test_the_scale_that_would_be_inside_keeps_every_kl() -> None:
+    chosen = selection(neutral_kl=0.05, unambiguous_kl=0.4)
+    found = chosen.turned_down(row(1, kl=0.2, neutral_kl=0.1, unambiguous_kl=1.6))
+    assert found == pytest.approx(math.sqrt(0.97 / 4))  # the unambiguous decisions' is the furthest beyond
 
 
 def test_operators_that_stay_outside_are_given_up() -> None:

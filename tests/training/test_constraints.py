@@ -265,23 +265,28 @@ def test_an_impossible_limit_on_the_order_effect_is_refused(values: dict[str, fl
 def test_every_limit_has_a_price_of_its_own_and_goes_on_bit_for_bit() -> None:
     def limits() -> Constraints:
         anchors = KLBudget(0.01, learning_rate=0.5, margin=1.0, averaging=0.0, floor=15.0)
-        return Constraints(KLBudget(0.2, initial=0.5), AnswerMassFloor(0.9, 0.5), anchors, OrderLimit(0.0, 2.0))
+        facts = KLBudget(0.1, learning_rate=0.5, initial=0.1, margin=1.0, averaging=0.0, floor=1.0)
+        return Constraints(KLBudget(0.2, initial=0.5), AnswerMassFloor(0.9, 0.5), anchors, OrderLimit(0.0, 2.0), facts)
 
     ours, other = limits(), limits()
-    assert ours.prices() == Prices(kl=pytest.approx(0.5), anchors=pytest.approx(15.0), unit=1.0)
+    assert ours.prices() == Prices(kl=pytest.approx(0.5), anchors=pytest.approx(15.0), unambiguous=1.0, unit=1.0)
     seen = {"kl": 0.2, "lost_answer_mass": 0.02, "base_answer_mass": 0.1, "anchor_kl": 0.015}
-    seen |= {"order_effect": 0.4, "base_order_effect": 0.3}
+    seen |= {"order_effect": 0.4, "base_order_effect": 0.3, "unambiguous_kl": 0.18}
     ours.update(seen)
     raised = math.exp(0.5 * 0.5)  # half as much again as the limit
     found = ours.prices()
     assert (found.mass, found.order) == (pytest.approx(0.05 / 0.1), pytest.approx(0.2))
-    assert (found.anchors, found.unit) == (pytest.approx(15 * raised), pytest.approx(raised))
+    assert found.anchors == pytest.approx(15 * raised)
+    assert found.unambiguous == found.unit == pytest.approx(math.exp(0.5 * 0.8))  # the one that rose most
     other.load_state_dict(json.loads(json.dumps(ours.state_dict())))
     for each in (ours, other):
         each.update(seen)
     assert other.prices() == ours.prices() != found
-    names = ("kl_coefficient", "mass_coefficient", "anchor_coefficient", "order_coefficient")
-    assert tuple(ours.coefficients()) == names
+    names = ("kl", "mass", "anchor", "order", "unambiguous")
+    assert tuple(ours.coefficients()) == tuple(f"{name}_coefficient" for name in names)
+    del seen["unambiguous_kl"]  # a minibatch without such decisions
+    ours.update(seen)
+    assert ours.prices().unambiguous == pytest.approx(math.exp(2 * 0.5 * 0.8))  # of the two before it
 
 
 # The proximal step

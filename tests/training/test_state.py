@@ -41,6 +41,7 @@ EVERYTHING: dict[str, Any] = {
 def build(estimator: str = "expected", **options: Any) -> SteeringPPO:
     limits: dict[str, Any] = {"kl": KLBudget(0.05, 0.1, 0.2), "mass_floor": AnswerMassFloor(1.0)}
     limits["anchor_limit"] = KLBudget(1e-4, 0.1)
+    limits["unambiguous_limit"] = KLBudget(1e-4, 0.1)
     if estimator in ORDERED:
         limits["order"] = OrderLimit(0.0)
     return make_trainer(estimator=estimator, **{**limits, **EVERYTHING, **options})
