@@ -215,6 +215,10 @@ class DecisionTask:
         fair[free] = self.estimate.update(policy[free].float(), index[free])
         return candidate_rewards(fair, groups[:, : policy.shape[1]], answers, self.reward.abstain)
 
+    def ambiguous(self, indices: Indices) -> Tensor:
+        """(N,) which of N decisions have no right answer."""
+        return self.answers[self.layout.index(indices)] < 0
+
     def pool(self, policy: Tensor, indices: Indices) -> Tensor:
         """(N, K) probabilities of N decisions; where the reward pools, what each question's orders say together."""
         return self.estimate.pool(policy, indices)
@@ -248,7 +252,7 @@ class DecisionTask:
         """
         index = self.layout.index(indices)
         wanted = self.start_wanted()[index][:, : log_policy.shape[1]]
-        free = self.answers[index] < 0
+        free = self.ambiguous(index)
         groups, weight = len(self.target), self.reward.block_weight
         wanted[free] = forgive_blocks(wanted[free], log_policy[free], index[free], self.layout, groups, weight)
         return wanted

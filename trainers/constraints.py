@@ -276,6 +276,20 @@ class Constraints:
         limits["unambiguous"] = self.unambiguous
         return {name: limit for name, limit in limits.items() if limit is not None}
 
+    def require_seen(self, anchors: int, unambiguous: int) -> None:
+        """Refuse a limit on what steps do not look at.
+
+        Args:
+            anchors, unambiguous: anchor texts and unambiguous decisions of a step.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.anchors is not None and not anchors:
+            raise ValueError("there is a limit on anchor texts and none of them in a step, or in the task")
+        if self.unambiguous is not None and not unambiguous:
+            raise ValueError("there is a limit on unambiguous decisions and none of them in a step")
+
     def prices(self) -> Prices:
         """As the dual variables are now."""
         kl, raised = self.kl.coefficient, (_raised(self.anchors), _raised(self.unambiguous))

@@ -76,7 +76,7 @@ class SteeringPPO(PPO):
         kwargs: what PPO takes but for those in ``UNUSED``; ``batch_size`` is the whole batch unless given.
 
     Raises:
-        ValueError: on an unknown estimator, a setting that would have no effect, or fewer decisions than parts.
+        ValueError: on an unknown estimator, a setting or limit without an effect, or fewer decisions than parts.
     """
 
     env: DecisionVecEnv
@@ -114,8 +114,7 @@ class SteeringPPO(PPO):
         self.estimator = estimator
         self.kl = self.constraints.kl
         self.anchors = 0 if self.constraints.anchors is None else min(anchors, len(env.inner.task.anchors))
-        if self.constraints.anchors is not None and not self.anchors:
-            raise ValueError("there is a limit on anchor texts and none of them in a step, or in the task")
+        self.constraints.require_seen(anchors=self.anchors, unambiguous=env.inner.sampler.counts[1])
         self.hard_preference = hard_preference
         self.max_skipped = max_skipped
         self.world = world or World()
@@ -221,7 +220,7 @@ class SteeringPPO(PPO):
         expected = (stated * table).sum(-1)
         self.policy.update_baseline(indices, expected)
         returns = expected if self.estimator in EXACT else table.gather(1, chosen[:, None])[:, 0]
-        ambiguous = self._ambiguous(indices)
+        ambiguous = self.task.ambiguous(indices)
         pooled = None if self.task.reward.pooling == "linear" else stated
         wanted = self.task.wanted(indices, log_policy) if self.estimator == "regression" else None
         told = returns, returns - values, log_probs, anchors, table, pooled, wanted
@@ -307,10 +306,7 @@ class SteeringPPO(PPO):
                 indices = batch.observations.long().view(-1).cpu().numpy()
                 actions = batch.actions.long().view(-1)
                 told = batch.returns, batch.advantages, batch.old_log_prob
-                yield Lesson(indices, self._ambiguous(indices), actions, *told, self.updater.draw_anchors())
-
-    def _ambiguous(self, indices: np.ndarray) -> Tensor:
-        return self.task.answers[torch.as_tensor(indices, device=self.task.answers.device)] < 0
+                yield Lesson(indices, self.task.ambiguous(indices), actions, *told, self.updater.draw_anchors())
 
     def _skip(self, what: str) -> None:
         """Count a step that was skipped.

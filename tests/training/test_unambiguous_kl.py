@@ -56,8 +56,9 @@ def test_it_is_held_by_its_own_price() -> None:
     assert trained(KLBudget(by_itself / 4, learning_rate=0.2)) < by_itself / 3
 
 
-def test_where_there_are_none_nothing_is_measured() -> None:
-    trainer = make_trainer(unambiguous_limit=KLBudget(0.1, initial=0.5))
-    learn(trainer, 2)
-    assert "unambiguous_kl" not in trainer.measured
-    assert trainer.measured["unambiguous_coefficient"] == pytest.approx(0.5)
+def test_a_limit_on_what_no_step_looks_at_is_refused() -> None:
+    assert "unambiguous_kl" not in learn(make_trainer(), 1).measured
+    with pytest.raises(ValueError, match="a limit on unambiguous decisions and none of them in a step"):
+        make_trainer(unambiguous_limit=KLBudget(0.1))
+    with pytest.raises(ValueError, match="a limit on anchor texts and none of them in a step"):
+        make_trainer(anchor_limit=KLBudget(0.1))
