@@ -40,7 +40,7 @@ GONE = {
     "data.test_splits": "the split test is measured; others are by dso evaluate --split",
     "evaluation.training_decisions": "no run used it; selection holds validation's KL to the budget",
     "evaluation.bootstrap": "intervals are of 1000 resamples",
-    "evaluation.validation_stride": "a unit with a dozen contexts and more is asked about in each third of them",
+    "evaluation.validation_stride": "a unit with a dozen contexts and more is asked about in every third of them",
     "evaluation.test_stride": "free-form runs ask the test as they ask validation",
     **dict.fromkeys(
         (

@@ -92,7 +92,7 @@ def trainer_of(case: dict[str, Any], world: World | None = None) -> SteeringPPO:
         "kl": KLBudget(0.05),
         "mass_floor": AnswerMassFloor(1.0, learning_rate=5.0),
         "anchor_limit": KLBudget(1e-5),
-        "unambiguous_limit": KLBudget(1e-5),
+        "unambiguous_limit": KLBudget(1e-3, initial=1.0),
         "order": OrderLimit(0.0) if case.get("orders") else None,
     }
     decisions = in_orders(letters_set()) if case.get("orders") else letters_set()
