@@ -151,6 +151,9 @@ def open_decisions(config: TrainConfig) -> DecisionSet:
     if config.train.unambiguous and all(decision.ambiguous for decision in training):
         reason = f"the split 'train' of {data.set} has no unambiguous decisions; set it to 0"
         raise ConfigError(reason, "train.unambiguous")
+    if config.constraints.unambiguous_kl is not None and all(d.ambiguous for d in decisions.select(split="validation")):
+        reason = f"the split 'validation' of {data.set} has no unambiguous decisions that it could hold; set it to null"
+        raise ConfigError(reason, "constraints.unambiguous_kl")
     preference = config.train.preference
     differences = not config.freeform and preference.estimate == "controlled" and preference.common_weight == 0
     if differences and len({decision.context for decision in training if decision.ambiguous}) == 1:

@@ -110,9 +110,10 @@ def validation_line(row: Validation, better: bool) -> str:
     at = "" if row.scale == 1 else f", turned to {row.scale:.2f}"
     log_odds = "" if row.log_odds is None else f" (log-odds {row.log_odds:.3f})"
     order = "" if row.order_effect is None else f"  order {row.order_effect:.2f}"
+    facts = "" if row.unambiguous_kl is None else f" (unambiguous {row.unambiguous_kl:.3f})"
     neutral = "" if row.neutral_kl is None else f"  neutral KL {row.neutral_kl:.3f}"
     return (
         f"validation at step {row.step}{at}: bias {row.bias:.3f}{log_odds}{order}  "
-        f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}{neutral}  "
+        f"accuracy {row.accuracy:.3f}  KL {row.kl:.3f}{facts}{neutral}  "
         f"answer mass x{row.answer_mass:.2f}{'  kept' if better else ''}"
     )

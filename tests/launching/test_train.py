@@ -121,6 +121,29 @@ def test_the_best_candidate_inside_the_constraints_is_shipped(
     assert point.accuracy.value == best["accuracy"]
 
 
+def test_a_steering_stays_inside_the_limit_on_unambiguous_decisions(tmp_path: Path, model_folder: Path) -> None:
+    def history(limit: float | None) -> tuple[Path, list[dict[str, Any]]]:
+        options = {"train__max_steps": 2, "constraints__unambiguous_kl": limit}
+        folder = train(config_of(tmp_path / str(limit), model_folder, **options), name="x", quiet=True).folder
+        return folder, json.loads((folder / "validation.json").read_text())
+
+    free, rows = history(None)
+    spent = next(row for row in rows if row["step"] == 2)["unambiguous_kl"]  # before it was turned up
+    assert not any("train/unambiguous_coefficient" in row for row in rows_of(free))
+    held, rows = history(spent / 4)
+    kept = min((row for row in rows if row["unambiguous_kl"] <= spent / 4), key=lambda row: row["bias"])
+    assert 0 < kept["scale"] < 1
+    assert kept["unambiguous_kl"] == pytest.approx(spent / 4, rel=0.2)
+    assert kept["kl"] < 0.7 * 0.2  # the other budget is slack
+    first = next(row for row in rows_of(held) if "train/kl" in row)
+    assert first["train/unambiguous_coefficient"] == pytest.approx(1.0)
+    backbone = Backbone.load(str(model_folder), device="cpu")
+    steering = Steering.from_pretrained(held / "steering")
+    data = load_decisions(config_of(tmp_path, model_folder).data.set).select(split="validation")
+    (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
+    assert point.kl_unambiguous == pytest.approx(kept["unambiguous_kl"], rel=1e-3)
+
+
 def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
     tmp_path: Path, model_folder: Path
 ) -> None:
@@ -393,6 +416,9 @@ def test_a_split_without_facts_to_mix_in_is_refused(tmp_path: Path, model_folder
     write_decisions(Path(config.data.set), facts=False)
     result = train(config, name="x", quiet=True)
     assert np.isnan(result.points[0].accuracy.value)
+    held = config.model_copy(update={"constraints": config.constraints.model_copy(update={"unambiguous_kl": 0.1})})
+    with pytest.raises(ConfigError, match="constraints.unambiguous_kl: the split 'validation' of .* set it to null"):
+        open_session(held)
 
 
 def test_one_context_has_nothing_to_learn_where_only_differences_between_contexts_count(
