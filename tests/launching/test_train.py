@@ -136,7 +136,7 @@ def test_a_steering_stays_inside_the_limit_on_unambiguous_decisions(tmp_path: Pa
     assert kept["unambiguous_kl"] == pytest.approx(spent / 4, rel=0.2)
     assert kept["kl"] < 0.7 * 0.2  # the other budget is slack
     first = next(row for row in rows_of(held) if "train/kl" in row)
-    assert first["train/unambiguous_coefficient"] == pytest.approx(1.0)
+    assert first["train/unambiguous_coefficient"] == pytest.approx(0.3)
     backbone = Backbone.load(str(model_folder), device="cpu")
     steering = Steering.from_pretrained(held / "steering")
     data = load_decisions(config_of(tmp_path, model_folder).data.set).select(split="validation")
@@ -363,7 +363,7 @@ def test_each_limit_of_a_config_has_a_dual_variable() -> None:
         assert held(f"train.estimator={estimator}", "constraints.order_increase=0.02").order.increase == 0.02
         assert held(f"train.estimator={estimator}", "constraints.order_increase=null").order is None
     facts = held("constraints.unambiguous_kl=0.4").unambiguous
-    assert (facts.budget, facts.coefficient) == (0.4, pytest.approx(1.0))
+    assert (facts.budget, facts.coefficient) == (0.4, pytest.approx(0.3))
     assert held("constraints.unambiguous_kl=0.4", "train.unambiguous=0").unambiguous is None  # none to be seen
     nothing = ("constraints.anchors=null", "constraints.min_answer_mass=null", "constraints.order_increase=null")
     assert held(*nothing).coefficients() == {"kl_coefficient": 0.5}
