@@ -79,25 +79,24 @@ class Limits:
     unambiguous_kl: float | None = None
     order_increase: float | None = None
 
-    def divergences(self, row: Validation) -> list[tuple[float, float]]:
+    def divergences(self, row: Validation) -> dict[str, tuple[float, float]]:
         """The KLs that were measured and have a limit, each with it."""
-        pairs = (
-            (row.kl, self.kl_budget),
-            (row.neutral_kl, self.neutral_kl),
-            (row.unambiguous_kl, self.unambiguous_kl),
-        )
-        return [(kl, limit) for kl, limit in pairs if kl is not None and limit is not None]
+        pairs = {
+            "KL": (row.kl, self.kl_budget),
+            "neutral KL": (row.neutral_kl, self.neutral_kl),
+            "KL on unambiguous decisions": (row.unambiguous_kl, self.unambiguous_kl),
+        }
+        return {what: (kl, limit) for what, (kl, limit) in pairs.items() if kl is not None and limit is not None}
 
     def broken(self, row: Validation, base: Validation) -> list[str]:
         """The limits that a measurement does not keep; ``base`` is the base model's. What is nan is not held to."""
         order = None
         if base.order_effect is not None and self.order_increase is not None:
             order = base.order_effect + self.order_increase
+        divergences = self.divergences(row).items()
         limits = {
-            f"KL above {self.kl_budget}": _above(row.kl, self.kl_budget),
+            **{f"{what} above {limit}": _above(kl, limit) for what, (kl, limit) in divergences},
             f"answer mass below {self.min_answer_mass} of the base's": row.answer_mass < self.min_answer_mass,
-            f"neutral KL above {self.neutral_kl}": _above(row.neutral_kl, self.neutral_kl),
-            f"KL on unambiguous decisions above {self.unambiguous_kl}": _above(row.unambiguous_kl, self.unambiguous_kl),
             "order effect above the base's": _above(row.order_effect, order),
             "accuracy below the base's": row.accuracy < base.accuracy - self.max_accuracy_loss,
         }
@@ -241,7 +240,8 @@ class Selection(TrainingCallback):
 
         KL grows about as the square of the scale, and what is lost of the answer mass in proportion to it.
         """
-        shares = [math.sqrt(self.CLOSE * limit / kl) for kl, limit in self.limits.divergences(row) if _above(kl, limit)]
+        divergences = self.limits.divergences(row).values()
+        shares = [math.sqrt(self.CLOSE * limit / kl) for kl, limit in divergences if _above(kl, limit)]
         if row.answer_mass < (least := self.limits.min_answer_mass):
             shares.append(self.CLOSE * (1 - least) / (1 - row.answer_mass))
         scale = row.scale * min(shares, default=math.nan)

@@ -272,8 +272,13 @@ class Constraints:
 
     @property
     def _held(self) -> dict[str, KLBudget | FixedKL | AnswerMassFloor | OrderLimit]:
-        limits = {"kl": self.kl, "mass": self.mass_floor, "anchor": self.anchors, "order": self.order}
-        limits["unambiguous"] = self.unambiguous
+        limits = {
+            "kl": self.kl,
+            "mass": self.mass_floor,
+            "anchor": self.anchors,
+            "order": self.order,
+            "unambiguous": self.unambiguous,
+        }
         return {name: limit for name, limit in limits.items() if limit is not None}
 
     def require_seen(self, anchors: int, unambiguous: int) -> None:
@@ -292,14 +297,13 @@ class Constraints:
 
     def prices(self) -> Prices:
         """As the dual variables are now."""
-        kl, raised = self.kl.coefficient, (_raised(self.anchors), _raised(self.unambiguous))
         return Prices(
-            kl=kl,
+            kl=self.kl.coefficient,
             mass=0.0 if self.mass_floor is None else self.mass_floor.price,
-            anchors=0.0 if self.anchors is None else self.anchors.coefficient,
-            order=0.0 if self.order is None else self.order.coefficient,
-            unambiguous=0.0 if self.unambiguous is None else self.unambiguous.coefficient,
-            unit=max(1.0, kl, *raised),
+            anchors=_coefficient(self.anchors),
+            order=_coefficient(self.order),
+            unambiguous=_coefficient(self.unambiguous),
+            unit=max(1.0, self.kl.coefficient, _raised(self.anchors), _raised(self.unambiguous)),
         )
 
     def update(self, measured: Mapping[str, float]) -> None:
@@ -324,6 +328,10 @@ class Constraints:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, limit in self._held.items():
             limit.load_state_dict(state[name])
+
+
+def _coefficient(limit: KLBudget | FixedKL | OrderLimit | None) -> float:
+    return 0.0 if limit is None else limit.coefficient
 
 
 def _raised(limit: KLBudget | FixedKL | None) -> float:

@@ -28,8 +28,7 @@ from launch.estimate.estimate import (
     host_references,
     memory,
 )
-from launch.run.measure import thinned
-from launch.run.session import open_decisions
+from launch.run.session import open_decisions, split_of
 
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of memory of common accelerators
 GB = 1e9
@@ -68,11 +67,10 @@ class Counts:
             return self._kept.get(split)
         return sum(d.split == split and d.kind == kind for d in self.decisions)
 
-    def together(self, split: str, sparely: bool = False) -> int | None:
-        """Decisions of both kinds; ``sparely``: of the ambiguous ones, those that a thinned split asks."""
+    def together(self, split: str) -> int | None:
+        """Decisions of both kinds that a run asks."""
         if self.decisions is not None:
-            asked = self.decisions.select(split=split)
-            return len(thinned(asked) if sparely else asked)
+            return len(split_of(self.config, self.decisions, split))
         most = self._kept.get(split)
         return None if most is None else 2 * most
 
@@ -93,7 +91,7 @@ def dry_run(config: TrainConfig, *, name: str, deepspeed: str | None = None, ran
     architecture = load_architecture(config.model.name, config.model.revision, config.model.dtype)
     learned = coefficients(config, architecture)
     part = batch(config, architecture, counts.training, launch)
-    validated = counts.together("validation", sparely=True)
+    validated = counts.together("validation")
     needed = memory(config, architecture, learned, part, launch, validated)
     tokens = f"{needed.step.tokens} tokens in {part.layout} rows ({part.source})"
     texts = f" and {part.texts} anchor texts" if part.texts else ""
@@ -185,7 +183,7 @@ def _training(config: TrainConfig, counts: Counts, launch: Launch) -> Iterable[t
         measured = train.optimizer.fisher_batches * step
         yield "before it", f"{train.optimizer.fisher_batches} batches to measure steps in KL, {measured:,} decisions"
     times = 1 + math.ceil(train.max_steps / evaluation.eval_steps)
-    validated = counts.together("validation", sparely=True)
+    validated = counts.together("validation")
     yield "validation", f"{times} times {number(validated)} decisions"
     scales = {0.0, *evaluation.scales}
     tested = counts.together("test")

@@ -59,8 +59,8 @@ def _sampling(config: TrainConfig, counts: Counts) -> Iterator[tuple[str, str]]:
         measured = train.optimizer.fisher_batches * config.decisions
         yield "before it", f"{train.optimizer.fisher_batches} batches to measure steps in KL, {measured:,} decisions"
     times = 1 + math.ceil(train.max_steps / evaluation.eval_steps)
-    validated = counts.together("validation", sparely=True)
+    validated = counts.together("validation")
     yield "validation", f"{times} times {number(validated)} decisions x {evaluation.samples} answers"
     scales = {0.0, *evaluation.scales}
-    tested = counts.together("test", sparely=True)
+    tested = counts.together("test")
     yield "test", f"{len(scales)} scales x {number(tested)} decisions x {evaluation.samples} answers"

@@ -73,7 +73,7 @@ class _Search:
 
     def hopeless(self, row: Validation) -> bool:
         """Whether more of it can only be worse."""
-        return any(not kl < HOPELESS * limit for kl, limit in self.limits.divergences(row))
+        return any(not kl < HOPELESS * limit for kl, limit in self.limits.divergences(row).values())
 
 
 def tune(

@@ -100,9 +100,16 @@ def test_what_is_shipped_is_what_was_measured(run: tuple[TrainConfig, Result], m
         assert found.kl == pytest.approx(wanted.kl, abs=1e-6)
 
 
-def test_the_best_candidate_inside_the_constraints_is_shipped(
-    run: tuple[TrainConfig, Result], model_folder: Path
-) -> None:
+def shipped(config: TrainConfig, folder: Path) -> ScalePoint:
+    """The validation split with the steering that a run left."""
+    backbone = Backbone.load(config.model.name, device="cpu")
+    data = load_decisions(config.data.set).select(split="validation")
+    steering = Steering.from_pretrained(folder / "steering")
+    (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
+    return point
+
+
+def test_the_best_candidate_inside_the_constraints_is_shipped(run: tuple[TrainConfig, Result]) -> None:
     config, result = run
     history = json.loads((result.folder / "validation.json").read_text())
     base = history[0]
@@ -112,10 +119,7 @@ def test_the_best_candidate_inside_the_constraints_is_shipped(
     ]  # fmt: skip
     best = min(inside, key=lambda row: row["bias"])
     assert best["step"] > 0
-    backbone = Backbone.load(str(model_folder), device="cpu")
-    data = load_decisions(config.data.set).select(split="validation")
-    steering = Steering.from_pretrained(result.folder / "steering")
-    (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
+    point = shipped(config, result.folder)
     assert point.kl == pytest.approx(best["kl"], abs=1e-6)
     assert point.bias.probability.signed_root == pytest.approx(best["bias"], abs=1e-5)
     assert point.accuracy.value == best["accuracy"]
@@ -137,10 +141,7 @@ def test_a_steering_stays_inside_the_limit_on_unambiguous_decisions(tmp_path: Pa
     assert kept["kl"] < 0.7 * 0.2  # the other budget is slack
     first = next(row for row in rows_of(held) if "train/kl" in row)
     assert first["train/unambiguous_coefficient"] == pytest.approx(0.3)
-    backbone = Backbone.load(str(model_folder), device="cpu")
-    steering = Steering.from_pretrained(held / "steering")
-    data = load_decisions(config_of(tmp_path, model_folder).data.set).select(split="validation")
-    (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
+    point = shipped(config_of(tmp_path, model_folder), held)
     assert point.kl_unambiguous == pytest.approx(kept["unambiguous_kl"], rel=1e-3)
 
 
@@ -163,10 +164,7 @@ def test_where_the_budget_is_too_small_a_steering_turned_down_to_it_is_shipped(
     assert 0 < kept["scale"] < 1
     assert kept["kl"] == pytest.approx(0.7 * budget, rel=0.15)
     assert kept["bias"] < history[0]["bias"]
-    backbone = Backbone.load(str(model_folder), device="cpu")
-    steering = Steering.from_pretrained(result.folder / "steering")
-    data = load_decisions(config.data.set).select(split="validation")
-    (point,) = scale_points(Evaluator(backbone, data, steering.attach(backbone.model)), [1.0], None, 1)
+    point = shipped(config, result.folder)
     assert point.kl == pytest.approx(kept["kl"], rel=1e-3)
     assert point.bias.probability.signed_root == pytest.approx(kept["bias"], abs=1e-5)
 

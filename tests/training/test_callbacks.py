@@ -259,16 +259,12 @@ def test_limits_on_harm_are_kept(limit: dict[str, float], outside: dict[str, flo
         ({"accuracy": 0.5}, None),  # what a smaller scale does to it cannot be reckoned
         ({"kl": math.nan}, None),
         ({"kl": math.inf}, None),
+        ({"kl": 0.2, "neutral_kl": 0.1, "unambiguous_kl": 1.6}, math.sqrt(0.97 / 4)),  # the furthest beyond its limit
     ],
 )
 def test_the_scale_that_would_be_inside(outside: dict[str, float], scale: float | None) -> None:
-    assert selection().turned_down(row(1, **outside)) == (scale if scale is None else pytest.approx(scale))
-
-
-def test_the_scale_that_would_be_inside_keeps_every_kl() -> None:
     chosen = selection(neutral_kl=0.05, unambiguous_kl=0.4)
-    found = chosen.turned_down(row(1, kl=0.2, neutral_kl=0.1, unambiguous_kl=1.6))
-    assert found == pytest.approx(math.sqrt(0.97 / 4))  # the unambiguous decisions' is the furthest beyond
+    assert chosen.turned_down(row(1, **outside)) == (scale if scale is None else pytest.approx(scale))
 
 
 def test_operators_that_stay_outside_are_given_up() -> None:
