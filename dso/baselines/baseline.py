@@ -42,6 +42,7 @@ class Task:
         fair: (N, K) log-probabilities of the policy that is asked for: the base model's without the association on
             ambiguous decisions (:mod:`envs.association`), as it is on the others.
         target: (G,) the fair share of each of ``decisions.groups``.
+        anchors: texts in which every token should stay as likely as it is; what learns is held to them.
         seed: of everything that is drawn.
         seconds: of wall clock that all candidates have together; what takes time should divide it up.
     """
@@ -51,6 +52,7 @@ class Task:
     base: Tensor
     fair: Tensor
     target: tuple[float, ...]
+    anchors: tuple[str, ...] = ()
     seed: int = 0
     seconds: float = 120.0
 

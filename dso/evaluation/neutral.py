@@ -72,8 +72,10 @@ def neutral_texts(path: str | None = None) -> list[str]:
     return _lines(SHIPPED if path is None else as_path(path), "neutral texts")
 
 
-def anchor_texts(path: str) -> list[str]:
+def anchor_texts(path: str | None) -> list[str]:
     """Whole texts that training leaves as likely as they are: of a file, one a line, or ``shipped`` with the package.
+
+    Without a path there are none.
 
     ``\\n`` in a line stands for a line break. None of them is a neutral text, so that those measure what training was
     not told of.
@@ -81,6 +83,8 @@ def anchor_texts(path: str) -> list[str]:
     Raises:
         UserError: if the file cannot be read, or has no text in it.
     """
+    if path is None:
+        return []
     lines = _lines(ANCHORS if path == "shipped" else as_path(path), "anchor texts")
     return [line.replace("\\n", "\n") for line in lines]
 

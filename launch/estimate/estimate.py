@@ -164,8 +164,6 @@ def batch(config: TrainConfig, architecture: Architecture, training: DecisionSet
 
 
 def _anchors(config: TrainConfig, backbone: Backbone | None) -> list[Encoded]:
-    if config.constraints.anchors is None:
-        return []
     texts = anchor_texts(config.constraints.anchors)
     if backbone is None:
         return [_stand_in(n, 1, [math.ceil(len(text) / CHARACTERS)]) for n, text in enumerate(texts)]

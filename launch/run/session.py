@@ -101,7 +101,7 @@ def open_session(config: TrainConfig, world: World | None = None, deepspeed: dic
     decisions = open_decisions(config)
     if config.constraints.neutral_kl is not None:
         neutral_texts(config.constraints.neutral_texts)
-    anchors = [] if config.constraints.anchors is None else anchor_texts(config.constraints.anchors)
+    anchors = anchor_texts(config.constraints.anchors)
     divided = deepspeed if deepspeed and deepspeed["zero_optimization"].get("stage") == 3 else None
     with nullcontext() if divided is None else _dividing(config, divided, world):
         backbone = load_backbone(config, world.device)

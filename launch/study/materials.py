@@ -13,7 +13,7 @@ from torch import Tensor
 from dso.baselines.baseline import Attachable, Task
 from dso.decisions.decision import check_target
 from dso.evaluation.evaluator import Evaluator, Measurement
-from dso.evaluation.neutral import NeutralTexts, neutral_texts
+from dso.evaluation.neutral import NeutralTexts, anchor_texts, neutral_texts
 from dso.evaluation.report import ScalePoint
 from dso.evaluation.study import Point
 from dso.files import write_bytes
@@ -121,6 +121,7 @@ class Materials:
             base=base,
             fair=fair,
             target=target,
+            anchors=tuple(anchor_texts(self.config.constraints.anchors)),
             seed=seed,
             seconds=seconds,
         )

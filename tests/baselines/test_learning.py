@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from fair_task import tiny_task
 from tiny import role
 
 from dso.baselines.baseline import BaselineError
-from dso.baselines.learning import Setting, learn, regression
+from dso.baselines.learning import ANCHORS, Setting, learn, regression
 from dso.decisions.decision import DecisionSet
+from dso.evaluation.neutral import NeutralTexts
 from dso.steering.model import Steering
 
 
@@ -88,6 +90,53 @@ def test_the_prices_by_hand() -> None:
     lost = float((masses[0] - masses[1]).clamp(min=0).sum() / masses[0].sum())
     assert lost > 0
     assert found == pytest.approx(2 * float(after.kl(before.next_token).mean()) + 3 * lost, rel=1e-4)
+
+
+def test_the_price_of_anchor_texts_by_hand() -> None:
+    """One step's loss: nu times the mean KL of two texts, each the mean over its tokens behind the first one."""
+    texts = ("the sea is wide", "a day")
+    task = tiny_task(anchors=texts)
+    steering = Steering.for_model(task.backbone.model, operator="bias")
+    for value in steering.tensors().values():
+        value.data.fill_(-0.1)
+    tokenizer, model, kls = task.backbone.tokenizer, task.backbone.model, []
+    with steering.on(model) as handle:
+        for text in texts:
+            logs = []
+            for scale in (1.0, 0.0):
+                handle.scale = scale
+                with torch.no_grad():
+                    ids = torch.tensor([tokenizer(text)["input_ids"]])
+                    logs.append(model(ids).logits[0, :-1].log_softmax(-1))
+            kls.append(float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()))
+        prices = {"price": 0.0, "mass_price": 0.0, "anchor_price": 5.0}
+        setting = Setting(rate=0.01, seconds=1e-9, **prices)
+        (found,) = learn(task, handle, list(steering.parameters()), lambda policy, rows: policy.sum() * 0, setting)
+    assert min(kls) > 1e-3
+    assert found == pytest.approx(5 * sum(kls) / 2, rel=1e-4)
+
+
+def learned_beside(texts: tuple[str, ...], price: float) -> tuple[float, list[tuple[str, ...]]]:
+    """The KL after some texts in the end, and those of them that each pass read, when they have a price."""
+    task = tiny_task(anchors=texts)
+    passes = Mock(wraps=task.backbone.likelihood)
+    task.backbone.likelihood = passes
+    steering = Steering.for_model(task.backbone.model, operator="scale")
+    with steering.on(task.backbone.model) as handle:
+        setting = Setting(rate=0.02, seconds=20.0, anchor_price=price)
+        learn(task, handle, list(steering.parameters()), regression(task), setting)
+        return NeutralTexts(task.backbone, texts).kl(handle), [tuple(call.args[0]) for call in passes.call_args_list]
+
+
+def test_anchor_texts_are_left_alone(clock) -> None:
+    texts = tuple(f"the sea is {n} miles wide" for n in range(2 * ANCHORS))
+    moved, read = learned_beside(texts, 0.0)
+    kept, again = learned_beside(texts, 200.0)
+    assert 0 < kept < 0.5 * moved
+    assert again == read  # a seed draws the same
+    base, steered = read[::2], read[1::2]
+    assert base == steered and {len(set(drawn)) for drawn in base} == {ANCHORS}
+    assert len(set(base)) > 1
 
 
 def test_learning_needs_ambiguous_decisions_and_finite_losses() -> None:

@@ -85,5 +85,6 @@ def test_anchors_are_whole_texts_that_no_figure_is_measured_on(tmp_path: Path) -
     path = tmp_path / "own.txt"
     path.write_text("One text\\nof two lines\n\nanother\n", encoding="utf-8")
     assert anchor_texts(str(path)) == ["One text\nof two lines", "another"]
+    assert anchor_texts(None) == []
     with pytest.raises(UserError, match="anchor texts cannot be read"):
         anchor_texts(str(tmp_path / "none.txt"))

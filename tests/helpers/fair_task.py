@@ -10,7 +10,7 @@ from dso.decisions.decision import DecisionSet
 from dso.models.backbone import Backbone
 
 
-def tiny_task(decisions: DecisionSet | None = None, seconds: float = 1.0) -> Task:
+def tiny_task(decisions: DecisionSet | None = None, seconds: float = 1.0, anchors: tuple[str, ...] = ()) -> Task:
     """40 decisions of the training split, or the given ones."""
     backbone = Backbone(tiny_llama(), byte_tokenizer(), "tiny")
     decisions = decisions or small_set(("train",))
@@ -19,7 +19,15 @@ def tiny_task(decisions: DecisionSet | None = None, seconds: float = 1.0) -> Tas
     even = torch.full_like(base, 0.5).log()
     free = torch.tensor([d.ambiguous for d in decisions])
     fair = torch.where(free[:, None], even, base)
-    return Task(backbone=backbone, decisions=decisions, base=base, fair=fair, target=(0.5, 0.5), seconds=seconds)
+    return Task(
+        backbone=backbone,
+        decisions=decisions,
+        base=base,
+        fair=fair,
+        target=(0.5, 0.5),
+        anchors=anchors,
+        seconds=seconds,
+    )
 
 
 class Clock:
