@@ -22,6 +22,7 @@ from launch.config.schema import load_config
 from launch.study.arms import ABLATIONS, PUBLISHED, chosen_arms
 from launch.study.folder import StudyFolder
 from launch.study.gathering import limits_in_words
+from launch.study.materials import Materials
 from launch.study.tuning import at_kl, tune
 from trainers.callbacks import Limits, Validation
 
@@ -113,6 +114,17 @@ def study_config(folder: Path, model: Path) -> Path:
     path = folder / "own.yaml"
     path.write_text(json.dumps(values))
     return path
+
+
+def test_what_learns_is_held_to_the_texts_that_ours_is(tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "anchors.txt").write_text("The sea is wide.\nA day has\\nhours.\n")
+    config = str(study_config(tmp_path, model_folder))
+    for override, wanted in (
+        (f"constraints.anchors={tmp_path / 'anchors.txt'}", ("The sea is wide.", "A day has\nhours.")),
+        ("constraints.anchors=null", ()),
+    ):
+        materials = Materials(load_config(config, [override]), tmp_path / "training.safetensors")
+        assert materials.task(0, 1.0).anchors == wanted
 
 
 def compare(config: Path, out: Path, *extra: str, methods: str = "ours,published,caa,random", seeds: str = "0") -> int:
