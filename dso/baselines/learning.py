@@ -34,7 +34,7 @@ AMBIGUOUS, UNAMBIGUOUS = 24, 6  # decisions a step: two blocks of the built-in r
 ANCHORS = 8  # texts a step, where the task has some; `dso train` has twice as many beside 44 decisions
 UNAMBIGUOUS_WEIGHT = 0.1  # as `dso train` has it
 MAX_NORM = 1.0
-SHARE = 0.5  # of a task's seconds that go into training; the others are for trying scales
+SHARE = 0.75  # of a task's seconds that go into training; the others are for trying scales
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(n, k) log pi of the decisions at rows (n,) of a task -> the loss of the batch."""
