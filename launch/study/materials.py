@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dso.baselines.baseline import Attachable, Task
-from dso.decisions.decision import check_target
+from dso.decisions.decision import DecisionSet, check_target
 from dso.evaluation.evaluator import Evaluator, Measurement
 from dso.evaluation.neutral import NeutralTexts, anchor_texts, neutral_texts
 from dso.evaluation.report import ScalePoint
@@ -21,10 +21,11 @@ from dso.rewards import ABSENT
 from envs.task import DecisionTask
 from launch.config.schema import TrainConfig
 from launch.run.constants import RESAMPLES
-from launch.run.measure import scale_point
+from launch.run.measure import scale_point, thinned
 from launch.run.session import load_backbone, open_decisions
 from launch.run.trainer import reward_config
 from launch.run.validation import validation_row
+from launch.study.tuning import Judge
 from trainers.callbacks import Validation
 
 
@@ -49,41 +50,49 @@ class Materials:
         self.backbone = load_backbone(config)
 
     @cached_property
-    def _validation(self) -> Evaluator:
-        return self._evaluator("validation")
-
-    @cached_property
     def _test(self) -> Evaluator:
-        return self._evaluator("test")
+        return self._evaluator(self.asked["test"])
 
-    def _evaluator(self, split: str) -> Evaluator:
-        return Evaluator(self.backbone, self.asked[split], keep_reference=True, progress=self._progress)
+    def _evaluator(self, decisions: DecisionSet) -> Evaluator:
+        return Evaluator(self.backbone, decisions, keep_reference=True, progress=self._progress)
 
     @cached_property
     def _neutral(self) -> NeutralTexts:
         return NeutralTexts(self.backbone, neutral_texts(self.config.constraints.neutral_texts))
 
     @cached_property
-    def base_row(self) -> Validation:
-        """The base model on validation."""
-        return self._row(self._validation.measure(0.0), 0.0)
+    def judge(self) -> Judge:
+        """Validation."""
+        return self._judge(self.asked["validation"])
 
-    def row(self, steering: Attachable, scale: float) -> Validation:
-        """A steering on validation, without intervals."""
-        base = self.base_row  # before anything is on the model
-        handle = steering.attach(self.backbone.model, scale)
-        try:
-            measured = self._validation.settings([(handle, scale)])[0]
-            handle.scale = scale
-            neutral = self._neutral.kl(handle)
-        finally:
-            handle.detach()
-        row = self._row(measured, scale)
-        return replace(row, answer_mass=row.answer_mass / base.answer_mass, neutral_kl=neutral, scale=scale)
+    @cached_property
+    def part(self) -> Judge | None:
+        """Validation thinned as a run's own is, where that is less of it."""
+        asked = thinned(self.asked["validation"])
+        return self._judge(asked) if len(asked) < len(self.asked["validation"]) else None
 
-    def _row(self, measured: Measurement, scale: float) -> Validation:
-        point = scale_point(scale, measured, self._validation.decisions, self.config.data.target, 0)
-        return validation_row(int(scale != 0), point, 1.0)
+    def _judge(self, decisions: DecisionSet) -> Judge:
+        """What measures a steering on some decisions, without intervals."""
+        evaluator = self._evaluator(decisions)
+
+        def row(measured: Measurement, scale: float) -> Validation:
+            point = scale_point(scale, measured, decisions, self.config.data.target, 0)
+            return validation_row(int(scale != 0), point, 1.0)
+
+        base = row(evaluator.measure(0.0), 0.0)
+
+        def measure(steering: Attachable, scale: float) -> Validation:
+            handle = steering.attach(self.backbone.model, scale)
+            try:
+                measured = row(evaluator.settings([(handle, scale)])[0], scale)
+                handle.scale = scale
+                neutral = self._neutral.kl(handle)
+            finally:
+                handle.detach()
+            mass = measured.answer_mass / base.answer_mass
+            return replace(measured, answer_mass=mass, neutral_kl=neutral, scale=scale)
+
+        return Judge(measure, base)
 
     @cached_property
     def base(self) -> Measurement:

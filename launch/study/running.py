@@ -31,7 +31,7 @@ from launch.study.elsewhere import elsewhere
 from launch.study.folder import StudyFolder
 from launch.study.gathering import ELSEWHERE, gather, sampled
 from launch.study.materials import Materials
-from launch.study.tuning import Choice, at_kl, study_limits, tune, within
+from launch.study.tuning import Choice, Judge, at_kl, study_limits, tune, within
 from trainers.state.saved import read_state
 
 DRAWS = 10  # of the null
@@ -196,21 +196,24 @@ class Running:
             return self._measured(choice, seed, seconds, OWN_SCALES if first and kept else (1.0,))
         steering = last_step(folder)
         steering.config = replace(steering.config, scale_range=(0.0, WIDEST))
-        started = time.monotonic()
-        choice = self._choose((Candidate("last step", steering),), LADDER)
-        seconds += time.monotonic() - started
+        choice, tuning = self._choose((Candidate("last step", steering),), LADDER)
+        seconds += tuning
         return self._measured(choice, seed, seconds, _around(choice) if first else (choice.scale,))
 
-    def _choose(self, candidates: Iterable[Candidate], scales: tuple[float, ...]) -> Choice:
-        base = self.materials.base_row  # what all methods are given is not on their clock
-        return tune(candidates, scales, self.materials.row, study_limits(self.config), base, self.seconds)
+    def _choose(
+        self, candidates: Iterable[Candidate], scales: tuple[float, ...], part: Judge | None = None
+    ) -> tuple[Choice, float]:
+        """What validation chooses, and the seconds that it took."""
+        judge = self.materials.judge  # what all methods are given is not on their clock
+        started = time.monotonic()
+        choice = tune(candidates, scales, judge, study_limits(self.config), self.seconds, part=part)
+        return choice, time.monotonic() - started
 
     def _tuned(self, arm: Arm, seed: int, first: bool) -> tuple[Trial, np.ndarray | None]:
         assert arm.baseline is not None
-        task = self.materials.task(seed, self.seconds)
-        started = time.monotonic()
-        choice = self._choose(arm.baseline.propose(task), arm.baseline.scales)
-        seconds, alone = time.monotonic() - started, len(arm.baseline.scales) == 1
+        task, alone = self.materials.task(seed, self.seconds), len(arm.baseline.scales) == 1
+        part = None if alone else self.materials.part
+        choice, seconds = self._choose(arm.baseline.propose(task), arm.baseline.scales, part)
         return self._measured(choice, seed, seconds, _around(choice) if first and not alone else (choice.scale,))
 
     def _random(self, seed: int) -> tuple[Trial, np.ndarray | None]:
@@ -223,12 +226,12 @@ class Running:
         started = time.monotonic()
         if self._matched is None:
             ours = self._ours(seeds[0])
-            self._matched = ours, self.materials.row(ours, 1.0).kl
+            self._matched = ours, self.materials.judge.measure(ours, 1.0).kl
         ours, wanted = self._matched
         drawn = random_like(ours, seed)
         if not wanted > 0:
             raise BaselineError("ours is the base model, so there is no KL to have random directions at")
-        scale = at_kl(lambda scale: self.materials.row(_turned(drawn, scale), 1.0).kl, wanted)
+        scale = at_kl(lambda scale: self.materials.judge.measure(_turned(drawn, scale), 1.0).kl, wanted)
         choice = Choice(Candidate(f"turned to {scale:.2g}", _turned(drawn, scale)), 1.0, True, "", 1)
         return self._measured(choice, seed, time.monotonic() - started, (1.0,))
 

@@ -1,7 +1,9 @@
 """Which candidate of a method, and at which scale: chosen on validation, inside the limits that training keeps too.
 
 Every method has the same decisions, the same limits and the same wall clock. A candidate's scales are tried from the
-lowest on; then those beside the best one, as finely as training turns its operators up.
+lowest on; then those beside the best one, as finely as training turns its operators up. Where validation can be
+thinned, all are tried on a part of it first and the best of them on the whole, which is successive halving in two
+rounds (Jamieson and Talwalkar 2016, arXiv 1502.07943): the same time is enough for twice the candidates.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from dso.baselines.baseline import Attachable, Candidate
 from dso.errors import UserError
@@ -22,6 +25,7 @@ from trainers.callbacks import Limits, Validation
 ACCURACY_LOSS = 0.05
 HOPELESS = 8.0  # times a KL limit at which higher scales are not tried
 STEP = 1.4  # between the scales beside the best
+BEST = 4  # of a part of validation, which are tried on the whole of it
 TRIES, CLOSE = 4, 0.05  # scales that are tried for a KL, and how close to it is close enough
 
 Measure = Callable[[Attachable, float], Validation]
@@ -33,6 +37,19 @@ def study_limits(config: TrainConfig) -> Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Judge:
+    """What candidates are judged on.
+
+    Attributes:
+        measure: (steering, scale) -> what these decisions say.
+        base: what they say of the base model.
+    """
+
+    measure: Measure
+    base: Validation
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """What validation chose.
 
@@ -40,7 +57,7 @@ class Choice:
         candidate: the one; where nothing was inside the limits, the one that came nearest.
         scale: its scale. inside: whether it keeps every limit, and is less biased than the base model.
         why: what keeps it from that; empty if nothing does.
-        tried: candidates x scales that were measured.
+        tried: candidates x scales that were measured, on a part of validation or the whole.
     """
 
     candidate: Candidate
@@ -50,81 +67,108 @@ class Choice:
     tried: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """A candidate at a scale; the lower the rank, the better: how many limits it breaks, bias, KL."""
+
+    rank: tuple[float, float, float]
+    candidate: Candidate
+    scale: float
+    broken: list[str]
+
+
 @dataclass(slots=True)
 class _Search:
-    measure: Measure
+    judge: Judge
     limits: Limits
-    base: Validation
-    best: tuple[tuple[float, ...], Candidate, float, list[str]] | None = None
-    tried: int = 0
+    tried: list[_Tried] = field(default_factory=list)
 
-    def look(self, candidate: Candidate, scale: float) -> Validation:
-        """Measure one, and keep it if it is the best."""
-        row = self.measure(candidate.steering, scale)
-        self.tried += 1
-        broken = self.limits.broken(row, self.base)
-        if not broken and not row.bias < self.base.bias:
+    def look(self, candidate: Candidate, scale: float) -> bool:
+        """Measure one; whether more of it can only be worse."""
+        row = self.judge.measure(candidate.steering, scale)
+        broken = self.limits.broken(row, self.judge.base)
+        if not broken and not row.bias < self.judge.base.bias:
             broken = ["no less biased than the base model"]
         bias = math.inf if math.isnan(row.bias) else row.bias
-        rank = (float(len(broken)), bias, row.kl)
-        if self.best is None or rank < self.best[0]:
-            self.best = (rank, candidate, scale, broken)
-        return row
-
-    def hopeless(self, row: Validation) -> bool:
-        """Whether more of it can only be worse."""
+        self.tried.append(_Tried((float(len(broken)), bias, row.kl), candidate, scale, broken))
         return any(not kl < HOPELESS * limit for kl, limit in self.limits.divergences(row).values())
+
+    def ranked(self) -> list[_Tried]:
+        """The best first; of equals the one that was tried first."""
+        return sorted(self.tried, key=lambda tried: tried.rank)
 
 
 def tune(
     candidates: Iterable[Candidate],
     scales: tuple[float, ...],
-    measure: Measure,
+    judge: Judge,
     limits: Limits,
-    base: Validation,
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
+    part: Judge | None = None,
 ) -> Choice:
     """The least biased candidate and scale inside the limits, of as many as there is time for; at least one is tried.
 
     Args:
         candidates: the most promising first.
         scales: of each, rising; one alone is a method without a strength.
-        measure: (steering, scale) -> what validation says.
-        limits, base: see :meth:`trainers.callbacks.Limits.broken`.
+        judge: what chooses.
+        limits: see :meth:`trainers.callbacks.Limits.broken`.
         seconds: of wall clock, the making of the candidates among it.
+        part: what chooses those that ``judge`` is shown, in half of the time that is left when the first candidate is
+            there; None shows it all of them.
 
     Raises:
         UserError: if there are no candidates.
     """
-    search, end = _Search(measure, limits, base), clock() + seconds
-    for candidate in candidates:
-        for scale in within(candidate.steering, scales):
-            row = search.look(candidate, scale)
-            if search.hopeless(row) or clock() >= end:
-                break
-        if clock() >= end:
-            break
-    if search.best is None:
+    end = clock() + seconds
+    coming = iter(candidates)
+    first = next(coming, None)
+    if first is None:
         raise UserError("the method proposed no candidate")
+    every = chain((first,), coming)
+    search = _Search(judge, limits)
+    sieve = search if part is None else _Search(part, limits)
+    if part is None:
+        _try_all(search, every, scales, lambda: clock() >= end)
+    else:
+        half = (clock() + end) / 2
+        _try_all(sieve, every, scales, lambda: clock() >= half)
+        for tried in sieve.ranked()[:BEST]:
+            search.look(tried.candidate, tried.scale)
+            if clock() >= end:
+                break
     if len(scales) > 1:
         _refine(search, lambda: clock() >= end)
-    _, candidate, scale, broken = search.best
-    return Choice(candidate, scale, not broken, "; ".join(broken), search.tried)
+    best = search.ranked()[0]
+    measured = {(id(tried.candidate), round(tried.scale, 6)) for tried in (*sieve.tried, *search.tried)}
+    return Choice(best.candidate, best.scale, not best.broken, "; ".join(best.broken), len(measured))
+
+
+def _try_all(
+    search: _Search, candidates: Iterable[Candidate], scales: tuple[float, ...], over: Callable[[], bool]
+) -> None:
+    """Each candidate's scales, up to one beyond which more can only be worse, as long as there is time."""
+    for candidate in candidates:
+        for scale in within(candidate.steering, scales):
+            if search.look(candidate, scale) or over():
+                break
+        if over():
+            return
 
 
 def _refine(search: _Search, over: Callable[[], bool]) -> None:
     """Try the scales on either side of the best, as long as that makes it better."""
     tried = set()
-    while search.best is not None and not over():
-        _, candidate, scale, _ = search.best
-        beside = [near for near in (scale * STEP, scale / STEP) if round(near, 4) not in tried]
-        for near in within(candidate.steering, tuple(beside)):
+    while not over():
+        best = search.ranked()[0]
+        beside = [near for near in (best.scale * STEP, best.scale / STEP) if round(near, 4) not in tried]
+        for near in within(best.candidate.steering, tuple(beside)):
             tried.add(round(near, 4))
-            search.look(candidate, near)
+            search.look(best.candidate, near)
             if over():
                 return
-        if search.best[2] == scale:
+        if search.ranked()[0].scale == best.scale:
             return
 
 

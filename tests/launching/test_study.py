@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from launch.study.arms import ABLATIONS, PUBLISHED, chosen_arms
 from launch.study.folder import StudyFolder
 from launch.study.gathering import limits_in_words
 from launch.study.materials import Materials
-from launch.study.tuning import at_kl, tune
+from launch.study.tuning import Judge, at_kl, tune
 from trainers.callbacks import Limits, Validation
 
 BASE = Validation(step=0, bias=0.4, accuracy=0.8, kl=0.0, answer_mass=1.0, order_effect=0.3, neutral_kl=0.0)
@@ -32,7 +33,7 @@ TWO = (Candidate("weak", SimpleNamespace()), Candidate("strong", SimpleNamespace
 
 
 def chosen(measure: Any, scales: tuple[float, ...] = (1.0, 2.0), seconds: float = 1e9, **options: Any) -> Any:
-    return tune(TWO, scales, measure, LIMITS, BASE, seconds, **options)
+    return tune(TWO, scales, Judge(measure, BASE), LIMITS, seconds, **options)
 
 
 def row(bias: float, kl: float = 0.0, **others: float) -> Validation:
@@ -82,7 +83,65 @@ def test_scales_beyond_hope_are_not_measured_and_time_ends_the_search() -> None:
 def test_a_method_without_a_strength_is_tried_at_one_scale() -> None:
     assert chosen(lambda _, scale: row(0.3), scales=(1.0,)).tried == 2
     with pytest.raises(UserError, match="proposed no candidate"):
-        tune((), (1.0,), lambda *_: row(0.1), LIMITS, BASE, 1.0)
+        tune((), (1.0,), Judge(lambda *_: row(0.1), BASE), LIMITS, 1.0)
+
+
+class Asked:
+    """A judge that remembers what it was asked; ``bias`` of a candidate's place and a scale."""
+
+    def __init__(self, bias: Callable[[int, float], float], base: Validation = BASE):
+        self.looks: list[tuple[int, float]] = []
+        self.judge = Judge(self.measure, base)
+        self._bias = bias
+
+    def measure(self, steering: Any, scale: float) -> Validation:
+        self.looks.append((steering.place, scale))
+        return row(self._bias(steering.place, scale))
+
+
+def many(count: int) -> list[Candidate]:
+    return [Candidate(f"layer {n}", SimpleNamespace(place=n)) for n in range(count)]
+
+
+def test_a_part_of_validation_chooses_what_the_whole_is_asked_of() -> None:
+    """The part likes late candidates and high scales; the whole, of the four best of these, candidate 8 at 1 most."""
+    part = Asked(lambda place, scale: 0.3 - 0.01 * place - 0.001 * scale)
+    whole = Asked(lambda place, scale: 0.1 if (place, scale) == (8, 1.0) else 0.2 + 0.001 * place)
+    found = tune(many(10), (1.0, 2.0), whole.judge, LIMITS, 1e9, part=part.judge)
+    assert part.looks == [(place, scale) for place in range(10) for scale in (1.0, 2.0)]
+    assert whole.looks[:4] == [(9, 2.0), (9, 1.0), (8, 2.0), (8, 1.0)]
+    assert whole.looks[4:] == [(8, 1.4), (8, pytest.approx(1 / 1.4))]  # beside the best, on the whole
+    assert (found.candidate.label, found.scale, found.tried) == ("layer 8", 1.0, 22)
+
+
+def test_each_judge_holds_a_candidate_against_its_own_base_model() -> None:
+    """On the part nothing is less biased than the base model, so its least biased goes on to the whole."""
+    part = Asked(lambda place, scale: 0.3 - 0.1 * place, replace(BASE, bias=0.1))
+    whole = Asked(lambda place, scale: 0.3)
+    found = tune(many(2), (1.0, 2.0), whole.judge, LIMITS, 1e9, part=part.judge)
+    assert found.inside and whole.looks[0] == (1, 1.0)
+
+
+def test_a_part_has_half_of_the_time_that_making_the_first_candidate_left() -> None:
+    """A look takes 1 second, making a candidate 10: of 30, 10 are left to the part; it sees the first one alone."""
+    now = [0.0]
+
+    def made() -> Iterator[Candidate]:
+        for candidate in many(3):
+            now[0] += 10.0
+            yield candidate
+
+    def slow(judge: Judge) -> Judge:
+        def measure(steering: Any, scale: float) -> Validation:
+            now[0] += 1.0
+            return judge.measure(steering, scale)
+
+        return Judge(measure, judge.base)
+
+    part, whole = Asked(lambda *_: 0.3), Asked(lambda *_: 0.3)
+    tune(made(), (1.0, 2.0), slow(whole.judge), LIMITS, 30.0, lambda: now[0], slow(part.judge))
+    assert part.looks == [(0, 1.0), (0, 2.0), (1, 1.0)]  # the second was in the making when the part's time was over
+    assert len(whole.looks) > 3 and now[0] <= 30.0
 
 
 def test_a_scale_is_found_for_a_kl() -> None:
