@@ -75,10 +75,8 @@ def neutral_texts(path: str | None = None) -> list[str]:
 def anchor_texts(path: str | None) -> list[str]:
     """Whole texts that training leaves as likely as they are: of a file, one a line, or ``shipped`` with the package.
 
-    Without a path there are none.
-
-    ``\\n`` in a line stands for a line break. None of them is a neutral text, so that those measure what training was
-    not told of.
+    Without a path there are none. ``\\n`` in a line stands for a line break. None of them is a neutral text, so that
+    those measure what training was not told of.
 
     Raises:
         UserError: if the file cannot be read, or has no text in it.

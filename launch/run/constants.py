@@ -22,9 +22,7 @@ LEAST_MASS = 0.9  # share of the base's answer mass that a steering keeps on val
 RESAMPLES = 1000  # of an interval
 ANCHORS = 16  # anchor texts a step, where the config has some
 ANCHOR_PRICE = 15.0  # of a nat in them, at least: a gentle step costs 1e-4, and is turned up to about forty times that
-UNAMBIGUOUS_PRICE = (
-    0.3  # of a nat on unambiguous decisions, at least, where they have a limit: more takes what accuracy gains
-)
+UNAMBIGUOUS_PRICE = 0.3  # of a nat on unambiguous decisions under a limit, at least: more takes what accuracy gains
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -126,14 +126,10 @@ def tune(
     first = next(coming, None)
     if first is None:
         raise UserError("the method proposed no candidate")
-    every = chain((first,), coming)
     search = _Search(judge, limits)
-    sieve = search if part is None else _Search(part, limits)
-    if part is None:
-        _try_all(search, every, scales, lambda: clock() >= end)
-    else:
-        half = (clock() + end) / 2
-        _try_all(sieve, every, scales, lambda: clock() >= half)
+    sieve, until = (search, end) if part is None else (_Search(part, limits), (clock() + end) / 2)
+    _try_all(sieve, chain((first,), coming), scales, lambda: clock() >= until)
+    if sieve is not search:
         for tried in sieve.ranked()[:BEST]:
             search.look(tried.candidate, tried.scale)
             if clock() >= end:

@@ -17,9 +17,13 @@ from small_runs import write_decisions
 
 from dso.baselines.baseline import Candidate
 from dso.errors import UserError
+from dso.evaluation.bias import bias_report
+from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.study import read_study
+from dso.steering.model import Steering
 from launch.commands.compare import run
 from launch.config.schema import load_config
+from launch.run.measure import thinned
 from launch.study.arms import ABLATIONS, PUBLISHED, chosen_arms
 from launch.study.folder import StudyFolder
 from launch.study.gathering import limits_in_words
@@ -123,7 +127,7 @@ def test_each_judge_holds_a_candidate_against_its_own_base_model() -> None:
 
 
 def test_a_part_has_half_of_the_time_that_making_the_first_candidate_left() -> None:
-    """A look takes 1 second, making a candidate 10: of 30, 10 are left to the part; it sees the first one alone."""
+    """A look takes 1 second, making a candidate 10: of 30, 10 are left to the part, and over as the second is made."""
     now = [0.0]
 
     def made() -> Iterator[Candidate]:
@@ -184,6 +188,24 @@ def test_what_learns_is_held_to_the_texts_that_ours_is(tmp_path: Path, model_fol
     ):
         materials = Materials(load_config(config, [override]), tmp_path / "training.safetensors")
         assert materials.task(0, 1.0).anchors == wanted
+
+
+def test_a_part_is_validation_thinned_where_that_is_less(tmp_path: Path, model_folder: Path) -> None:
+    """Each is held against what its own decisions say of the base model; few contexts a unit are not thinned."""
+    config, cache = str(study_config(tmp_path, model_folder)), tmp_path / "training.safetensors"
+    few = Materials(load_config(config, []), cache)
+    assert few.part is None
+    options = "{train_blocks: 1, units: {validation: 3, test: 1}, unambiguous: {validation: 2, test: 1}}"
+    many = Materials(load_config(config, ["data.set=roles", f"data.options={options}"]), cache)
+    assert many.part is not None
+    asked = [many.asked["validation"], thinned(many.asked["validation"])]
+    assert len(asked[1]) < len(asked[0]) and many.part.base.bias != many.judge.base.bias
+    untrained = Steering.for_model(many.backbone.model, operator="scale")
+    for judge, decisions in zip((many.judge, many.part), asked, strict=True):
+        policy = Evaluator(many.backbone, decisions).measure(0.0).policy
+        assert judge.base.bias == pytest.approx(bias_report(policy, decisions, bootstrap=0).probability.signed_root)
+        found = judge.measure(untrained, 1.0)
+        assert (found.bias, found.kl, found.answer_mass) == pytest.approx((judge.base.bias, 0.0, 1.0), abs=1e-6)
 
 
 def compare(config: Path, out: Path, *extra: str, methods: str = "ours,published,caa,random", seeds: str = "0") -> int:
