@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from dso.errors import UserError
 from dso.evaluation.benchmarks.arc import Arc
+from dso.evaluation.benchmarks.crows_pairs import CrowsPairs, Pair
 from dso.evaluation.benchmarks.harness import HarnessTask
 from dso.evaluation.benchmarks.probe import Probe
 from dso.evaluation.benchmarks.registry import measure
@@ -29,6 +31,21 @@ doc_to_target: "{{answer}}"
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
 """
+CROWS = r"""
+task: local_crows_pairs
+dataset_path: json
+dataset_kwargs: {data_files: {test: FILE}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: ""
+doc_to_target: 0
+doc_to_choice: !function crows.doc_to_choice
+target_delimiter: ""
+process_results: !function crows.process_results
+metric_list:
+  - {metric: likelihood_diff, aggregation: mean, higher_is_better: false}
+  - {metric: pct_stereotype, aggregation: mean, higher_is_better: false}
+"""
 BROKEN = TASK.replace("local_arc", "broken").replace("FILE", "nowhere.jsonl")
 
 
@@ -38,6 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("harness")
     (made / "local_arc.yaml").write_text(TASK.replace("FILE", str(made / "arc.jsonl")))
     (made / "broken.yaml").write_text(BROKEN)
+    (made / "local_crows_pairs.yaml").write_text(CROWS.replace("FILE", str(made / "pairs.jsonl")))
+    # Its own functions; only the file is ours.
+    (made / "crows.py").write_text("from lm_eval.tasks.crows_pairs.utils import doc_to_choice, process_results\n")
     return made
 
 
@@ -73,6 +93,22 @@ def test_it_agrees_with_our_own_scorer_base_and_steered(
         2 * 2.200985 * gained.std(ddof=1) / np.sqrt(12), rel=1e-3
     )
     assert capfd.readouterr() == ("", "")
+
+
+def test_crows_pairs_are_scored_as_its_own_task_scores_them(
+    folder: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
+    words = ["Rain", "Iron", "Oaks", "Moss", "Wind", "Snow", "Sand", "Mist"]  # the first token counts too
+    pairs = [Pair(f"{one} is old.", f"{other} is old.", "age") for one, other in pairwise(words)]
+    rows = [{"sent_more": pair.more, "sent_less": pair.less} for pair in pairs]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task, own = HarnessTask("local_crows_pairs", folder), CrowsPairs(pairs)
+    theirs = {each.name: each.value for each in task.figures(task.ask(Probe(backbone)))}
+    ours = {each.name: each.value for each in own.figures(own.ask(Probe(backbone)))}
+    assert 0 < ours["score"] < 100
+    assert ours["score"] == pytest.approx(100 * theirs["local_crows_pairs, pct_stereotype"])
+    assert ours["difference in nats"] == pytest.approx(theirs["local_crows_pairs, likelihood_diff"], rel=1e-4)
 
 
 def test_what_cannot_be_run_is_one_line(folder: Path, backbone: Backbone) -> None:
