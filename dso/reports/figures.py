@@ -29,6 +29,7 @@ PANEL = 3.6  # inches, of a plot without its legend
 TALLEST = 20.0  # inches, while it is not known what a legend needs
 LEGEND = 34  # characters of a line of it
 SMALL = 3  # plots beside each other
+BEYOND = 5  # an axis of KL ends at so many times the largest KL that validation chose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,11 @@ def _pareto_panel(
         if digest.figures:
             _chosen(axes, digest.figures[cost], digest.figures[bias], look)
     axes.plot([start], [base[bias].value], "*", color="black", ms=13, zorder=6, label="Base model")
+    chosen = [digest.figures[cost].value for digest in digests if digest.figures and digest.method.kind != "null"]
+    end = BEYOND * max((value for value in chosen if not math.isnan(value)), default=0.0)
+    if cost != "accuracy" and 0 < end < axes.get_xlim()[1]:  # a curve that explodes would press all others flat
+        axes.set_xlim(-0.05 * end, end)
+        axes.set_xlabel(f"{FIGURES[cost].title} in nats (less is better), up to {end:.2g}")
 
 
 def _chosen(axes: Axes, x: Estimate, y: Estimate, look: Look) -> None:

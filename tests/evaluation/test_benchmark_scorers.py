@@ -33,7 +33,6 @@ from dso.evaluation.benchmarks.winogenerated import load as load_winogenerated
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 
-
 WORD2VEC = Path(__file__).with_name("word2vec.json")
 
 

@@ -153,6 +153,22 @@ def test_a_legend_of_many_methods_takes_nothing_from_the_plot(count: int) -> Non
     assert all(2.4 < axes.get_position().height * figure.get_figheight() < 3.4 for axes in figure.axes)
 
 
+def test_a_curve_that_explodes_does_not_press_the_others_flat() -> None:
+    made = study()
+    chosen = [d.figures["neutral_kl"].value for d in digests(made) if d.figures and d.method.kind != "null"]
+    caa = next(method for method in made.methods if method.name == "caa")
+    *points, last = caa.trials[0].points
+    assert caa.trials[0].chosen != last.result.scale
+    far = replace(caa.trials[0], points=(*points, replace(last, neutral_kl=50.0)))
+    methods = [replace(m, trials=(far, *m.trials[1:])) if m is caa else m for m in made.methods]
+    before, after = (
+        pareto(each, digests(each), "bias").axes[0] for each in (made, replace(made, methods=tuple(methods)))
+    )
+    assert before.get_xlim()[1] < 5 * max(chosen) and "up to" not in before.get_xlabel()
+    assert after.get_xlim()[1] == pytest.approx(5 * max(chosen))
+    assert after.get_xlabel().endswith(f"up to {5 * max(chosen):.2g}")
+
+
 def bare() -> Study:
     """As little as a study can have: one method that failed."""
     made = study()
