@@ -131,11 +131,17 @@ def _pareto_panel(
         if digest.figures:
             _chosen(axes, digest.figures[cost], digest.figures[bias], look)
     axes.plot([start], [base[bias].value], "*", color="black", ms=13, zorder=6, label="Base model")
-    chosen = [digest.figures[cost].value for digest in digests if digest.figures and digest.method.kind != "null"]
+    if cost != "accuracy":
+        shown = [digest for digest in digests if digest.figures and digest.method.kind != "null"]
+        _end(axes, [digest.figures[cost].value for digest in shown])
+
+
+def _end(axes: Axes, chosen: Sequence[float]) -> None:
+    """Ends an axis of KL near what validation chose, as a curve that explodes would press all others flat."""
     end = BEYOND * max((value for value in chosen if not math.isnan(value)), default=0.0)
-    if cost != "accuracy" and 0 < end < axes.get_xlim()[1]:  # a curve that explodes would press all others flat
+    if 0 < end < axes.get_xlim()[1]:
         axes.set_xlim(-0.05 * end, end)
-        axes.set_xlabel(f"{FIGURES[cost].title} in nats (less is better), up to {end:.2g}")
+        axes.set_xlabel(f"{axes.get_xlabel()}, up to {end:.2g}")
 
 
 def _chosen(axes: Axes, x: Estimate, y: Estimate, look: Look) -> None:

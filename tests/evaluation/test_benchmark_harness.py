@@ -19,24 +19,26 @@ from dso.evaluation.benchmarks.registry import measure
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 
-TASK = r"""
-task: local_arc
+LOCAL = """\
 dataset_path: json
 dataset_kwargs: {data_files: {test: FILE}}
 test_split: test
-output_type: multiple_choice
+output_type: multiple_choice"""
+TASK = (
+    LOCAL
+    + r"""
+task: local_arc
 doc_to_text: "Question: {{question}}\nAnswer:"
 doc_to_choice: "{{options}}"
 doc_to_target: "{{answer}}"
 metric_list:
   - {metric: acc, aggregation: mean, higher_is_better: true}
 """
-CROWS = r"""
+)
+CROWS = (
+    LOCAL
+    + r"""
 task: local_crows_pairs
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: multiple_choice
 doc_to_text: ""
 doc_to_target: 0
 doc_to_choice: !function crows.doc_to_choice
@@ -46,6 +48,7 @@ metric_list:
   - {metric: likelihood_diff, aggregation: mean, higher_is_better: false}
   - {metric: pct_stereotype, aggregation: mean, higher_is_better: false}
 """
+)
 BROKEN = TASK.replace("local_arc", "broken").replace("FILE", "nowhere.jsonl")
 
 
