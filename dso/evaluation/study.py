@@ -203,6 +203,8 @@ def read_study(path: str | Path) -> Study:
     place = as_path(path)
     try:
         return Study.from_json(json.loads(place.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{place}: is not there; name the folder that dso compare wrote, or its study.json") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{place}: the study cannot be read: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

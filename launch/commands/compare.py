@@ -21,7 +21,7 @@ from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.report import compared_json, comparison_table
 from dso.files import as_path, write_text
 from dso.steering.model import Steering
-from launch.commands.common import load_backbone, numbers, open_split, pairs, quieten, run_name, scale_of
+from launch.commands.common import load_backbone, open_split, pairs, quieten, run_name, scale_of
 
 OF_PAIRS: dict[str, object] = {
     "model": None,
@@ -55,7 +55,7 @@ def _study(source: str, overrides: list[str], arguments: argparse.Namespace) -> 
         if getattr(arguments, option) != default:
             raise UserError(f"--{option} is of two steerings; a study has its model and decisions from the config")
     arms = chosen_arms(arguments.methods.split(","))
-    seeds = [int(number) for number in numbers(arguments.seeds, "--seeds")]
+    seeds = _seeds(arguments.seeds)
     options, seconds = pairs(arguments.option, "--option"), arguments.seconds
     config = measured_config(source, overrides, options)
     place = arguments.out or Path(config.run.output_dir) / f"{config.run.run_name or run_name(source)}-compare"
@@ -69,6 +69,14 @@ def _study(source: str, overrides: list[str], arguments: argparse.Namespace) -> 
     words = ["dso", "compare", source, *overrides, *asked, "--methods", arguments.methods, "--seeds", arguments.seeds]
     print(running.write(shlex.join([*words, "--seconds", f"{seconds:g}"])))
     return 0
+
+
+def _seeds(text: str) -> list[int]:
+    """Comma-separated seeds, each once."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"--seeds {text!r}: expected comma-separated whole numbers, as in 0,1,2")
+    return list(dict.fromkeys(int(part) for part in parts))
 
 
 def _pair(one: str, two: str, arguments: argparse.Namespace) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from dso.decisions.decision import DecisionSet
 from dso.errors import UserError
 from dso.exports.merge import Merging
+from dso.files import as_path
 from dso.models.backbone import Backbone
 from dso.steering.model import Steering
 from launch.commands.common import open_split, quieten
@@ -62,7 +62,7 @@ def _decisions(arguments: argparse.Namespace) -> DecisionSet | None:
     """Those that are named, or else the test split of the run that the steering is the result of."""
     if arguments.decisions:
         return open_split(arguments.decisions, arguments)
-    config = Path(arguments.steering).parent / "config.yaml"
+    config = as_path(arguments.steering).parent / "config.yaml"
     if not config.is_file():
         return None
     from launch.config.schema import load_config

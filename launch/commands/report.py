@@ -6,7 +6,6 @@ import argparse
 import shlex
 import sys
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from dso.errors import UserError
 from dso.evaluation.audit import audit
 from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.study import read_study
+from dso.files import as_path
 from dso.reports.page import RECORD, write_audit, write_report
 from dso.steering.model import Steering
 from launch.commands.common import load_backbone, open_split, quieten, scale_of
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("name a study, or a steering with --audit")
     if arguments.audit is not None:
         return _audit(arguments)
-    place = Path(arguments.study)
+    place = as_path(arguments.study)
     file = place / RECORD if place.is_dir() else place
     print(write_report(read_study(file), arguments.out or file.parent))
     return 0

@@ -272,9 +272,12 @@ def test_the_command_says_what_leaving_out_costs_and_stops_unless_told(place: Pa
     assert " ".join(words).count("without the offset at model.norm") == 1
 
 
-def test_what_leaving_out_costs_is_measured_on_the_runs_own_test_split(place: Path, tmp_path: Path) -> None:
+def test_what_leaving_out_costs_is_measured_on_the_runs_own_test_split(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_config(tmp_path, place / "base", data__set=str(place / "set.jsonl")).rename(tmp_path / "config.yaml")
-    command = ["merge", str(tmp_path / "steering"), "--out", str(tmp_path / "out")]
-    found = _decisions(build_parser().parse_args(command))
-    assert found is not None and {decision.split for decision in found} == {"test"} and len(found) == 40
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for steering in (str(tmp_path / "steering"), "~/steering"):
+        found = _decisions(build_parser().parse_args(["merge", steering, "--out", str(tmp_path / "out")]))
+        assert found is not None and {decision.split for decision in found} == {"test"} and len(found) == 40
     assert _decisions(build_parser().parse_args(["merge", str(place / "scale"), "--out", "x"])) is None

@@ -175,7 +175,9 @@ def bare() -> Study:
     return Study(about={}, base=made.base, methods=(replace(made.methods[0], trials=(), failed="out of memory"),))
 
 
-def test_the_command_draws_a_study_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_draws_a_study_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bare().write(tmp_path / "study.json")
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "again")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "again" / "report.html")
@@ -183,6 +185,14 @@ def test_the_command_draws_a_study_again(tmp_path: Path, capsys: pytest.CaptureF
     assert "failed: out of memory" in text
     assert main(["report", str(tmp_path / "study.json")]) == 0
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == text  # the same study, the same page
+    (tmp_path / "report.html").unlink()
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert main(["report", f"~/{tmp_path.name}"]) == 0
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == text
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "nothing")]) == 2
+    told = f"dso: {tmp_path / 'nothing'}: is not there; name the folder that dso compare wrote, or its study.json\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": 2}', "[1]"])
