@@ -29,6 +29,26 @@ def as_path(path: str | Path) -> Path:
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
+def check_writable(*paths: str | Path | None) -> None:
+    """That files can be written, asked before the work that fills them; None is a file that nobody wants.
+
+    Raises:
+        OSError: what writing the first of those that cannot be would end with, as far as the folder above it tells.
+    """
+    for path in paths:
+        place = as_path(path or os.devnull)
+        above = next(folder for folder in place.parents if folder.exists())
+        reason = None
+        if not above.is_dir():
+            reason = errno.ENOTDIR
+        elif place.is_dir():
+            reason = errno.EISDIR
+        elif (not place.exists() or place.is_file()) and not os.access(above, os.W_OK | os.X_OK):
+            reason = errno.EACCES
+        if reason is not None:
+            raise OSError(reason, os.strerror(reason), str(place))
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write ``data`` to ``path`` at once: after an error the old content stands and nothing else is left.
 

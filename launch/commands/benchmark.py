@@ -21,7 +21,7 @@ from dso.evaluation.benchmarks.report import figures_json, figures_table
 from dso.evaluation.benchmarks.task import MissingData, Task
 from dso.evaluation.card import with_section
 from dso.evaluation.spillover import Spillover, spillover, steered_attributes
-from dso.files import as_path, write_text
+from dso.files import as_path, check_writable, write_text
 from dso.steering.model import Steering
 from launch.commands.common import load_backbone, quieten, scale_of
 from launch.exits import EXIT_INPUT, EXIT_PARTLY
@@ -31,6 +31,7 @@ CARD = "README.md"
 
 def run(arguments: argparse.Namespace) -> int:
     """``dso benchmark``."""
+    check_writable(arguments.json)
     bare = arguments.steering == "none"
     spills = arguments.spillover or arguments.write_card
     if bare and spills:

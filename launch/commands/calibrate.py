@@ -9,7 +9,6 @@ import argparse
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
@@ -21,7 +20,9 @@ from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.intervals import UNMEASURED, Estimate, mean_estimate
 from dso.evaluation.neutral import NeutralTexts, neutral_texts
 from dso.evaluation.report import MISSING, decimal_text, fixed_rows, interval_text
+from dso.files import as_path, check_writable
 from dso.models.backbone import Backbone
+from dso.steering.checkpoint import CONFIG_FILE
 from dso.steering.handle import Handle
 from dso.steering.model import Steering
 from launch.commands.common import load_backbone, open_split, quieten
@@ -35,10 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     """``dso calibrate``."""
     limits = _limits(arguments)
     place = arguments.out or arguments.steering
-    if arguments.out is None and not Path(arguments.steering).expanduser().is_dir():
+    if arguments.out is None and not as_path(place).is_dir():
         raise UserError(
             f"{arguments.steering}: is no folder, so the scale cannot be written there; name one with --out"
         )
+    check_writable(as_path(place) / CONFIG_FILE)
     data = open_split(arguments.set, arguments)
     data.select(kind="ambiguous")
     if limits.accuracy_loss is not None:

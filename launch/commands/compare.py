@@ -19,7 +19,7 @@ from dso.errors import UserError
 from dso.evaluation.comparison import compare
 from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.report import compared_json, comparison_table
-from dso.files import as_path, write_text
+from dso.files import as_path, check_writable, write_text
 from dso.steering.model import Steering
 from launch.commands.common import load_backbone, open_split, pairs, quieten, run_name, scale_of
 
@@ -81,6 +81,7 @@ def _seeds(text: str) -> list[int]:
 
 def _pair(one: str, two: str, arguments: argparse.Namespace) -> int:
     """Two steerings, or two scales of one."""
+    check_writable(arguments.json)
     (first, scale), (second, other) = _place(one), _place(two)
     data = open_split(arguments.set, arguments)
     data.select(kind="ambiguous")

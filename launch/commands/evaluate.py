@@ -12,7 +12,7 @@ from dso.decisions.decision import check_target
 from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.figure import scale_figure
 from dso.evaluation.report import contexts_table, scale_table
-from dso.files import write_text
+from dso.files import check_writable, write_text
 from launch.commands.common import load_backbone, numbers, open_split, open_steering, pairs, quieten
 from launch.run.measure import scale_points
 
@@ -20,6 +20,7 @@ from launch.run.measure import scale_points
 def run(arguments: argparse.Namespace) -> int:
     """``dso evaluate``."""
     bare = arguments.steering == "none"
+    check_writable(arguments.json, arguments.figure)
     given = numbers(arguments.scales) if arguments.scales is not None and not bare else []
     data = open_split(arguments.set, arguments)
     data.select(kind="ambiguous")

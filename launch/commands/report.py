@@ -14,7 +14,7 @@ from dso.errors import UserError
 from dso.evaluation.audit import audit
 from dso.evaluation.evaluator import Evaluator
 from dso.evaluation.study import read_study
-from dso.files import as_path
+from dso.files import as_path, check_writable
 from dso.reports.page import RECORD, write_audit, write_report
 from dso.steering.model import Steering
 from launch.commands.common import load_backbone, open_split, quieten, scale_of
@@ -36,6 +36,7 @@ def _audit(arguments: argparse.Namespace) -> int:
     """Measure the base model and the steering."""
     if arguments.out is None:
         raise UserError("--audit needs --out, the folder to write")
+    check_writable(as_path(arguments.out) / "audit.json")
     data = open_split(arguments.set, arguments)
     data.select(kind="ambiguous")
     quieten()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dso import files
-from dso.files import replace_folder, write_bytes, write_text
+from dso.files import check_writable, replace_folder, write_bytes, write_text
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -157,6 +157,22 @@ def test_what_is_no_plain_file_is_written_to(tmp_path):
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     write_bytes("/dev/null", b"gone")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("old")
+    check_writable(None, tmp_path / "file", tmp_path / "new" / "deeper" / "file", "/dev/null")
+    assert contents(tmp_path) == {"file": b"old"}  # nothing was made for it
+    for place, error in ((tmp_path, IsADirectoryError), (tmp_path / "file" / "x" / "y", NotADirectoryError)):
+        with pytest.raises(error) as caught:
+            check_writable(tmp_path / "file", place)
+        assert caught.value.filename == str(place)
+        with pytest.raises(error):
+            write_text(place, "new")
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)
+    with pytest.raises(PermissionError, match=f"{tmp_path}/new"):
+        check_writable(tmp_path / "new")
+    check_writable("/dev/null")  # its folder need not be
 
 
 def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):

@@ -374,6 +374,21 @@ def test_compare_says_what_two_scales_of_a_steering_differ_in(trained: Trained, 
     assert swapped.code == 0 and "KL unambiguous" in swapped.out
 
 
+def test_where_nothing_can_be_written_nothing_is_measured(trained: Trained, tmp_path: Path, call: Any) -> None:
+    (tmp_path / "file").write_text("")
+    place, data = tmp_path / "file" / "points", trained.config.parent / "letters.jsonl"
+    for words in (
+        ("evaluate", trained.steering, "--set", data, "--json", place),
+        ("evaluate", trained.steering, "--set", data, "--figure", place),
+        ("compare", "none", trained.steering, "--set", data, "--json", place),
+        ("benchmark", trained.steering, "weat", "--json", place),
+    ):
+        assert_refused(call(*words), f"{place}: Not a directory")
+    for words in (("report", "--audit"), ("calibrate", "--max-kl", 1)):
+        asked = (*words, trained.steering, "--set", data, "--out", place)
+        assert_refused(call(*asked), "file/points", "Not a directory")
+
+
 def test_compare_refuses_what_it_cannot_compare(trained: Trained, call: Any) -> None:
     data = trained.config.parent / "letters.jsonl"
     assert_refused(call("compare", "none", "none", "--set", data), "name the base model with --model")
