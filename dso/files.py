@@ -29,6 +29,12 @@ def as_path(path: str | Path) -> Path:
     return Path(os.path.realpath(Path(path).expanduser()))
 
 
+def _is_special(path: str | Path) -> bool:
+    """Whether it is there and neither a plain file nor a folder: a device, a pipe."""
+    place = Path(path).expanduser()
+    return place.exists() and not place.is_file() and not place.is_dir()
+
+
 def check_writable(*paths: str | Path | None) -> None:
     """That files can be written, asked before the work that fills them; None is a file that nobody wants.
 
@@ -36,14 +42,16 @@ def check_writable(*paths: str | Path | None) -> None:
         OSError: what writing the first of those that cannot be would end with, as far as the folder above it tells.
     """
     for path in paths:
-        place = as_path(path or os.devnull)
+        if path is None or _is_special(path):
+            continue
+        place = as_path(path)
         above = next(folder for folder in place.parents if folder.exists())
         reason = None
         if not above.is_dir():
             reason = errno.ENOTDIR
         elif place.is_dir():
             reason = errno.EISDIR
-        elif (not place.exists() or place.is_file()) and not os.access(above, os.W_OK | os.X_OK):
+        elif not os.access(above, os.W_OK | os.X_OK):
             reason = errno.EACCES
         if reason is not None:
             raise OSError(reason, os.strerror(reason), str(place))
@@ -55,11 +63,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     A link is followed. A file that is there keeps its permissions, a new one has those of the user's umask. What is no
     plain file (a device, a pipe) is written to.
     """
-    path = as_path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with open(path, "wb") as special:
+    if _is_special(path):
+        # By the name that was given: what /dev/stdout leads to, where it is a pipe, is no name that can be opened.
+        with open(Path(path).expanduser(), "wb") as special:
             special.write(data)
         return
+    path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
     try:

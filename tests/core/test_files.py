@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import stat
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -173,6 +175,12 @@ def test_what_cannot_be_written_is_known_before(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match=f"{tmp_path}/new"):
         check_writable(tmp_path / "new")
     check_writable("/dev/null")  # its folder need not be
+
+
+def test_what_reads_our_output_reads_it_from_a_pipe():
+    code = "from dso.files import check_writable, write_text; check_writable(p := '/dev/stdout'); write_text(p, 'x')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("x", "")
 
 
 def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
