@@ -13,7 +13,7 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from dso.errors import UserError
-from dso.files import as_path, free_bytes, lock, sweep, write_text
+from dso.files import as_path, check_writable, free_bytes, lock, sweep, write_text
 from launch.config.schema import ConfigError, TrainConfig, changes, load_config, resolved_yaml
 from trainers.parallel.ranks import RankLost, World
 from trainers.state.saved import SavedState, has_state, read_state
@@ -104,9 +104,11 @@ def check_folder(config: TrainConfig, name: str, resume: Resume, overwrite: bool
         _require_nothing_learned(folder, config, resume)
     elif folder.exists() and not _is_run(folder):
         raise RunError(f"{folder}: is no run (it has no config.yaml), so it is not overwritten; set run.run_name=...")
+    try:
+        check_writable(folder / "config.yaml")
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written; choose another place with run.output_dir=...") from error
     place = next(path for path in (folder, *folder.parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise RunError(f"{folder}: cannot be written; choose another place with run.output_dir=...")
     if (free := free_bytes(place)) < FREE_BYTES:
         raise RunError(f"{folder}: only {free // 10**6} MB free on its disk; a run needs {FREE_BYTES // 10**6}")
     return Plan(folder, saved)
